@@ -1,0 +1,18 @@
+"""The one exception that means «the user can fix this»."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input, said in one message; the command line exits with code 2."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """A sentence that lists the valid words and names the nearest one to `word`, if any is near."""
+    choices = sorted(valid)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"valid: {', '.join(choices)}.{hint}"
