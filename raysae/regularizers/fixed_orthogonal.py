@@ -1,0 +1,26 @@
+"""Every pair of features is pushed apart equally."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from raysae.regularizers.base import Regularizer, State
+from raysae.regularizers.gram import sum_squared_cosines, unit_rows
+
+
+class FixedOrthogonal(Regularizer):
+    """penalty = d_in · mean over i ≠ j of cos²(W_i, W_j).
+
+    Computed as (‖UᵀU‖²_F − d_sae) · d_in / (d_sae (d_sae − 1)) with unit rows U: O(d_sae · d_in²).
+    With d_sae > d_in it cannot reach 0: its minimum is that of a tight frame (Welch, 1974).
+    """
+
+    name: ClassVar[str] = "fixed_orthogonal"
+
+    def penalty(self, W_dec: Tensor, state: State) -> Tensor:
+        n, d_in = W_dec.shape
+        if n < 2:
+            return W_dec.sum() * 0
+        return (sum_squared_cosines(unit_rows(W_dec)) - n) * (d_in / (n * (n - 1)))

@@ -1,0 +1,19 @@
+"""No regularizer: the baseline."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from raysae.regularizers.base import Regularizer, State
+
+
+class NoRegularizer(Regularizer):
+    """penalty = 0. The SAE's own loss alone, against which every method is read."""
+
+    name: ClassVar[str] = "none"
+    uses_alpha: ClassVar[bool] = False
+
+    def penalty(self, W_dec: Tensor, state: State) -> Tensor:
+        return W_dec.new_zeros(())
