@@ -1,0 +1,1 @@
+"""Training one SAE: spec, step, schedules, loop. Knows nothing of Ray."""

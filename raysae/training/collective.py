@@ -1,0 +1,54 @@
+"""What data-parallel workers of one trial say to each other; alone, nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Alone:
+    """A trial on one worker: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the trial's workers, in place."""
+        return tensor
+
+    def mean_gradients_(self, parameters: Iterable[Tensor]) -> None:
+        """Average the parameters' gradients over the trial's workers, in place."""
+
+    def broadcast(self, value: object) -> object:
+        """The value that rank 0 passed in."""
+        return value
+
+
+class Group(Alone):
+    """A trial on several workers, joined by a torch.distributed process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def mean_gradients_(self, parameters: Iterable[Tensor]) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        self.sum_(flat).div_(self.size)
+        offset = 0
+        for grad in grads:
+            grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+            offset += grad.numel()
+
+    def broadcast(self, value: object) -> object:
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return box[0]

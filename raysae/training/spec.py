@@ -1,0 +1,130 @@
+"""A trial is a value: everything that decides its numbers, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from raysae.regularizers import REGISTRY, Regularizer
+from raysae.training.schedules import SCHEDULES, AlphaSchedule, Constant
+
+Architecture = Literal["standard", "topk", "batchtopk"]
+SPARSITY_FIELD: dict[str, str] = {"standard": "l1_coefficient", "topk": "k", "batchtopk": "k"}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SAESpec(_Frozen):
+    """Which SAELens training SAE; sparsity is `k` or `l1_coefficient`, by architecture."""
+
+    architecture: Architecture = "topk"
+    d_sae: int = Field(512, ge=2, description="number of features")
+    k: float | None = Field(None, gt=0, description="active features a token (topk, batchtopk)")
+    l1_coefficient: float | None = Field(None, ge=0, description="weight of the L1 term (standard)")
+
+    @model_validator(mode="after")
+    def _sparsity_fits(self) -> SAESpec:
+        wanted = SPARSITY_FIELD[self.architecture]
+        other = "l1_coefficient" if wanted == "k" else "k"
+        if getattr(self, wanted) is None:
+            raise ValueError(f"architecture {self.architecture!r} needs {wanted!r}")
+        if getattr(self, other) is not None:
+            raise ValueError(
+                f"architecture {self.architecture!r} has no {other!r}: it has {wanted!r}"
+            )
+        if self.k is not None and self.k > self.d_sae:
+            raise ValueError(f"k {self.k:g} is larger than d_sae {self.d_sae}")
+        if self.architecture == "topk" and self.k is not None and self.k != int(self.k):
+            raise ValueError(f"k {self.k} must be whole for architecture 'topk'")
+        return self
+
+
+class TrainingSpec(_Frozen):
+    """How long and how fast; one token is one row of the activation store."""
+
+    tokens: int = Field(2_048_000, ge=1, description="activation rows seen in training")
+    batch_size: int = Field(1024, ge=1, description="rows a step, over all workers of the trial")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam")
+    lr_warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    lr_decay: float = Field(0.3, ge=0, lt=1, description="share of the steps, linear to 0")
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = Field(1.0, gt=0, description="global norm")
+    dead_after: int = Field(200, ge=1, description="steps without firing after which one is dead")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSpec:
+        if self.tokens < self.batch_size:
+            raise ValueError(
+                f"tokens {self.tokens} is below batch_size {self.batch_size}: "
+                "the SAE would train for 0 steps"
+            )
+        if self.lr_warmup + self.lr_decay > 1:
+            raise ValueError("lr_warmup + lr_decay is above 1, the whole run")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps, at least 1."""
+        return self.tokens // self.batch_size
+
+
+class TrialSpec(_Frozen):
+    """One trial: SAE, training, penalty, seed, and the tokens at which it is scored."""
+
+    number: int = Field(ge=0)
+    seed: int = Field(ge=0)
+    sae: SAESpec
+    training: TrainingSpec
+    regularizer: SerializeAsAny[Regularizer]
+    alpha: float = Field(0.0, ge=0)
+    alpha_schedule: SerializeAsAny[AlphaSchedule] = Constant()
+    rungs: tuple[int, ...] = Field(description="tokens at which the SAE is scored, ascending")
+
+    @field_validator("regularizer", mode="before")
+    @classmethod
+    def _named_regularizer(cls, value: Any) -> Any:
+        return _by_name(value, REGISTRY)
+
+    @field_validator("alpha_schedule", mode="before")
+    @classmethod
+    def _named_schedule(cls, value: Any) -> Any:
+        return _by_name(value, SCHEDULES)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrialSpec:
+        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"rungs must be ascending and not empty, got {self.rungs}")
+        if self.rungs[-1] != self.training.steps * self.training.batch_size:
+            raise ValueError(
+                f"the last rung {self.rungs[-1]} is not the end of training "
+                f"({self.training.steps * self.training.batch_size} tokens)"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data from which `TrialSpec(**data)` makes an equal spec."""
+        data = self.model_dump(mode="json")
+        for field in ("regularizer", "alpha_schedule"):
+            data[field] = {"name": getattr(self, field).name, **data[field]}
+        return data
+
+
+def config_hash(spec: dict[str, Any]) -> str:
+    """12 hex digits over a `TrialSpec.to_dict()`, its number left out: equal trials, equal hash."""
+    data = {key: value for key, value in spec.items() if key != "number"}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _by_name(value: Any, registry: dict[str, Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    fields = dict(value)
+    name = fields.pop("name")
+    if name not in registry:
+        raise ValueError(f"unknown {name!r}; valid: {', '.join(sorted(registry))}")
+    return registry[name](**fields)

@@ -1,0 +1,140 @@
+"""One training step: (SAE, batch, regularizer state) → losses. Nothing here knows about Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+from torch import Tensor
+
+from raysae.regularizers import Regularizer, State
+from raysae.training.collective import Alone
+
+
+@dataclass
+class FiringRecord:
+    """Which features are alive, and how often each fires on forget and retain tokens."""
+
+    steps_since_fired: Tensor  # (d_sae,)
+    fired_forget: Tensor  # (d_sae,) token counts since the last reset
+    fired_retain: Tensor
+    tokens_forget: Tensor  # scalar
+    tokens_retain: Tensor
+
+    @classmethod
+    def zeros(cls, d_sae: int, device: torch.device) -> FiringRecord:
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        return cls(zero(d_sae), zero(d_sae), zero(d_sae), zero(), zero())
+
+    def add(self, fired: Tensor, is_forget: Tensor, collective: Alone) -> None:
+        """Add a batch: `fired` (batch, d_sae) float 0/1, `is_forget` (batch,) bool."""
+        forget = is_forget.to(fired.dtype)
+        counts = torch.cat([torch.stack([forget, 1 - forget]) @ fired, fired.new_zeros(2, 1)], 1)
+        counts[0, -1], counts[1, -1] = forget.sum(), (1 - forget).sum()
+        collective.sum_(counts)
+        self.fired_forget += counts[0, :-1]
+        self.fired_retain += counts[1, :-1]
+        self.tokens_forget += counts[0, -1]
+        self.tokens_retain += counts[1, -1]
+        self.steps_since_fired += 1
+        self.steps_since_fired[counts[:, :-1].sum(0) > 0] = 0
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Firing rates on forget and on retain tokens (d_sae,) since the last reset."""
+        return (
+            self.fired_forget / self.tokens_forget.clamp_min(1),
+            self.fired_retain / self.tokens_retain.clamp_min(1),
+        )
+
+    def reset_rates(self) -> None:
+        """Start counting rates anew; the time since last firing goes on."""
+        for counter in (
+            self.fired_forget,
+            self.fired_retain,
+            self.tokens_forget,
+            self.tokens_retain,
+        ):
+            counter.zero_()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Losses of one step (scalars on the device, not synchronised) and its reconstruction error."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_step(
+    sae: TrainingSAE,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    is_forget: Tensor,
+    *,
+    step: int,
+    alpha: float,
+    coefficients: dict[str, float],
+    regularizer: Regularizer,
+    regularizer_state: State,
+    firing: FiringRecord,
+    dead_after: int,
+    grad_clip: float,
+    collective: Alone,
+) -> StepOutput:
+    """Forward with SAELens' own `training_forward_pass`, add `alpha · penalty`, step, renormalise.
+
+    Args:
+        sae: SAELens training SAE.
+        optimizer: over `sae.parameters()`.
+        batch: this worker's activations (rows, d_in), scaled.
+        is_forget: which rows come from the forget corpus (rows,), bool.
+        step: index of the step, from 0.
+        alpha: weight of the penalty at this step.
+        coefficients: the SAE's own loss coefficients at this step (e.g. {"l1": 2.0}).
+        regularizer, regularizer_state: the penalty and its state; the state is updated in place.
+        firing: counters, updated in place.
+        dead_after: steps without firing after which a feature counts as dead.
+        grad_clip: global norm at which gradients are clipped.
+        collective: joins the workers of a data-parallel trial.
+    """
+    output = sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=batch,
+            coefficients=coefficients,
+            dead_neuron_mask=firing.steps_since_fired > dead_after,
+            n_training_steps=step,
+            is_logging_step=False,
+        )
+    )
+    with torch.no_grad():
+        acts = output.feature_acts.detach()
+        statistics = regularizer.statistics(acts, is_forget, step)
+        for tensor in statistics.values():
+            collective.sum_(tensor)
+        regularizer.update(regularizer_state, statistics, step)
+        fired = (acts > 0).to(batch.dtype)
+        firing.add(fired, is_forget, collective)
+
+    loss, losses = output.loss, dict(output.losses)
+    if regularizer.uses_alpha:
+        penalty = regularizer.penalty(sae.W_dec, regularizer_state)
+        loss = loss + alpha * penalty
+        losses["penalty"] = penalty
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for p in sae.parameters() if p.requires_grad]
+    collective.mean_gradients_(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    optimizer.step()
+
+    with torch.no_grad():
+        sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+        threshold = getattr(sae, "topk_threshold", None)
+        if threshold is not None and collective.size > 1:
+            collective.sum_(threshold).div_(collective.size)
+        error = (output.sae_out - batch).pow(2).sum()
+        losses = {name: value.detach() for name, value in losses.items()}
+        losses |= {"loss": loss.detach(), "squared_error": error.detach(), "fired": fired.sum()}
+    return StepOutput(losses)
