@@ -1,0 +1,151 @@
+"""Journal records → tidy tables: one row a trial, one row a point of a curve, one row a group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
+from raysae.training.spec import config_hash
+
+TRIAL_COLUMNS: dict[str, str] = {
+    "trial": "number of the trial, from 0 (the baseline)",
+    "state": "finished: trained to the end; stopped: early, by the scheduler; failed: see error",
+    "score": "SAEBench unlearning score at the last rung reached, 0 to 1, higher is better",
+    "status": "why the score is what it is: ok, or the cause of a 0.0",
+    "cause": "the status in a sentence, with its figures",
+    "regularizer": "method",
+    "alpha": "weight of the penalty",
+    "alpha_schedule": "schedule of the weight",
+    "group_update_period": "training steps between two regroupings, where the method regroups",
+    "architecture": "SAELens architecture",
+    "d_sae": "number of features",
+    "k": "active features a token (topk, batchtopk)",
+    "l1_coefficient": "weight of the L1 term (standard)",
+    "seed": "of weights and batches",
+    "training_steps": "optimiser steps trained",
+    "tokens": "activation rows seen in training",
+    "forget_accuracy": "share of known forget questions still right at the best intervention",
+    "retain_accuracy": "the same for the retain questions",
+    "forget_correct": "count behind forget_accuracy",
+    "forget_total": "known forget questions",
+    "retain_correct": "count behind retain_accuracy",
+    "retain_total": "known retain questions",
+    "best_retain_threshold": "of the best intervention",
+    "best_n_features": "of the best intervention: features clamped",
+    "best_multiplier": "of the best intervention: clamped to minus this",
+    "eligible_features_0.001": "features below retain threshold 0.001",
+    "eligible_features_0.01": "features below retain threshold 0.01",
+    "loss": "total training loss, mean over the last logged steps",
+    "l2_loss": "reconstruction term, summed over d_in, activations scaled to norm √d_in",
+    "sparsity_loss": "L1 term (standard)",
+    "auxiliary_loss": "dead-feature term (topk, batchtopk)",
+    "penalty": "the regularizer's penalty, before α",
+    "l0": "mean number of active features a token",
+    "explained_variance": "1 − residual variance / variance",
+    "dead_features": "features that have not fired for `dead_after` steps",
+    "condition_number": "σ_max/σ_min of all decoder rows over the non-zero spectrum",
+    "effective_rank": "exp of the entropy of the decoder's normalised singular values",
+    "coherence": "largest |cos| between two decoder rows",
+    "forget_retain_overlap": "‖Q_fᵀQ_r‖²_F / min(k_f, k_r) of selective features' subspaces, 0 to 1",
+    "train_seconds": "wall time in training",
+    "score_seconds": "wall time in scoring at the last rung",
+    "tokens_per_second": "tokens / train_seconds",
+    "attempts": "1, or more if a worker died under it",
+    "config_hash": "12 hex digits over everything that decides the trial's numbers but its number",
+    "error": "why it failed",
+}
+"""Columns of `trials.parquet` with their meaning; searched parameters of a method or schedule are
+added as `regularizer.<name>` and `alpha_schedule.<name>`."""
+
+TIME_COLUMNS = ("train_seconds", "score_seconds", "tokens_per_second")
+"""Columns that differ between two runs of the same search."""
+
+
+def trials_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row a trial, columns as in `TRIAL_COLUMNS`, in the order of the trials' numbers."""
+    rows = [_trial_row(record) for record in ended]
+    frame = pd.DataFrame(rows)
+    extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
+    return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
+
+
+def curves_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row a (trial, logged step): the losses and figures of the trials table, over training."""
+    rows = [{"trial": r["trial"], **point} for r in ended for point in r["curve"]]
+    return pd.DataFrame(rows, columns=None if rows else ["trial", "step", "tokens", "loss"])
+
+
+def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row a (trial, step, group), at every rung; columns as in `conditioning.COLUMNS`."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        if record["event"] == "rung":
+            for row in record["conditioning"]:
+                rows[(row["trial"], row["step"], row["group"])] = row
+    return pd.DataFrame(list(rows.values()), columns=list(CONDITIONING_COLUMNS))
+
+
+def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[str, Any]]) -> None:
+    """Write trials, curves and conditioning to the run folder, as Parquet and CSV each."""
+    tables = {
+        "trials": trials_table(ended),
+        "curves": curves_table(ended),
+        "conditioning": conditioning_rows(records),
+    }
+    for name, table in tables.items():
+        table.to_parquet(run_dir / f"{name}.parquet", index=False)
+        table.to_csv(run_dir / f"{name}.csv", index=False)
+
+
+def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
+    spec, rung = record["spec"], record["rung"]
+    regularizer, schedule = dict(spec["regularizer"]), dict(spec["alpha_schedule"])
+    row: dict[str, Any] = {
+        "trial": record["trial"],
+        "state": record["state"],
+        "score": rung.get("score", 0.0),
+        "status": rung.get("status", "failed"),
+        "cause": rung.get("cause", record["error"]),
+        "regularizer": regularizer.pop("name"),
+        "alpha": spec["alpha"],
+        "alpha_schedule": schedule.pop("name"),
+        "group_update_period": regularizer.pop("group_update_period", None),
+        "architecture": spec["sae"]["architecture"],
+        "d_sae": spec["sae"]["d_sae"],
+        "k": spec["sae"]["k"],
+        "l1_coefficient": spec["sae"]["l1_coefficient"],
+        "seed": spec["seed"],
+        "training_steps": rung.get("step", 0),
+        "tokens": rung.get("tokens", 0),
+        "attempts": record["attempts"],
+        "config_hash": config_hash(spec),
+        "error": record["error"],
+    }
+    row |= {f"regularizer.{name}": value for name, value in regularizer.items()}
+    row |= {f"alpha_schedule.{name}": value for name, value in schedule.items()}
+    if not rung:
+        return row
+    metrics = rung["metrics"]
+    row |= {name: metrics[name] for name in metrics if name in TRIAL_COLUMNS and name != "alpha"}
+    row |= {name: rung[name] for name in ("train_seconds", "score_seconds")}
+    row["tokens_per_second"] = rung["tokens"] / rung["train_seconds"]
+    result = rung["result"]
+    for threshold, count in result["eligible_features"].items():
+        row[f"eligible_features_{threshold}"] = count
+    best = result["best"]
+    if best:
+        row |= {
+            "forget_accuracy": best["forget_correct"] / best["forget_total"],
+            "retain_accuracy": best["retain_correct"] / best["retain_total"],
+            "best_retain_threshold": best["retain_threshold"],
+            "best_n_features": best["n_features_used"],
+            "best_multiplier": best["multiplier"],
+        }
+        names = ("forget_correct", "forget_total", "retain_correct", "retain_total")
+        row |= {name: best[name] for name in names}
+    whole = next(r for r in rung["conditioning"] if r["group"] == "all")
+    names = ("condition_number", "effective_rank", "coherence", "forget_retain_overlap")
+    return row | {name: whole[name] for name in names}
