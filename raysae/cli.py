@@ -1,0 +1,84 @@
+"""Words in, exit codes out: 0 done, 1 every trial failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from raysae.config import RunConfig, find_space, load_config, parse_override
+from raysae.errors import UserError
+
+SMOKE_OVERRIDES = {
+    "training.tokens": 131_072,
+    "training.batch_size": 256,  # 512 steps: room for every group-update period
+    "search.num_samples": 3,
+    "search.scheduler.name": "none",
+}
+"""The whole job with every real part in it, small enough for a minute."""
+
+
+def search(
+    space: Annotated[
+        str, typer.Option(help="Space file: a path, or a bare name in search_spaces/.")
+    ] = "orth.yaml",
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time; 1 makes a run repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run folder; must not exist. Default: runs/SPACE-DATE-TIME.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a field, e.g. --set training.tokens=500000."),
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Three short trials: the whole job in a minute.")
+    ] = False,
+) -> None:
+    """Search for the regularizer that separates knowledge best.
+
+    Example: python run_search.py --space orth.yaml --num-samples 48 --seed 1
+    """
+    path = find_space(space)
+    overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
+    overrides |= dict(parse_override(text) for text in set_ or [])
+    flags = {
+        "search.num_samples": num_samples,
+        "search.max_concurrent": max_concurrent,
+        "search.seed": seed,
+    }
+    overrides |= {key: value for key, value in flags.items() if value is not None}
+    config: RunConfig = load_config(path, overrides)
+    from raysae.search.run import make_run_dir, resolve, run_search
+
+    config = resolve(config)
+    outcome = run_search(config, make_run_dir(out, path.stem), Console(), address=address)
+    if outcome.failed == outcome.trials:
+        raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
+
+
+def _say(message: str, code: int) -> int:
+    Console(stderr=True).print(
+        f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
+    return code
+
+
+def main() -> None:
+    """Entry point of `run_search.py` and of the `raysae-search` command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(search)
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_say(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))

@@ -1,0 +1,307 @@
+"""The space file as typed objects: the only place that reads YAML, and where bad input ends.
+
+Every message names the file, the line, the field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raysae.errors import UserError, nearest
+from raysae.space import SearchSpace
+from raysae.training.spec import SAESpec, TrainingSpec, TrialSpec
+from raysae.worlds.world import WORLDS
+
+SPACES_FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ObjectiveConfig(_Strict):
+    """What a trial is scored by."""
+
+    metric: Literal["unlearning_score"] = "unlearning_score"
+    evaluator: Literal["cached", "saebench"] = Field(
+        "cached", description="cached: the same numbers, faster; saebench: SAEBench's own loop"
+    )
+    baseline: str = Field(
+        "none", description="regularizer of the first trial, shown beside the best"
+    )
+
+
+class SchedulerConfig(_Strict):
+    """Early stopping by tokens: asynchronous successive halving (Li et al., 2018)."""
+
+    name: Literal["asha", "none"] = "asha"
+    grace_fraction: float = Field(
+        1 / 3, gt=0, le=1, description="share of the run of the first rung"
+    )
+    reduction_factor: int = Field(3, ge=2, description="one in this many goes on at a rung")
+
+
+class SearchConfig(_Strict):
+    """How many trials, chosen how."""
+
+    num_samples: int = Field(24, ge=1)
+    sampler: Literal["tpe", "random"] = "tpe"
+    startup_trials: int = Field(10, ge=1, description="random trials before TPE models anything")
+    seed: int = Field(0, ge=0)
+    max_concurrent: int | None = Field(
+        None, ge=1, description="default: as many as the pool serves"
+    )
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+
+class ResourcesConfig(_Strict):
+    """The worker pool."""
+
+    workers: int | None = Field(None, ge=1, description="default: one per CPU core, or per GPU")
+    workers_per_trial: int = Field(1, ge=1, description="above 1: data-parallel")
+    threads_per_worker: int = Field(1, ge=1)
+    use_gpu: bool = False
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class SAEDefaults(_Strict):
+    """The SAE's fields that are not searched; sparsity may be left to the space."""
+
+    architecture: Literal["standard", "topk", "batchtopk"] = "topk"
+    d_sae: int = Field(512, ge=2)
+    k: float | None = Field(None, gt=0)
+    l1_coefficient: float | None = Field(None, ge=0)
+
+
+class RunConfig(_Strict):
+    """A whole search, as in a space file."""
+
+    world: str = "embedded"
+    hook: str | None = Field(None, description="hook point; default: the world's")
+    sae: SAEDefaults = SAEDefaults()
+    training: TrainingSpec = TrainingSpec()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    search: SearchConfig = SearchConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    space: SearchSpace
+
+    @field_validator("world")
+    @classmethod
+    def _known_world(cls, value: str) -> str:
+        if value not in WORLDS:
+            raise ValueError(f"unknown world {value!r}; {nearest(value, WORLDS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _corners_are_trials(self) -> RunConfig:
+        """Every corner of the space must be a trial that can run: found now, not at trial 17."""
+        baseline = self.objective.baseline
+        if baseline not in self.space.regularizer:
+            raise ValueError(
+                f"objective.baseline {baseline!r} is not in space.regularizer; "
+                f"{nearest(baseline, self.space.regularizer)}"
+            )
+        for section in ("sae", "training"):
+            fields = SAESpec.model_fields if section == "sae" else TrainingSpec.model_fields
+            for name in getattr(self.space, section):
+                if name not in fields:
+                    raise ValueError(
+                        f"space.{section} has no parameter {name!r}; {nearest(name, fields)}"
+                    )
+        for pick in (_Lowest(), _Highest()):
+            for method in self.space.regularizer:
+                self.trial_spec(0, self.space.sample(pick.with_regularizer(method)))
+        return self
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Tokens at which a trial is scored: the scheduler's rungs, then the end of training."""
+        return rungs(self.training, self.search.scheduler)
+
+    def trial_spec(self, number: int, sampled: dict[str, Any]) -> TrialSpec:
+        """The trial of that number with the sampled values filled in.
+
+        The seed follows from the search's seed and the number alone, so that a trial can be run
+        again by itself.
+        """
+        sae = self.sae.model_dump() | sampled["sae"]
+        training = TrainingSpec(**(self.training.model_dump() | sampled["training"]))
+        spec = TrialSpec(
+            number=number,
+            seed=self.search.seed * 1_000_003 + number,
+            sae=SAESpec(**sae),
+            training=training,
+            regularizer=sampled["regularizer"],
+            alpha=sampled["alpha"],
+            alpha_schedule=sampled["alpha_schedule"],
+            rungs=rungs(training, self.search.scheduler),
+        )
+        spec.regularizer.check(spec.sae.d_sae, spec.training.steps)
+        return spec
+
+
+def rungs(training: TrainingSpec, scheduler: SchedulerConfig) -> tuple[int, ...]:
+    """Tokens at which a trial is scored, ascending; the last is the end of training."""
+    total = training.steps
+    steps = {total}
+    if scheduler.name == "asha":
+        rung = max(1, round(total * scheduler.grace_fraction))
+        while rung < total:
+            steps.add(rung)
+            rung *= scheduler.reduction_factor
+    return tuple(step * training.batch_size for step in sorted(steps))
+
+
+class _Lowest:
+    """A suggester that takes the low end of every range, or the first choice."""
+
+    regularizer = ""
+    end = 0
+
+    def with_regularizer(self, name: str) -> _Lowest:
+        self.regularizer = name
+        return self
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return (low, high)[self.end]
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return (low, high)[self.end]
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        return self.regularizer if name == "regularizer" else choices[-self.end]
+
+
+class _Highest(_Lowest):
+    """The high end of every range, or the last choice."""
+
+    end = 1
+
+
+def find_space(name: str) -> Path:
+    """The space file of that path or bare name (searched in `search_spaces/`).
+
+    Raises:
+        UserError: there is none; the message lists those that exist.
+    """
+    for candidate in (Path(name), SPACES_FOLDER / name, SPACES_FOLDER / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = [path.name for path in SPACES_FOLDER.glob("*.yaml")]
+    raise UserError(f"--space {name}: no such file, and none of that name in search_spaces/; "
+                    f"{nearest(name, known)}")  # fmt: skip
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a space file, apply `{dotted.key: value}` overrides, validate.
+
+    Raises:
+        UserError: one message that names file, line, field, value and what would be right.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file ({error.reason})") from None
+    try:
+        data = yaml.safe_load(text)
+        lines = _line_numbers(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise UserError(f"{where}: not valid YAML: {problem}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a space file is a mapping with a 'space' section; this is "
+                        f"{'empty' if data is None else type(data).__name__}")  # fmt: skip
+    for key, value in (overrides or {}).items():
+        _override(data, key, value)
+    try:
+        return RunConfig(**data)
+    except ValidationError as error:
+        raise UserError(_explain(path, error, lines)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`"training.tokens=500000"` → ("training.tokens", 500000); the value is read as YAML.
+
+    Raises:
+        UserError: no `=`, or a value that is not YAML.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text}: must be key=value, e.g. --set training.tokens=500000")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML") from None
+
+
+def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = data
+    for depth, key in enumerate(parents):
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {dotted}: {'.'.join(parents[: depth + 1])} has no fields")
+    node[last] = value
+
+
+def _line_numbers(text: str) -> dict[tuple[str, ...], int]:
+    lines: dict[tuple[str, ...], int] = {}
+
+    def visit(node: yaml.Node | None, path: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[(*path, str(key.value))] = key.start_mark.line + 1
+                visit(value, (*path, str(key.value)))
+
+    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return lines
+
+
+def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], int]) -> str:
+    messages = []
+    for item in error.errors():
+        loc = tuple(str(part) for part in item["loc"])
+        line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
+        known = loc
+        while known and known not in lines and item["type"] != "missing":
+            known = known[:-1]
+        dotted = ".".join(known or loc)
+        where = f"{path}:{line}" if line else str(path)
+        messages.append(f"{where}: {dotted + ': ' if dotted else ''}{_problem(item, loc)}")
+    return "\n".join(dict.fromkeys(messages))
+
+
+def _problem(item: Any, loc: tuple[str, ...]) -> str:
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {loc[-1]!r}; {nearest(loc[-1], _fields_at(loc[:-1]))}"
+    if item["type"] == "missing":
+        return "is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message
+    return f"{message}, got {value!r}"
+
+
+def _fields_at(loc: tuple[str, ...]) -> list[str]:
+    """Names of the fields of the config section at `loc`."""
+    model: Any = RunConfig
+    for part in loc:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        annotation = field.annotation
+        options = [annotation, *get_args(annotation)]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    fields = getattr(model, "model_fields", {})
+    return [f.alias or name for name, f in fields.items()]

@@ -1,0 +1,1 @@
+"""Long-lived Ray Train workers, and the broker that brings them trials."""

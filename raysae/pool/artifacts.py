@@ -1,0 +1,62 @@
+"""What a trial leaves on disk: its SAELens SAE, SAEBench's result JSON, its conditioning table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
+
+from raysae.analysis.conditioning import conditioning_table
+from raysae.training.loop import Rung
+from raysae.training.spec import TrialSpec
+from raysae.unlearning import sae_cfg_dict
+from raysae.worlds import World
+
+SAE_FOLDER = "sae"
+RESULT_FILE = "unlearning_eval_results.json"
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """The folder of one trial; a later rung overwrites the SAE and the result of the one before."""
+
+    folder: Path
+    world: World
+    hook_name: str
+    eval_config: UnlearningEvalConfig
+
+    def write(self, spec: TrialSpec, rung: Rung) -> dict[str, Any]:
+        """Write everything and return the rung as plain data, for the journal."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cfg_dict = sae_cfg_dict(rung.sae, self.world, self.hook_name)
+        rung.sae.save_model(self.folder / SAE_FOLDER)
+        about = {"spec": spec.to_dict(), "training_steps": rung.step, "tokens": rung.tokens}
+        (self.folder / "trial.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        output = rung.result.to_saebench_output(
+            self.eval_config, cfg_dict, sae_release=f"raysae_trial_{spec.number:04d}"
+        )
+        output.to_json_file(str(self.folder / RESULT_FILE), indent=1)
+        table = conditioning_table(
+            rung.sae.W_dec.detach().cpu().numpy(),
+            rung.forget_rate.cpu().numpy(),
+            rung.retain_rate.cpu().numpy(),
+            None if rung.groups is None else rung.groups.cpu().numpy(),
+            trial=spec.number,
+            step=rung.step,
+        )
+        return {
+            "step": rung.step,
+            "tokens": rung.tokens,
+            "last": rung.last,
+            "score": rung.result.score,
+            "status": rung.result.status.value,
+            "cause": rung.result.cause,
+            "result": rung.result.to_dict(),
+            "metrics": rung.metrics,
+            "conditioning": json.loads(table.to_json(orient="records")),
+            "train_seconds": rung.train_seconds,
+            "score_seconds": rung.score_seconds,
+        }

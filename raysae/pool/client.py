@@ -1,0 +1,52 @@
+"""A Tune trial: a thin client that submits its trial to the pool and passes rungs on to Tune.
+
+Imports nothing heavy: it lives in a process of its own, next to the workers that do the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import tune
+
+BROKER_NAME = "raysae-broker"
+WORST_SCORE = 0.0
+
+
+def trial_client(config: dict[str, Any]) -> None:
+    """Tune's trainable. `config["spec"]` is a `TrialSpec` as plain data, `config["namespace"]` the
+    search's; other keys are what the sampler suggested.
+
+    A failed trial reports the worst score: the sampler must be told something finite.
+    """
+    broker = ray.get_actor(BROKER_NAME, namespace=config["namespace"])
+    spec = config["spec"]
+    number = spec["number"]
+    ray.get(broker.submit.remote(number, spec))
+    try:
+        while True:
+            event = ray.get(broker.next_event.remote(number))
+            if event["kind"] == "failed":
+                tune.report(
+                    {
+                        "score": WORST_SCORE,
+                        "tokens": spec["rungs"][-1],
+                        "number": number,
+                        "failed": True,
+                    }
+                )
+                return
+            tune.report(
+                {
+                    "score": event["score"],
+                    "tokens": event["tokens"],
+                    "number": number,
+                    "failed": False,
+                }
+            )
+            if event["last"]:
+                return
+            ray.get(broker.proceed.remote(number))
+    finally:
+        ray.get(broker.cancel.remote(number))

@@ -1,0 +1,312 @@
+"""One search from start to end: Ray, store, pool, Tune, tables, the best SAE."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from raysae import __version__
+from raysae.config import RunConfig
+from raysae.errors import UserError
+from raysae.search import cluster
+from raysae.search.journal import JOURNAL, ended_trials, read_journal
+from raysae.worlds.world import check_hook, load_world
+
+PACKAGES = (
+    "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
+    "optuna", "datasets", "numpy", "pandas", "scikit-learn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """How a search ended."""
+
+    run_dir: Path
+    trials: int
+    failed: int
+    first_error: str
+
+
+def make_run_dir(out: str | None, name: str) -> Path:
+    """A new run folder: `out`, or `runs/<name>-<date>-<time>`.
+
+    Raises:
+        UserError: it exists and is not empty, or cannot be written.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(out) if out else Path("runs") / f"{name}-{stamp}"
+    run_dir = run_dir.absolute()
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"--out {run_dir}: exists already; choose a new folder, or remove it")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {run_dir}: cannot be written: {error.strerror}") from None
+    return run_dir
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what the world decides, and check it against the model's own config.
+
+    Raises:
+        UserError: the model has no such hook point.
+    """
+    world = load_world(config.world)
+    hook = config.hook or world.default_hook_name
+    try:
+        check_hook(world, hook)
+    except ValueError as error:
+        raise UserError(f"hook: {error}") from None
+    return config.model_copy(update={"hook": hook})
+
+
+def run_search(
+    config: RunConfig, run_dir: Path, console: Console, *, address: str | None = None
+) -> SearchOutcome:
+    """Run the whole search. `config` must come from `resolve`.
+
+    Raises:
+        UserError: Ray cannot be reached, or the plan does not fit.
+    """
+    started = time.time()
+    namespace = f"raysae-{uuid.uuid4().hex[:8]}"
+    console.print(f"raysae {__version__}: {config.search.num_samples} trials, "
+                  f"results in {run_dir}", highlight=False, soft_wrap=True)  # fmt: skip
+    plan, dashboard = cluster.start(config, address, namespace)
+    import ray
+
+    from raysae.pool.broker import Broker
+    from raysae.pool.client import BROKER_NAME
+
+    console.print(
+        f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "
+        f"{plan.concurrent_trials} trials at a time",
+        highlight=False,
+    )
+    _write_about(config, run_dir, plan)
+    memory = _MemoryWatch()
+    broker = Broker.options(name=BROKER_NAME, max_restarts=0).remote(str(run_dir / JOURNAL))
+    background: list[threading.Thread] = []
+    try:
+        background.append(_background(_run_pool, config, plan, namespace, run_dir, broker))
+        background.append(_background(_harvest, config, run_dir, broker))
+        from raysae.search.live import LiveDisplay
+        from raysae.search.tune import run_tune
+
+        with LiveDisplay(
+            console,
+            lambda: ray.get(broker.snapshot.remote()),
+            config.search.num_samples,
+            config.rungs[-1],
+            f"{run_dir}   dashboard {dashboard}",
+        ):
+            run_tune(config, plan, namespace, run_dir)
+        peak = memory.stop()
+        ray.get(broker.close.remote())
+        for thread in background:
+            thread.join(60)
+    finally:
+        memory.stop()
+        ray.shutdown()
+    return _conclude(config, run_dir, plan, console, started, peak)
+
+
+def _background(target: Any, *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=args, name=target.__name__, daemon=True)
+    thread.start()
+    return thread
+
+
+def _harvest(config: RunConfig, run_dir: Path, broker: Any) -> None:
+    """Fill the store and publish it; if that fails, no trial can run."""
+    import ray
+
+    from raysae.store.harvest import harvest
+
+    try:
+        assert config.hook is not None
+        handle = harvest(
+            config.world,
+            config.hook,
+            config.resources.store_dtype,
+            evaluation_cache=config.objective.evaluator == "cached",
+        )
+        ray.get(broker.set_store.remote(handle))
+    except Exception as error:
+        (run_dir / "harvest_error.log").write_text(str(error), encoding="utf-8")
+        ray.get(broker.pool_failed.remote(f"harvest failed: {last_line(error)}"))
+        ray.get(broker.close.remote())
+
+
+def _run_pool(
+    config: RunConfig, plan: cluster.Plan, namespace: str, run_dir: Path, broker: Any
+) -> None:
+    """The one Ray Train run of the search; returns when the broker is closed."""
+    import ray
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raysae.pool.worker import serve
+
+    resources = config.resources
+    trainer = TorchTrainer(
+        serve,
+        train_loop_config={
+            "namespace": namespace,
+            "world": config.world,
+            "hook": config.hook,
+            "evaluator": config.objective.evaluator,
+            "workers_per_trial": plan.workers_per_trial,
+            "threads": resources.threads_per_worker,
+            "run_dir": str(run_dir),
+        },
+        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=plan.workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"CPU": resources.threads_per_worker}
+            | ({"GPU": 1} if resources.use_gpu else {}),
+        ),
+        run_config=TrainRunConfig(
+            name="pool",
+            storage_path=str(run_dir / "pool"),
+            failure_config=FailureConfig(max_failures=3),
+        ),
+    )
+    reason = "the worker pool ended before the search did"
+    try:
+        trainer.fit()
+    except Exception as error:
+        (run_dir / "pool_error.log").write_text(str(error), encoding="utf-8")
+        reason = f"the worker pool failed: {last_line(error)} (log: {run_dir / 'pool_error.log'})"
+    if ray.is_initialized():
+        ray.get(broker.pool_failed.remote(reason))
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error that carries a remote traceback: what was raised there."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _write_about(config: RunConfig, run_dir: Path, plan: cluster.Plan) -> None:
+    world = load_world(config.world)
+    resolved = config.model_dump(mode="json", by_alias=True)
+    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+    about = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+        "world_fingerprint": world.fingerprint(),
+        "seed": config.search.seed,
+        "plan": vars(plan),
+    }
+    (run_dir / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree, with "-dirty" if it has changes; None outside of git."""
+    root = Path(__file__).resolve().parent.parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _conclude(
+    config: RunConfig,
+    run_dir: Path,
+    plan: cluster.Plan,
+    console: Console,
+    started: float,
+    peak_gib: float,
+) -> SearchOutcome:
+    from raysae.analysis.tables import trials_table, write_tables
+    from raysae.search.summary import print_summary
+
+    records = read_journal(run_dir / JOURNAL)
+    ended = ended_trials(records)
+    write_tables(run_dir, records, ended)
+    trials = trials_table(ended)
+    rungs = [record for record in records if record["event"] == "rung"]
+    wall = time.time() - started
+    cores = plan.workers * config.resources.threads_per_worker
+    busy = sum(record["rung"].get("cpu_seconds", 0.0) for record in ended) * plan.workers_per_trial
+    facts = {
+        "wall_seconds": wall,
+        "first_result_seconds": min((r["time"] for r in rungs), default=time.time()) - started,
+        "busy_share": busy / (wall * cores),
+        "peak_gib": peak_gib,
+    }
+    (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    finished = trials[trials["state"] == "finished"]
+    if not finished.empty:
+        best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
+        copy_best(run_dir, best)
+    print_summary(console, trials, ended, run_dir, facts)
+    failed = trials[trials["state"] == "failed"]
+    return SearchOutcome(
+        run_dir=run_dir,
+        trials=len(trials),
+        failed=len(failed),
+        first_error="" if failed.empty else str(failed.iloc[0]["error"]),
+    )
+
+
+def copy_best(run_dir: Path, trial: int) -> None:
+    """`best/` = the SAELens SAE of that trial, with its result and its spec beside it."""
+    from raysae.pool.artifacts import RESULT_FILE, SAE_FOLDER
+
+    source, target = run_dir / "trials" / f"{trial:04d}", run_dir / "best"
+    shutil.copytree(source / SAE_FOLDER, target)
+    for name in (RESULT_FILE, "trial.json"):
+        shutil.copy2(source / name, target / name)
+
+
+class _MemoryWatch:
+    """Peak of the memory in use on this machine above what was in use at the start, in GiB."""
+
+    def __init__(self) -> None:
+        self._start = self._peak = _used_bytes()
+        self._stop = threading.Event()
+        self._thread = _background(self._watch)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._peak = max(self._peak, _used_bytes())
+
+    def stop(self) -> float:
+        """Stop watching; the peak."""
+        self._stop.set()
+        self._thread.join()
+        return (self._peak - self._start) / 2**30
+
+
+def _used_bytes() -> int:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)

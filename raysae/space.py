@@ -1,0 +1,216 @@
+"""The search space: typed ranges, conditional by construction, sampled define-by-run.
+
+A parameter exists only where it does something: `group_update_period` belongs to the regularizers
+that regroup, α and its schedule to those that have a penalty. What a branch does not list is never
+suggested, so the sampler spends no trial on it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from raysae.errors import nearest
+from raysae.regularizers import REGISTRY
+from raysae.training.schedules import SCHEDULES
+
+Scalar = bool | int | float | str
+
+
+class Suggester(Protocol):
+    """The part of `optuna.Trial` that sampling needs."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FloatRange(_Strict):
+    """`{float: [low, high], log: true}`: a real number."""
+
+    float_: tuple[float, float] = Field(alias="float")
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FloatRange:
+        _check_range(*self.float_, self.log)
+        return self
+
+    def suggest(self, trial: Suggester, name: str) -> float:
+        return trial.suggest_float(name, *self.float_, log=self.log)
+
+    @property
+    def extremes(self) -> tuple[Scalar, ...]:
+        return self.float_
+
+
+class IntRange(_Strict):
+    """`{int: [low, high], log: true}`: a whole number, both ends included."""
+
+    int_: tuple[int, int] = Field(alias="int")
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IntRange:
+        _check_range(*self.int_, self.log)
+        return self
+
+    def suggest(self, trial: Suggester, name: str) -> int:
+        return trial.suggest_int(name, *self.int_, log=self.log)
+
+    @property
+    def extremes(self) -> tuple[Scalar, ...]:
+        return self.int_
+
+
+class Choice(_Strict):
+    """`[a, b, c]`: one of a list."""
+
+    choices: tuple[Scalar, ...] = Field(min_length=1)
+
+    def suggest(self, trial: Suggester, name: str) -> Scalar:
+        return trial.suggest_categorical(name, list(self.choices))
+
+    @property
+    def extremes(self) -> tuple[Scalar, ...]:
+        return self.choices
+
+
+class Fixed(_Strict):
+    """A plain value: set, not searched."""
+
+    value: Scalar
+
+    def suggest(self, trial: Suggester, name: str) -> Scalar:
+        return self.value
+
+    @property
+    def extremes(self) -> tuple[Scalar, ...]:
+        return (self.value,)
+
+
+def _check_range(low: float, high: float, log: bool) -> None:
+    if not low < high:
+        raise ValueError(f"empty range: low {low:g} is not below high {high:g}")
+    if log and low <= 0:
+        raise ValueError(f"a log range must be above 0, got low {low:g}")
+
+
+def _parse_parameter(value: Any) -> Any:
+    if isinstance(value, FloatRange | IntRange | Choice | Fixed):
+        return value
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("empty range: a list of choices needs at least one")
+        return Choice(choices=tuple(value))
+    if isinstance(value, dict):
+        kinds = {"float": FloatRange, "int": IntRange}
+        found = [kind for kind in kinds if kind in value]
+        if len(found) != 1:
+            raise ValueError(
+                f"a range is {{float: [low, high]}} or {{int: [low, high]}}, optionally with "
+                f"log: true; got keys {sorted(map(str, value))}"
+            )
+        return kinds[found[0]](**value)
+    return Fixed(value=value)
+
+
+Parameter = Annotated[FloatRange | IntRange | Choice | Fixed, BeforeValidator(_parse_parameter)]
+Branch = dict[str, Parameter]
+
+
+class SearchSpace(_Strict):
+    """What is searched; each method and each schedule is a branch with its own parameters."""
+
+    regularizer: dict[str, Branch | None] = Field(min_length=1)
+    alpha: Parameter = Fixed(value=1.0)
+    alpha_schedule: dict[str, Branch | None] = Field(
+        default_factory=lambda: {"constant": None}, min_length=1
+    )
+    sae: Branch = Field(default_factory=dict)
+    training: Branch = Field(default_factory=dict)
+
+    @field_validator("regularizer")
+    @classmethod
+    def _known_regularizers(cls, value: dict[str, Branch | None]) -> dict[str, Branch | None]:
+        for name, branch in value.items():
+            if name not in REGISTRY:
+                raise ValueError(f"unknown regularizer {name!r}; {nearest(name, REGISTRY)}")
+            _check_branch(name, branch or {}, REGISTRY[name], REGISTRY[name].searchable)
+        return value
+
+    @field_validator("alpha_schedule")
+    @classmethod
+    def _known_schedules(cls, value: dict[str, Branch | None]) -> dict[str, Branch | None]:
+        for name, branch in value.items():
+            if name not in SCHEDULES:
+                raise ValueError(f"unknown α schedule {name!r}; {nearest(name, SCHEDULES)}")
+            fields = frozenset(SCHEDULES[name].model_fields)
+            _check_branch(name, branch or {}, SCHEDULES[name], fields)
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_not_negative(cls, value: Parameter) -> Parameter:
+        for end in value.extremes:
+            if isinstance(end, str) or end < 0:
+                raise ValueError(f"α must be a number ≥ 0, got {end!r}")
+        return value
+
+    def sample(self, trial: Suggester) -> dict[str, Any]:
+        """Suggest one configuration; only parameters that act in it are suggested.
+
+        Returns:
+            {"regularizer": {"name", …}, "alpha", "alpha_schedule": {"name", …}, "sae": {…},
+            "training": {…}}
+        """
+        method = trial.suggest_categorical("regularizer", list(self.regularizer))
+        config: dict[str, Any] = {
+            "regularizer": {"name": method}
+            | _suggest_branch(trial, f"{method}.", self.regularizer[method]),
+            "alpha": 0.0,
+            "alpha_schedule": {"name": "constant"},
+            "sae": _suggest_branch(trial, "sae.", self.sae),
+            "training": _suggest_branch(trial, "training.", self.training),
+        }
+        if REGISTRY[method].uses_alpha:
+            config["alpha"] = self.alpha.suggest(trial, "alpha")
+            schedule = trial.suggest_categorical("alpha_schedule", list(self.alpha_schedule))
+            config["alpha_schedule"] = {"name": schedule} | _suggest_branch(
+                trial, f"{schedule}.", self.alpha_schedule[schedule]
+            )
+        return config
+
+
+def _suggest_branch(trial: Suggester, prefix: str, branch: Branch | None) -> dict[str, Any]:
+    return {name: p.suggest(trial, prefix + name) for name, p in (branch or {}).items()}
+
+
+def _check_branch(
+    owner: str, branch: Branch, model: type[BaseModel], allowed: frozenset[str]
+) -> None:
+    for name, parameter in branch.items():
+        if name not in allowed:
+            options = nearest(name, allowed) if allowed else "it has none."
+            raise ValueError(f"{owner!r} has no parameter {name!r}; {options}")
+        for end in parameter.extremes:
+            try:
+                model(**{name: end})
+            except ValidationError as error:
+                raise ValueError(f"{owner}.{name} = {end!r}: {error.errors()[0]['msg']}") from None
+
+
+SamplerName = Literal["tpe", "random"]

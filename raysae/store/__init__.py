@@ -1,0 +1,1 @@
+"""The activation store: harvested once, held in the Ray object store, read by all workers."""
