@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+StoreDtype = Literal["float32", "bfloat16"]
+CORPORA = ("forget", "retain")
 
 
 def batch_rows(
@@ -95,3 +99,20 @@ class ChunkedActivations:
             out[torch.from_numpy(mask)] = values.float()
         labels = torch.from_numpy(self._is_forget[rows])
         return (out * self.scale).to(self._device), labels.to(self._device)
+
+
+def add_up(sums: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over several chunks → rows, bytes, `scale` = √d_in / E‖x‖, mean (d_in,), variance.
+
+    The variance is E‖x − mean‖², in raw units.
+    """
+    total = {key: sum(part[key] for part in sums) for key in sums[0]}
+    rows = int(total["rows"])
+    mean = total["x"] / rows
+    return {
+        "rows": rows,
+        "bytes": int(total["bytes"]),
+        "scale": float(len(mean) ** 0.5 / (total["norm"] / rows)),
+        "mean": mean.astype(np.float32),
+        "variance": float(total["norm2"] / rows - (mean**2).sum()),
+    }
