@@ -87,7 +87,9 @@ def trainer_worker(settings: dict[str, Any]) -> None:
     run.train(lambda sae, steps: evaluator.evaluate(sae, training_steps=steps), on_event)
 
 
-def measure_trainers(config: RunConfig, specs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+def measure_trainers(
+    config: RunConfig, specs: list[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
     """The same trials, each a TorchTrainer inside a Tune trial, one after the other."""
     from raysae.search import cluster
 
@@ -145,7 +147,8 @@ def main() -> None:
         specs = pool["specs"][: arguments.trainer_trials]
         trainers = measure_trainers(config, specs, Path(folder) / "trainers")
     for name in ("set-up, s", "compute, s a trial", "beyond compute, s a trial"):
-        print(f"{name:<28} pool {pool[name]:8.2f}   trainer a trial {trainers.get(name, float('nan')):8.2f}")
+        other = f"{trainers[name]:8.2f}" if name in trainers else "       –"
+        print(f"{name:<28} pool {pool[name]:8.2f}   trainer a trial {other}")
     print(f"busy share of the search, without set-up: {pool['busy share of the search']:.1%}")
     ratio = trainers["beyond compute, s a trial"] / pool["beyond compute, s a trial"]
     print(f"beyond compute, trainer a trial / pool: {ratio:.0f} x")

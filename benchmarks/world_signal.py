@@ -117,7 +117,9 @@ def main() -> None:
     net = max(0.0, between - within / arguments.seeds)
     test = f_oneway(*groups)
     n = arguments.seeds * len(groups)
-    print(f"\nseed standard deviation {within**0.5:.3f}, configurations net of seeds {net**0.5:.3f}")
+    print(
+        f"\nseed standard deviation {within**0.5:.3f}, configurations net of seeds {net**0.5:.3f}"
+    )
     print(f"F({len(groups) - 1},{n - len(groups)}) = {test.statistic:.2f}, p = {test.pvalue:.2g}")
     flat = [score for scores in groups for score in scores]
     print(f"{sum(s > 0 for s in flat)} of {n} scores above 0, highest {max(flat):.3f}")

@@ -60,7 +60,9 @@ def search(
     from raysae.search.run import make_run_dir, resolve, run_search
 
     config = resolve(config)
-    outcome = run_search(config, make_run_dir(out, path.stem), Console(), address=address)
+    # Without a terminal there is no width to fit into.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    outcome = run_search(config, make_run_dir(out, path.stem), console, address=address)
     if outcome.failed == outcome.trials:
         raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
 

@@ -49,7 +49,7 @@ TRIAL_COLUMNS: dict[str, str] = {
     "condition_number": "σ_max/σ_min of all decoder rows over the non-zero spectrum",
     "effective_rank": "exp of the entropy of the decoder's normalised singular values",
     "coherence": "largest |cos| between two decoder rows",
-    "forget_retain_overlap": "‖Q_fᵀQ_r‖²_F / min(k_f, k_r) of selective features' subspaces, 0 to 1",
+    "forget_retain_overlap": "‖Q_fᵀQ_r‖²_F / min(k_f, k_r) of the selective subspaces, 0 to 1",
     "train_seconds": "wall time in training",
     "score_seconds": "wall time in scoring at the last rung",
     "tokens_per_second": "tokens / train_seconds",

@@ -8,13 +8,18 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from raysae.search.live import describe
 
 
 def print_summary(
-    console: Console, trials: pd.DataFrame, ended: list[dict[str, Any]], run_dir: Path, facts: dict[str, Any]
-) -> None:  # fmt: skip
+    console: Console,
+    trials: pd.DataFrame,
+    ended: list[dict[str, Any]],
+    run_dir: Path,
+    facts: dict[str, Any],
+) -> None:
     """Print the result of a search.
 
     Args:
@@ -25,19 +30,25 @@ def print_summary(
     """
     specs = {record["trial"]: record["spec"] for record in ended}
     ranked = trials[trials["state"] != "failed"].sort_values(
-        ["score", "tokens"], ascending=False, kind="stable"
+        ["tokens", "score"], ascending=False, kind="stable"
     )
-    table = Table(title=f"Leaderboard ({len(trials)} trials)", title_justify="left")
-    for name in ("trial", "score", "forget", "retain", "L0", "EV", "dead", "κ", "steps", "state"):
-        table.add_column(name, justify="right")
-    table.add_column("configuration")
-    table.add_column("why")
-    shown = ranked.head(10)
     baseline = ranked[ranked["trial"] == 0]
+    shown = ranked.head(10)
     if not baseline.empty and 0 not in set(shown["trial"]):
         shown = pd.concat([shown, baseline])
+    table = Table(
+        title=f"Leaderboard: {len(trials)} trials, those trained longest first, then by score",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for name in ("trial", "score", "forget", "retain", "L0", "EV", "dead", "κ", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("configuration", overflow="fold")
     for _, row in shown.iterrows():
-        label = " (baseline)" if row["trial"] == 0 else ""
+        words = describe(specs[row["trial"]])
+        words += "" if row["status"] == "ok" else f" [{row['status']}]"
+        words += " (baseline)" if row["trial"] == 0 else ""
         table.add_row(
             f"{row['trial']}",
             f"{row['score']:.3f}",
@@ -48,9 +59,7 @@ def print_summary(
             f"{row['dead_features']:.0f}",
             f"{row['condition_number']:.3g}",
             f"{row['training_steps']}",
-            row["state"],
-            describe(specs[row["trial"]]) + label,
-            row["status"],
+            Text(words),
             style="bold" if row["trial"] == 0 else "",
         )
     console.print()
@@ -66,6 +75,7 @@ def print_summary(
             f"{describe(specs[best['trial']])}",
             style="bold green",
             highlight=False,
+            soft_wrap=True,
         )
         if not baseline.empty and best["trial"] != 0:
             base = baseline.iloc[0]
@@ -74,12 +84,14 @@ def print_summary(
                 f"(difference {best['score'] - base['score']:+.3f}, one seed each, the best picked "
                 f"among {len(ranked)}: a lead, not a proof)",
                 highlight=False,
+                soft_wrap=True,
             )
     console.print(
         f"{facts['wall_seconds']:.0f} s in all, first result after "
         f"{facts['first_result_seconds']:.0f} s, {100 * facts['busy_share']:.0f} % of wall × cores "
         f"in training and scoring, peak memory {facts['peak_gib']:.1f} GiB",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"Everything is in {run_dir}", highlight=False, soft_wrap=True)
     console.print(
