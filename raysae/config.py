@@ -112,9 +112,8 @@ class RunConfig(_Strict):
                     raise ValueError(
                         f"space.{section} has no parameter {name!r}; {nearest(name, fields)}"
                     )
-        for pick in (_Lowest(), _Highest()):
-            for method in self.space.regularizer:
-                self.trial_spec(0, self.space.sample(pick.with_regularizer(method)))
+        for sampled in self.space.corners():
+            self.trial_spec(0, sampled)
         return self
 
     @property
@@ -156,32 +155,6 @@ def rungs(training: TrainingSpec, scheduler: SchedulerConfig) -> tuple[int, ...]
     return tuple(step * training.batch_size for step in sorted(steps))
 
 
-class _Lowest:
-    """A suggester that takes the low end of every range, or the first choice."""
-
-    regularizer = ""
-    end = 0
-
-    def with_regularizer(self, name: str) -> _Lowest:
-        self.regularizer = name
-        return self
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return (low, high)[self.end]
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        return (low, high)[self.end]
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        return self.regularizer if name == "regularizer" else choices[-self.end]
-
-
-class _Highest(_Lowest):
-    """The high end of every range, or the last choice."""
-
-    end = 1
-
-
 def find_space(name: str) -> Path:
     """The space file of that path or bare name (searched in `search_spaces/`).
 
@@ -219,6 +192,11 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     if not isinstance(data, dict):
         raise UserError(f"{path}: a space file is a mapping with a 'space' section; this is "
                         f"{'empty' if data is None else type(data).__name__}")  # fmt: skip
+    for key in data:
+        if not isinstance(key, str):
+            raise UserError(
+                f"{path}: unknown key {key!r}; {nearest(str(key), RunConfig.model_fields)}"
+            )
     for key, value in (overrides or {}).items():
         _override(data, key, value)
     try:

@@ -7,7 +7,9 @@ suggested, so the sampler spends no trial on it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, Any, Protocol
 
 from pydantic import (
     BaseModel,
@@ -125,6 +127,8 @@ def _parse_parameter(value: Any) -> Any:
                 f"log: true; got keys {sorted(map(str, value))}"
             )
         return kinds[found[0]](**value)
+    if value is None:
+        raise ValueError("needs a value, a list of choices, or a range")
     return Fixed(value=value)
 
 
@@ -166,8 +170,9 @@ class SearchSpace(_Strict):
     @classmethod
     def _alpha_not_negative(cls, value: Parameter) -> Parameter:
         for end in value.extremes:
-            if isinstance(end, str) or end < 0:
-                raise ValueError(f"α must be a number ≥ 0, got {end!r}")
+            if isinstance(end, str) or not 0 <= end < float("inf"):
+                hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(end, str) else ""
+                raise ValueError(f"α must be a finite number ≥ 0, got {end!r}{hint}")
         return value
 
     def sample(self, trial: Suggester) -> dict[str, Any]:
@@ -194,6 +199,36 @@ class SearchSpace(_Strict):
             )
         return config
 
+    def corners(self) -> Iterator[dict[str, Any]]:
+        """Configurations at the ends of every range and at every choice, in all combinations of a
+        method with SAE and training: if they can run, so can what lies between them.
+
+        The middle of a real range stands for the values that are not whole.
+        """
+        for method, branch in self.regularizer.items():
+            for fields in itertools.product(
+                _corners(branch), _corners(self.sae), _corners(self.training)
+            ):
+                yield {
+                    "regularizer": {"name": method} | fields[0],
+                    "alpha": 0.0,
+                    "alpha_schedule": {"name": "constant"},
+                    "sae": fields[1],
+                    "training": fields[2],
+                }
+
+
+def _corners(branch: Branch | None) -> Iterator[dict[str, Any]]:
+    branch = branch or {}
+    values = []
+    for parameter in branch.values():
+        ends = list(parameter.extremes)
+        if isinstance(parameter, FloatRange):
+            ends.append(sum(parameter.float_) / 2)
+        values.append(ends)
+    for combination in itertools.product(*values):
+        yield dict(zip(branch, combination, strict=True))
+
 
 def _suggest_branch(trial: Suggester, prefix: str, branch: Branch | None) -> dict[str, Any]:
     return {name: p.suggest(trial, prefix + name) for name, p in (branch or {}).items()}
@@ -211,6 +246,3 @@ def _check_branch(
                 model(**{name: end})
             except ValidationError as error:
                 raise ValueError(f"{owner}.{name} = {end!r}: {error.errors()[0]['msg']}") from None
-
-
-SamplerName = Literal["tpe", "random"]

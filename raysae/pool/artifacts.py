@@ -56,7 +56,7 @@ class Artifacts:
             "cause": rung.result.cause,
             "result": rung.result.to_dict(),
             "metrics": rung.metrics,
-            "conditioning": json.loads(table.to_json(orient="records")),
+            "conditioning": table.astype(object).where(table.notna(), None).to_dict("records"),
             "train_seconds": rung.train_seconds,
             "score_seconds": rung.score_seconds,
         }

@@ -51,6 +51,7 @@ class BrokerState:
         self._store_ready = asyncio.Event()
         self._pool_error = ""
         self._workers: dict[int, str] = {}
+        self._starts: dict[int, int] = {}
 
     # ---- what everyone shares
 
@@ -74,9 +75,8 @@ class BrokerState:
     async def pool_failed(self, reason: str) -> None:
         """The worker pool is gone: every open trial fails, and every later one at once."""
         self._pool_error = reason
-        for job in self._jobs.values():
-            if job.state in ("waiting", "running"):
-                self._fail(job, reason)
+        for job in list(self._jobs.values()):
+            self._fail(job, reason)
 
     # ---- trial clients
 
@@ -120,12 +120,15 @@ class BrokerState:
     async def register(self, group: int, where: str) -> None:
         """A worker group starts, or starts again after a crash: its lost trial is queued anew."""
         self._workers[group] = where
-        for job in self._jobs.values():
+        self._starts[group] = self._starts.get(group, 0) + 1
+        async with self._wake:
+            self._wake.notify_all()
+        for job in list(self._jobs.values()):
             if job.worker == group and job.state == "running":
                 await self._requeue(job)
 
     async def _requeue(self, job: _Job) -> None:
-        job.worker, job.curve, job.rung = None, [], {}
+        job.worker, job.curve = None, []
         if job.attempt >= MAX_ATTEMPTS:
             self._fail(job, f"its worker died {job.attempt} times")
             return
@@ -135,14 +138,24 @@ class BrokerState:
             self._wake.notify_all()
 
     async def next_job(self, group: int) -> dict[str, Any] | None:
-        """The next trial's spec, oldest first; None when the search is over."""
+        """The next trial's spec, oldest first; None when the search is over.
+
+        A worker that died while it waited here must not be given a trial: once its successor has
+        registered, the old call returns None to nobody.
+        """
+        start = self._starts.get(group, 0)
+
+        def outdated() -> bool:
+            return self._starts.get(group, 0) != start
+
         async with self._wake:
-            await self._wake.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
+            await self._wake.wait_for(lambda: self._queue or self._closed or outdated())
+            if outdated() or not self._queue:
                 return None
             job = self._jobs[self._queue.popleft()]
         job.state, job.worker, job.attempt = "running", group, job.attempt + 1
-        job.progress = {"started": time.time()}
+        # What the client has heard already must survive a worker's death.
+        job.progress = {"started": time.time(), "reported": job.progress.get("reported", 0)}
         return job.spec
 
     async def progress(self, number: int, row: dict[str, Any]) -> bool:
@@ -202,6 +215,8 @@ class BrokerState:
     def _fail(self, job: _Job, reason: str) -> None:
         if job.state in ("finished", "failed", "stopped"):
             return
+        if job.number in self._queue:
+            self._queue.remove(job.number)
         job.error = reason
         self._end(job, "failed")
         job.events.put_nowait({"kind": "failed", "error": reason})

@@ -12,15 +12,23 @@ import ray
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
+from sae_lens import SAE
 
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
+from raysae.store.batches import ChunkedActivations
 from raysae.store.harvest import StoreHandle
 from raysae.training.collective import Alone, Group
 from raysae.training.loop import Progress, Rung, TrialRun
 from raysae.training.spec import TrialSpec
-from raysae.unlearning import CachedEvaluator, SAEBenchEvaluator, default_eval_config
-from raysae.worlds import load_world
+from raysae.unlearning import (
+    CachedEvaluator,
+    SAEBenchEvaluator,
+    UnlearningResult,
+    default_eval_config,
+)
+from raysae.worlds import World, load_world
 from raysae.worlds.model import load_model
 
 
@@ -38,58 +46,128 @@ class WorkerConfig:
 
 
 def serve(settings: dict[str, Any]) -> None:
-    """`train_loop_per_worker` of the pool's one Ray Train run; returns when the broker closes."""
+    """`train_loop_per_worker` of the pool's one Ray Train run; returns when the broker closes.
+
+    An error before the first trial would come back at every restart: it ends the pool at once. A
+    killed process does not pass here, and is restarted by Ray Train.
+    """
     config = WorkerConfig(**settings)
+    broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
+    try:
+        worker = _set_up(config, broker)
+    except Exception as error:
+        log = Path(config.run_dir) / "worker_error.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"a worker cannot start: {type(error).__name__}: {error} (log: {log})"
+        ray.get(broker.pool_failed.remote(reason))
+        ray.get(broker.close.remote())
+        return
+    if worker is not None:
+        worker.serve()
+
+
+def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
+    """Everything that is paid for once; None when the search was closed before it began."""
     torch.set_num_threads(config.threads)
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     group, collective = _join_group(rank, size, config.workers_per_trial)
     leader = collective.rank == 0
-    broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
     world = load_world(config.world)
+    eval_config = default_eval_config(world)
     device = str(ray.train.torch.get_device())
+    # Only the first worker of a trial scores it, and needs the language model.
     model = load_model(world, device=device) if leader else None
     store: StoreHandle | None = ray.get(broker.store.remote())
-    if store is None:  # closed before it began
-        return
-    source = store.open(device)
+    if store is None:
+        return None
     evaluator: CachedEvaluator | SAEBenchEvaluator | None = None
-    eval_config = default_eval_config(world)
-    if leader and config.evaluator == "cached":
+    if model is not None and config.evaluator == "cached":
         evaluator = CachedEvaluator(world, model, ray.get(store.evaluation_cache), eval_config)
-    elif leader:
-        work_dir = Path(config.run_dir) / "saebench"
+    elif model is not None:
+        work_dir = Path(config.run_dir) / "saebench" / str(group)
         evaluator = SAEBenchEvaluator(world, model, config.hook, eval_config, work_dir)
     if leader:
-        ray.get(broker.register.remote(group, f"{context.get_node_rank()}:{rank}"))
-    while True:
-        job = ray.get(broker.next_job.remote(group)) if leader else None
-        job = collective.broadcast(job)
-        if job is None:
-            return
-        spec = TrialSpec(**job)
-        folder = Path(config.run_dir) / "trials" / f"{spec.number:04d}"
+        ray.get(broker.register.remote(group, f"node {context.get_node_rank()}, rank {rank}"))
+    return Worker(
+        config=config,
+        broker=broker,
+        group=group,
+        collective=collective,
+        device=device,
+        world=world,
+        eval_config=eval_config,
+        evaluator=evaluator,
+        source=store.open(device),
+    )
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one process of the pool holds for the whole search, and the loop that uses it."""
+
+    config: WorkerConfig
+    broker: Any
+    group: int
+    collective: Alone
+    device: str
+    world: World
+    eval_config: UnlearningEvalConfig
+    evaluator: CachedEvaluator | SAEBenchEvaluator | None
+    source: ChunkedActivations
+
+    def serve(self) -> None:
+        """Take trials from the broker until it has no more."""
+        leader = self.collective.rank == 0
+        while True:
+            job = ray.get(self.broker.next_job.remote(self.group)) if leader else None
+            job = self.collective.broadcast(job)
+            if job is None:
+                return
+            self._run(TrialSpec(**job))
+
+    def _run(self, spec: TrialSpec) -> None:
+        """Train and score one trial; an error is its own and reaches the journal, not the loop."""
+        folder = Path(self.config.run_dir) / "trials" / f"{spec.number:04d}"
         try:
             run = TrialRun(
                 spec,
-                source,
-                model_name=world.saebench_model_name,
-                hook_name=config.hook,
-                device=device,
-                collective=collective,
+                self.source,
+                model_name=self.world.saebench_model_name,
+                hook_name=self.config.hook,
+                device=self.device,
+                collective=self.collective,
             )
-            _drive(run, broker, evaluator, Artifacts(folder, world, config.hook, eval_config))
+            artifacts = Artifacts(folder, self.world, self.config.hook, self.eval_config)
+            self._drive(run, artifacts)
         except Exception as error:
             folder.mkdir(parents=True, exist_ok=True)
             log = folder / "error.log"
-            log.write_text(traceback.format_exc())
-            if leader:
-                reason = f"{type(error).__name__}: {error}"
-                ray.get(broker.fail.remote(spec.number, f"{reason} (log: {log})"))
-            if collective.size > 1:
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+            reason = f"{type(error).__name__}: {error} (log: {log})"
+            ray.get(self.broker.fail.remote(spec.number, reason))
+            if self.collective.size > 1:
                 # The other workers of the trial are waiting in a collective that will not come:
                 # only a restart of the group by Ray Train brings them back.
                 raise
+
+    def _drive(self, run: TrialRun, artifacts: Artifacts) -> None:
+        """Train one trial, telling the broker of everything; ends early when it says so."""
+        number, cpu = run.spec.number, time.process_time()
+
+        def evaluate(sae: SAE, steps: int) -> UnlearningResult:
+            assert self.evaluator is not None, "only the first worker of a trial scores it"
+            return self.evaluator.evaluate(sae, training_steps=steps)
+
+        def on_event(event: Progress | Rung) -> bool:
+            if isinstance(event, Progress):
+                row = {"step": event.step, "tokens": event.tokens, **event.metrics}
+                return not ray.get(self.broker.progress.remote(number, row))
+            record = artifacts.write(run.spec, event)
+            record["cpu_seconds"] = time.process_time() - cpu
+            return bool(ray.get(self.broker.rung.remote(number, record)))
+
+        run.train(evaluate, on_event)
 
 
 def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone]:
@@ -104,27 +182,3 @@ def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone]:
             mine = Group(members)
     assert mine is not None, "the pool's size is a multiple of workers_per_trial"
     return rank // per_trial, mine
-
-
-def _drive(
-    run: TrialRun,
-    broker: Any,
-    evaluator: CachedEvaluator | SAEBenchEvaluator | None,
-    artifacts: Artifacts,
-) -> None:
-    """Train and score one trial, telling the broker; ends early when it says so."""
-    number, cpu = run.spec.number, time.process_time()
-
-    def evaluate(sae: Any, steps: int) -> Any:
-        assert evaluator is not None, "only rank 0 of a trial scores it"
-        return evaluator.evaluate(sae, training_steps=steps)
-
-    def on_event(event: Progress | Rung) -> bool:
-        if isinstance(event, Progress):
-            row = {"step": event.step, "tokens": event.tokens, **event.metrics}
-            return not ray.get(broker.progress.remote(number, row))
-        record = artifacts.write(run.spec, event)
-        record["cpu_seconds"] = time.process_time() - cpu
-        return bool(ray.get(broker.rung.remote(number, record)))
-
-    run.train(evaluate, on_event)

@@ -7,6 +7,7 @@ that is.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -208,9 +209,10 @@ class TrialRun:
                 rung = None
                 if self.collective.rank == 0:
                     rung = self._score(evaluate, metrics, train_seconds)
+                # Before anyone is told: a checkpoint taken there must start the next rates at 0.
+                self.firing.reset_rates()
                 if not self._tell(on_event, rung):
                     return
-                self.firing.reset_rates()
                 started = time.perf_counter()
 
     def _tell(self, on_event: OnEvent, event: Progress | Rung | None) -> bool:
@@ -277,7 +279,8 @@ class TrialRun:
         """Continue where `state_dict` was taken; bit for bit on CPU."""
         self.step = state["step"]
         self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Adam keeps the tensors that it is given.
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         for name, coefficient in self.coefficients.items():
             coefficient.load_state_dict(state["coefficients"][name])

@@ -78,7 +78,8 @@ def export_sae(sae: TrainingSAE, scale: float) -> SAE:
     """
     state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
-    exported = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are replaced
+        exported = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     exported.load_state_dict(state)
     exported.fold_activation_norm_scaling_factor(scale)
     exported.fold_W_dec_norm()

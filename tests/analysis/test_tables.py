@@ -1,0 +1,286 @@
+"""Journal records become tables with the documented columns, and come back from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysae.analysis.conditioning import COLUMNS, conditioning_table
+from raysae.analysis.tables import (
+    TRIAL_COLUMNS,
+    conditioning_rows,
+    curves_table,
+    trials_table,
+    write_tables,
+)
+from raysae.search.journal import ended_trials
+from raysae.training.spec import TrialSpec, config_hash
+
+Record = dict[str, Any]
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {
+        "loss": 5.0 / step,
+        "l2_loss": 4.0 / step,
+        "sparsity_loss": 0.0,
+        "auxiliary_loss": 0.5 / step,
+        "penalty": 0.25 / step,
+        "alpha": 0.123,
+        "l0": 4.0,
+        "explained_variance": 1 - 1 / step,
+        "dead_features": 3.0,
+        "lr": 0.001,
+    }
+
+
+@pytest.fixture
+def rung_record(fake_result: Callable[..., Any]) -> Callable[..., Record]:
+    def make(trial: int, step: int, score: float = 0.25, *, last: bool = False) -> Record:
+        rng = np.random.default_rng(trial)
+        table = conditioning_table(
+            rng.standard_normal((12, 6)),
+            np.linspace(0, 1, 12),
+            np.linspace(1, 0, 12),
+            np.arange(12) % 2,
+            trial=trial,
+            step=step,
+            baseline_draws=2,
+        )
+        return {
+            "step": step,
+            "tokens": 64 * step,
+            "last": last,
+            "score": score,
+            "status": "ok",
+            "cause": "made up",
+            "result": fake_result(score).to_dict(),
+            "metrics": metrics(step),
+            "conditioning": json.loads(table.to_json(orient="records")),
+            "train_seconds": 2.0,
+            "score_seconds": 0.5,
+        }
+
+    return make
+
+
+def end_record(spec: TrialSpec, state: str, rung: Record, steps: int, error: str = "") -> Record:
+    return {
+        "event": "end",
+        "trial": spec.number,
+        "state": state,
+        "spec": spec.to_dict(),
+        "error": error,
+        "attempts": 1,
+        "submitted": 0.0,
+        "ended": 1.0,
+        "rung": rung,
+        "curve": [{"step": s, "tokens": 64 * s, **metrics(s)} for s in range(1, steps + 1)],
+    }
+
+
+@pytest.fixture
+def records(make_spec, rung_record) -> list[Record]:
+    """Four trials: finished after two rungs, stopped at the first, raised, and cancelled."""
+    baseline = make_spec(number=0, rungs=(512, 1536))
+    grouped = make_spec(
+        "standard",
+        "grouped",
+        {"group_update_period": 7, "n_groups": 3},
+        number=1,
+        schedule="cosine",
+        alpha=0.3,
+        rungs=(512, 1536),
+    )
+    diverged = make_spec(number=2, regularizer="fixed_orthogonal", alpha=30.0, seed=9)
+    cancelled = make_spec(number=3)
+    rungs = [
+        rung_record(0, 8, 0.1),
+        rung_record(1, 8, 0.5),
+        rung_record(0, 24, 0.25, last=True),
+    ]
+    events = [
+        {"event": "rung", "trial": trial, "time": 0.0, **rung}
+        for trial, rung in zip((0, 1, 0), rungs, strict=True)
+    ]
+    return [
+        *events,
+        end_record(cancelled, "failed", {}, 0, "cancelled before its first rung"),
+        end_record(grouped, "stopped", rungs[1], 8),
+        end_record(diverged, "failed", {}, 3, "TrainingDivergedError: loss is nan"),
+        end_record(baseline, "finished", rungs[2], 24),
+    ]
+
+
+@pytest.fixture
+def trials(records: list[Record]) -> pd.DataFrame:
+    return trials_table(ended_trials(records))
+
+
+def test_every_trial_is_a_row_with_the_documented_columns(trials: pd.DataFrame):
+    assert list(trials["trial"]) == [0, 1, 2, 3]
+    assert list(trials.columns[: len(TRIAL_COLUMNS)]) == list(TRIAL_COLUMNS)
+
+
+def test_a_methods_own_parameters_have_columns_of_their_own(trials: pd.DataFrame):
+    extra = list(trials.columns[len(TRIAL_COLUMNS) :])
+    assert extra == [
+        "alpha_schedule.end_factor",
+        "regularizer.ema",
+        "regularizer.n_groups",
+        "regularizer.scope",
+    ]
+    assert trials.loc[1, "regularizer.n_groups"] == 3
+    assert trials["regularizer.n_groups"].isna().tolist() == [True, False, True, True]
+
+
+def test_the_configuration_of_a_trial_is_in_its_row(trials: pd.DataFrame):
+    row = trials.loc[1]
+    expected = {
+        "regularizer": "grouped",
+        "group_update_period": 7,
+        "alpha": 0.3,
+        "alpha_schedule": "cosine",
+        "architecture": "standard",
+        "d_sae": 32,
+        "l1_coefficient": 0.5,
+        "seed": 3,
+        "attempts": 1,
+    }
+    assert {name: row[name] for name in expected} == expected
+    assert np.isnan(row["k"])
+    assert np.isnan(trials.loc[0, "group_update_period"])
+
+
+def test_the_result_of_the_last_rung_reached_is_in_its_row(trials: pd.DataFrame):
+    finished = trials.loc[0]
+    expected = {
+        "state": "finished",
+        "score": 0.25,
+        "status": "ok",
+        "training_steps": 24,
+        "tokens": 1536,
+        "forget_accuracy": 0.75,
+        "retain_accuracy": 1.0,
+        "forget_correct": 15,
+        "forget_total": 20,
+        "retain_correct": 40,
+        "retain_total": 40,
+        "best_retain_threshold": 0.01,
+        "best_n_features": 2,
+        "best_multiplier": 100,
+        "eligible_features_0.001": 1,
+        "eligible_features_0.01": 2,
+        "loss": 5 / 24,
+        "explained_variance": 1 - 1 / 24,
+        "l0": 4.0,
+        "train_seconds": 2.0,
+        "score_seconds": 0.5,
+        "tokens_per_second": 768.0,
+        "error": "",
+    }
+    assert {name: finished[name] for name in expected} == expected
+    assert (trials.loc[1, "state"], trials.loc[1, "training_steps"]) == ("stopped", 8)
+
+
+def test_conditioning_of_the_whole_decoder_is_in_the_row(trials: pd.DataFrame):
+    expected = conditioning_table(
+        np.random.default_rng(0).standard_normal((12, 6)),
+        np.linspace(0, 1, 12),
+        np.linspace(1, 0, 12),
+        trial=0,
+        step=24,
+        baseline_draws=2,
+    ).set_index("group")
+    for name in ("condition_number", "effective_rank", "coherence", "forget_retain_overlap"):
+        assert trials.loc[0, name] == pytest.approx(expected.loc["all", name], rel=1e-6)
+
+
+def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):
+    failed = trials.loc[2]
+    assert (failed["state"], failed["status"], failed["score"]) == ("failed", "failed", 0.0)
+    assert failed["error"] == failed["cause"] == "TrainingDivergedError: loss is nan"
+    assert (failed["training_steps"], failed["tokens"]) == (0, 0)
+    assert failed["regularizer"] == "fixed_orthogonal"
+    assert failed[["loss", "l0", "forget_accuracy", "condition_number"]].isna().all()
+
+
+def test_a_trial_without_an_intervention_has_a_score_and_no_accuracies(make_spec, rung_record):
+    rung = rung_record(0, 24, 0.0, last=True)
+    rung["result"] |= {"best": None, "eligible_features": {"0.001": 0, "0.01": 0}}
+    row = trials_table([end_record(make_spec(), "finished", rung, 24)]).loc[0]
+    assert (row["score"], row["eligible_features_0.01"], row["l0"]) == (0.0, 0, 4.0)
+    assert row[["forget_accuracy", "best_multiplier"]].isna().all()
+
+
+def test_equal_configurations_have_equal_hashes(records, trials: pd.DataFrame):
+    hashes = list(trials["config_hash"])
+    assert hashes == [config_hash(end["spec"]) for end in ended_trials(records)]
+    assert len(set(hashes)) == 4  # trial 0 has two rungs, trial 3 one
+
+
+def test_curves_have_a_row_for_every_logged_step(records):
+    curves = curves_table(ended_trials(records))
+    counts = curves.groupby("trial").size()
+    assert counts.to_dict() == {0: 24, 1: 8, 2: 3}
+    assert list(curves.columns[:4]) == ["trial", "step", "tokens", "loss"]
+    assert set(metrics(1)) <= set(curves.columns)
+    row = curves[(curves["trial"] == 1) & (curves["step"] == 4)].iloc[0]
+    assert (row["tokens"], row["loss"]) == (256, 1.25)
+
+
+def test_conditioning_has_a_row_for_every_trial_step_and_group(records):
+    table = conditioning_rows(records)
+    assert list(table.columns) == list(COLUMNS)
+    groups = ["all", "forget", "retain", "shared", "group:0", "group:1"]
+    found = {key: list(part["group"]) for key, part in table.groupby(["trial", "step"])}
+    assert found == {(0, 8): groups, (0, 24): groups, (1, 8): groups}
+
+
+def test_a_rung_scored_twice_after_a_crash_is_one_row_the_later_one(records, rung_record):
+    again = {"event": "rung", "trial": 0, "time": 1.0, **rung_record(0, 8)}
+    for row in again["conditioning"]:
+        row["coherence"] = 0.5
+    table = conditioning_rows([*records, again])
+    assert len(table) == len(conditioning_rows(records))
+    part = table[(table["trial"] == 0) & (table["step"] == 8)]
+    assert set(part["coherence"]) == {0.5}
+
+
+@pytest.mark.parametrize("name", ["trials", "curves", "conditioning"])
+def test_tables_come_back_from_parquet_and_csv(name: str, records, trials, tmp_path: Path):
+    ended = ended_trials(records)
+    tables = {
+        "trials": trials,
+        "curves": curves_table(ended),
+        "conditioning": conditioning_rows(records),
+    }
+    write_tables(tmp_path, records, ended)
+    table = tables[name]
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / f"{name}.parquet"), table, check_dtype=False
+    )
+    csv = pd.read_csv(tmp_path / f"{name}.csv")
+    assert list(csv.columns) == list(table.columns)
+    numbers = table.select_dtypes("number")
+    pd.testing.assert_frame_equal(csv[numbers.columns], numbers, check_dtype=False)
+    if name == "trials":
+        assert csv["error"].fillna("").tolist() == table["error"].tolist()
+
+
+@pytest.mark.parametrize("which", ["none ended", "all failed"])
+def test_a_search_without_results_still_writes_tables(which: str, records, tmp_path: Path):
+    ended = [r for r in ended_trials(records) if r["state"] == "failed"]
+    if which == "none ended":
+        ended = []
+    write_tables(tmp_path, [], ended)
+    assert len(pd.read_parquet(tmp_path / "trials.parquet")) == len(ended)
+    assert list(pd.read_csv(tmp_path / "trials.csv").columns[:3]) == ["trial", "state", "score"]
+    assert {"trial", "step", "tokens", "loss"} <= set(pd.read_csv(tmp_path / "curves.csv").columns)
+    assert pd.read_parquet(tmp_path / "conditioning.parquet").empty

@@ -1,0 +1,135 @@
+"""One torch thread, and the small synthetic things that several tests train and score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+from raysae.store.batches import ChunkedActivations  # noqa: E402
+from raysae.training.spec import SPARSITY_FIELD, TrialSpec  # noqa: E402
+
+SPARSITY = {"k": 4, "l1_coefficient": 0.5}
+
+
+@pytest.fixture
+def sparse_rows() -> Callable[..., np.ndarray]:
+    """(n_rows, d_in) float32: sums of a few of `n_features` random directions, plus an offset.
+
+    A dictionary of `n_features` unit rows explains them, so an SAE can learn them.
+    """
+
+    def make(n_rows: int = 512, d_in: int = 16, n_features: int = 24, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        directions = rng.standard_normal((n_features, d_in))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        fires = rng.random((n_rows, n_features)) < 3 / n_features
+        strength = 1 + rng.random((n_rows, n_features))
+        offset = 0.5 * rng.standard_normal(d_in)
+        return ((fires * strength) @ directions * 5 + offset).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture
+def make_store(sparse_rows: Callable[..., np.ndarray]) -> Callable[..., ChunkedActivations]:
+    """A store of three chunks of unequal length over `rows` (default: `sparse_rows()`).
+
+    Every third row is labelled as forget. Scale, mean and variance are those of the rows.
+    """
+
+    def make(rows: np.ndarray | None = None, **kwargs: Any) -> ChunkedActivations:
+        rows = sparse_rows(**kwargs) if rows is None else rows
+        n_rows, d_in = rows.shape
+        mean = rows.astype(np.float64).mean(0)
+        cuts = [n_rows // 5, n_rows // 2]
+        return ChunkedActivations(
+            np.split(rows, cuts),
+            np.arange(n_rows) % 3 == 0,
+            scale=float(np.sqrt(d_in) / np.linalg.norm(rows, axis=1).mean()),
+            mean=mean.astype(np.float32),
+            variance=float(((rows - mean) ** 2).sum(1).mean()),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_spec() -> Callable[..., TrialSpec]:
+    """A trial of `steps` steps of `batch_size` rows; other keywords as in `TrialSpec`.
+
+    Methods are given by name, with a dictionary of their parameters beside it.
+    """
+
+    def make(
+        architecture: str = "topk",
+        regularizer: str = "none",
+        parameters: dict[str, Any] | None = None,
+        *,
+        alpha: float = 1.0,
+        schedule: str = "constant",
+        steps: int = 24,
+        batch_size: int = 64,
+        d_sae: int = 32,
+        sparsity: float | None = None,
+        rungs: tuple[int, ...] | None = None,
+        number: int = 0,
+        seed: int = 3,
+        **training: Any,
+    ) -> TrialSpec:
+        field = SPARSITY_FIELD[architecture]
+        value = SPARSITY[field] if sparsity is None else sparsity
+        return TrialSpec(
+            number=number,
+            seed=seed,
+            sae={"architecture": architecture, "d_sae": d_sae, field: value},
+            training={"tokens": steps * batch_size, "batch_size": batch_size} | training,
+            regularizer={"name": regularizer} | (parameters or {}),
+            alpha=alpha,
+            alpha_schedule={"name": schedule},
+            rungs=rungs or (steps * batch_size,),
+        )
+
+    return make
+
+
+@pytest.fixture
+def fake_result() -> Callable[..., Any]:
+    """A real `UnlearningResult` with trivial values, for tests that score nothing."""
+    from raysae.unlearning import Intervention, UnlearningResult, UnlearningStatus
+
+    def make(score: float = 0.25, d_sae: int = 32) -> UnlearningResult:
+        best = Intervention(
+            retain_threshold=0.01,
+            n_features=10,
+            n_features_used=2,
+            features=(0, 1),
+            multiplier=100,
+            forget_correct=15,
+            forget_total=20,
+            retain_correct=40,
+            retain_total=40,
+        )
+        return UnlearningResult(
+            score=score,
+            status=UnlearningStatus.ok,
+            cause="made up",
+            eligible_features={0.001: 1, 0.01: 2},
+            interventions=(best,),
+            best=best,
+            baseline_forget_correct=20,
+            baseline_forget_total=20,
+            baseline_retain_correct=40,
+            baseline_retain_total=40,
+            evaluator="cached",
+            forget_sparsity=np.zeros(d_sae),
+            retain_sparsity=np.zeros(d_sae),
+            is_correct={},
+        )
+
+    return make

@@ -1,0 +1,107 @@
+"""A plan fits the cluster, or says what to set; it never waits for CPUs that will not come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysae.config import RunConfig, load_config
+from raysae.errors import UserError
+from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan
+
+ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
+
+
+def config(**overrides: Any) -> RunConfig:
+    return load_config(ORTH, {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def plan(cpus: float, gpus: float = 0, **overrides: Any) -> Plan:
+    return make_plan(config(**overrides), {"CPU": cpus, "GPU": gpus}, local=True)
+
+
+def refusal(cpus: float, gpus: float = 0, **overrides: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        plan(cpus, gpus, **overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("cpus", [2, 5, 33])
+def test_by_default_every_cpu_but_the_harvests_trains_a_trial(cpus: int):
+    made = plan(cpus, search__num_samples=100)
+    assert made.workers == made.groups == made.concurrent_trials == cpus - HARVEST_CPUS
+    assert (made.workers_per_trial, made.cpus, made.local) == (1, cpus, True)
+
+
+def test_the_workers_asked_for_are_what_is_used():
+    assert plan(9, resources__workers=3).workers == 3
+
+
+def test_as_many_workers_as_fit_are_not_refused():
+    assert plan(4, resources__workers=3).workers == 3
+
+
+def test_more_workers_than_fit_are_refused_with_the_number_that_fits():
+    message = refusal(4, resources__workers=4)
+    assert "resources.workers: 4 workers" in message
+    assert "set resources.workers to at most 3" in message
+
+
+def test_threads_of_a_worker_take_a_cpu_each():
+    assert plan(9, resources__threads_per_worker=4).workers == 2
+    message = refusal(9, resources__threads_per_worker=4, resources__workers=3)
+    assert "4 CPU(s)" in message
+    assert "at most 2" in message
+
+
+def test_a_cluster_without_room_for_a_worker_is_refused():
+    assert "do not fit" in refusal(1)
+    assert "do not fit" in refusal(4, resources__threads_per_worker=8)
+
+
+def test_a_gpu_for_every_worker():
+    assert plan(17, gpus=4, resources__use_gpu=True).workers == 4
+    message = refusal(17, gpus=4, resources__use_gpu=True, resources__workers=5)
+    assert "short of GPUs" in message
+    assert "at most 4" in message
+    assert "do not fit" in refusal(17, gpus=0, resources__use_gpu=True)
+
+
+def test_cpus_are_the_limit_where_there_are_more_gpus():
+    made = plan(3, gpus=8, resources__use_gpu=True)
+    assert made.workers == 2
+    assert "short of CPUs" in refusal(3, gpus=8, resources__use_gpu=True, resources__workers=3)
+
+
+def test_data_parallel_trials_take_a_group_of_workers():
+    made = plan(9, resources__workers_per_trial=4)
+    assert (made.workers, made.groups, made.concurrent_trials) == (8, 2, 2)
+
+
+def test_cpus_that_fill_no_whole_group_stay_free():
+    made = plan(11, resources__workers_per_trial=4)
+    assert (made.workers, made.groups) == (8, 2)
+
+
+def test_workers_that_cannot_be_divided_into_groups_are_refused():
+    message = refusal(9, resources__workers=6, resources__workers_per_trial=4)
+    assert "resources.workers_per_trial: 6 workers" in message
+    assert "multiple of 4" in message
+
+
+def test_a_group_larger_than_the_cluster_is_refused():
+    assert "do not fit" in refusal(4, resources__workers_per_trial=8)
+
+
+@pytest.mark.parametrize(("limit", "trials", "expected"), [(3, 24, 3), (None, 24, 8), (None, 2, 2)])
+def test_trials_at_a_time_are_capped_by_the_limit_the_groups_and_the_trials(
+    limit: int | None, trials: int, expected: int
+):
+    made = plan(9, search__max_concurrent=limit, search__num_samples=trials)
+    assert made.concurrent_trials == expected
+
+
+def test_no_more_trials_at_a_time_than_there_are_groups_of_workers():
+    assert plan(9, search__max_concurrent=50).concurrent_trials == 8

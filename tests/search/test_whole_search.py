@@ -1,0 +1,139 @@
+"""One whole search through Ray, as a user starts it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from sae_lens import SAE
+
+from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
+from raysae.analysis.tables import TIME_COLUMNS, TRIAL_COLUMNS
+from raysae.search.journal import JOURNAL, ended_trials, read_journal
+from raysae.store.activations import local_store
+from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.spec import TrialSpec
+from raysae.unlearning import (
+    CachedEvaluator,
+    SAEBenchEvaluator,
+    build_cache,
+    default_eval_config,
+)
+from raysae.worlds import load_world
+from raysae.worlds.model import load_model
+
+pytestmark = pytest.mark.search
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The main job, with its working directory somewhere else, as after an installation."""
+    command = [sys.executable, str(ROOT / "run_search.py"), "--smoke", "--out", str(out), *options]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    out = tmp_path_factory.mktemp("search") / "run"
+    done = run(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world("embedded")
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    torch.set_num_threads(1)
+    return load_model(world)
+
+
+def test_every_trial_was_trained_and_explained(search):
+    trials = pd.read_parquet(search[0] / "trials.parquet")
+    assert len(trials) == 3
+    assert (trials["training_steps"] == 512).all()
+    assert (trials["state"] == "finished").all()
+    assert (trials["cause"].str.len() > 0).all()
+    assert trials["score"].nunique() > 1
+    assert trials.loc[0, "regularizer"] == "none"
+    assert set(TRIAL_COLUMNS) <= set(trials.columns)
+
+
+def test_the_run_folder_holds_what_the_readme_promises(search):
+    out = search[0]
+    for name in ("trials", "curves", "conditioning"):
+        parquet, csv = pd.read_parquet(out / f"{name}.parquet"), pd.read_csv(out / f"{name}.csv")
+        assert len(parquet) == len(csv) > 0
+    conditioning = pd.read_parquet(out / "conditioning.parquet")
+    assert list(conditioning.columns) == list(CONDITIONING_COLUMNS)
+    assert {"all", "forget", "retain"} <= set(conditioning["group"])
+    about = json.loads((out / "about.json").read_text())
+    assert about["versions"]["sae-bench"] == "0.6.0"
+    assert len(about["world_fingerprint"]) == 64
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["hook"] == "blocks.0.hook_resid_post"
+    assert (out / "optuna.journal").stat().st_size > 0
+
+
+def test_the_terminal_shows_dashboard_leaderboard_best_and_baseline(search):
+    for words in ("Ray dashboard: http", "Leaderboard", "(baseline)", "Best: trial", str(search[0])):
+        assert words in search[1]
+
+
+def test_sae_lens_loads_the_best_sae_and_saebench_gives_its_stored_score(
+    search, world, model, tmp_path
+):
+    best = search[0] / "best"
+    sae = SAE.load_from_disk(best)
+    stored = json.loads((best / "unlearning_eval_results.json").read_text())
+    steps = json.loads((best / "trial.json").read_text())["training_steps"]
+    config = default_eval_config(world)
+    reference = SAEBenchEvaluator(world, model, world.default_hook_name, config, tmp_path)
+    result = reference.evaluate(sae, training_steps=steps)
+    assert result.score == stored["eval_result_metrics"]["unlearning"]["unlearning_score"]
+
+
+def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model):
+    record = ended_trials(read_journal(search[0] / JOURNAL))[1]
+    config = default_eval_config(world)
+    cache = build_cache(world, model, world.default_hook_name, config)
+    evaluator = CachedEvaluator(world, model, cache, config)
+    events: list[Progress | Rung] = []
+    trial = TrialRun(
+        TrialSpec(**record["spec"]), local_store(world, model, world.default_hook_name)
+    )
+    trial.train(
+        lambda sae, steps: evaluator.evaluate(sae, training_steps=steps),
+        lambda event: events.append(event) is None,
+    )
+    rung = events[-1]
+    assert isinstance(rung, Rung)
+    assert rung.result.score == record["rung"]["score"]
+    assert rung.result.to_dict() == record["rung"]["result"]
+    assert rung.metrics == record["rung"]["metrics"]
+    curve = [e.metrics["loss"] for e in events if isinstance(e, Progress)]
+    assert curve == [point["loss"] for point in record["curve"]]
+
+
+def test_one_worker_gives_the_same_table_again(search, tmp_path):
+    again = tmp_path / "again"
+    done = run(again, "--set", "resources.workers=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (
+        pd.read_parquet(folder / "trials.parquet").drop(columns=list(TIME_COLUMNS))
+        for folder in (search[0], again)
+    )
+    pd.testing.assert_frame_equal(first, second)

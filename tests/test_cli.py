@@ -1,0 +1,259 @@
+"""Bad input ends at once: exit code 2, one message, no traceback, no Ray, nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysae import cli
+from raysae.config import RunConfig
+from raysae.search import cluster, run
+from raysae.worlds import load_world
+
+ROOT = Path(__file__).parent.parent
+ORTH = ROOT / "search_spaces" / "orth.yaml"
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch, capsys) -> Callable[..., Ended]:
+    """`run_search.py` with these arguments, in this process and in an empty folder.
+
+    Starting Ray is an error.
+    """
+
+    def no_ray(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(cluster, "start", no_ray)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["run_search.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Ended(int(caught.value.code or 0), out, err)
+
+    return call
+
+
+@pytest.fixture
+def searched(monkeypatch) -> list[tuple[RunConfig, Path, str | None]]:
+    """The searches that were begun; each succeeds at once with one good trial."""
+    begun = []
+
+    def fake(config: RunConfig, run_dir: Path, _: Any, *, address: str | None = None) -> Any:
+        begun.append((config, run_dir, address))
+        return run.SearchOutcome(run_dir, trials=1, failed=0, first_error="")
+
+    monkeypatch.setattr(run, "run_search", fake)
+    return begun
+
+
+def assert_refused(ended: Ended, *parts: str) -> None:
+    assert ended.code == 2
+    assert ended.out == ""
+    assert [part for part in parts if part not in ended.err] == []
+    assert ended.err.startswith("error: ")
+    assert len(ended.err.splitlines()) == 1
+    assert not any(Path.cwd().iterdir())
+
+
+# --- As a user calls it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--space", "orht.yaml"], "--space orht.yaml: no such file"),
+        (["--space", "broken.yaml"], "broken.yaml:3:8: not valid YAML"),
+        (["--set", "training.tokns=5"], "unknown key 'tokns'"),
+        (["--set", "hook=blocks.9.hook_resid_post"], "unknown hook 'blocks.9.hook_resid_post'"),
+    ],
+    ids=["unknown space", "broken YAML", "unknown key", "unknown hook"],
+)
+def test_bad_input_ends_with_one_message_before_ray_is_imported(
+    arguments: list[str], message: str, tmp_path: Path
+):
+    here, trap = tmp_path / "here", tmp_path / "trap"
+    for folder in (here, trap):
+        folder.mkdir()
+    (trap / "ray.py").write_text("raise SystemExit('ray was imported')\n")
+    (tmp_path / "here" / "broken.yaml").write_text("sae:\n  k: [3\n  d_sae: 5\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_search.py"), *arguments],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": str(trap)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in here.iterdir()] == ["broken.yaml"]
+
+
+# --- In this process ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--space", "orht"], ["--space orht", "valid: orth.yaml"]),
+        (["--set", "training.tokens=-1"], ["training.tokens", "greater than or equal to 1", "-1"]),
+        (["--set", "search.num_samples=-1"], ["search.num_samples", "-1"]),
+        (["--set", "training.tokens"], ["--set training.tokens: must be key=value"]),
+        (["--set", "trainig.tokens=5"], ["unknown key 'trainig'", "mean 'training'?"]),
+        (["--set", "world=real"], ["unknown world 'real'", "valid: embedded"]),
+        (["--set", "space.alpha=-1"], ["space.alpha", "≥ 0, got -1"]),
+        (["--set", "hook=blocks.9.hook_resid_post"], ["hook", "blocks.0.hook_resid_post"]),
+        (["--set", "hook=resid"], ["unknown hook 'resid'", "valid"]),
+        (["--smoke", "--set", "training.batch_size=131073"], ["131072", "131073", "0 steps"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_bad_input_ends_with_one_message(arguments: list[str], parts: list[str], command):
+    assert_refused(command(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--num-samples", "-1"], "--num-samples"),
+        (["--num-samples", "0"], "--num-samples"),
+        (["--num-samples", "many"], "--num-samples"),
+        (["--max-concurrent", "0"], "--max-concurrent"),
+        (["--seed", "-1"], "--seed"),
+        (["--spce", "orth.yaml"], "--spce"),
+        (["orth.yaml"], "orth.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_end_with_the_options_name(arguments: list[str], part: str, command):
+    ended = command(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert part in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_run_folder_with_something_in_it_is_left_alone(command, tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "precious").write_text("result")
+    assert_refused(command("--out", str(folder)), f"--out {folder}", "exists already")
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+
+
+def test_a_run_folder_that_is_a_file_is_left_alone(command, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    assert_refused(command("--out", str(file)), f"--out {file}", "exists already")
+    assert file.read_text() == "text"
+
+
+def test_a_run_folder_below_a_file_cannot_be_written(command, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    message = [f"--out {file / 'run'}", "cannot be written", "Not a directory"]
+    assert_refused(command("--out", str(file / "run")), *message)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_folder_without_write_permission_cannot_be_written(command, tmp_path: Path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    ended = command("--out", str(locked / "run"))
+    assert_refused(ended, f"--out {locked / 'run'}", "cannot be written", "Permission denied")
+
+
+def test_a_bad_config_does_not_leave_a_run_folder(command, tmp_path: Path):
+    out = tmp_path / "run"
+    assert_refused(command("--out", str(out), "--set", "hook=nowhere"), "nowhere")
+    assert not out.exists()
+
+
+def test_good_input_is_searched_in_a_new_folder(command, searched, tmp_path: Path):
+    ended = command("--out", str(tmp_path / "a" / "run"), "--address", "auto")
+    assert ended.code == 0
+    ((config, run_dir, address),) = searched
+    assert (run_dir, address) == (tmp_path / "a" / "run", "auto")
+    assert run_dir.is_dir()
+    assert config.hook == load_world("embedded").default_hook_name
+    assert config.search.num_samples >= 24
+
+
+def test_without_out_the_folder_is_named_after_the_space(command, searched):
+    command()
+    ((_, run_dir, _),) = searched
+    assert run_dir.parent == Path.cwd() / "runs"
+    assert run_dir.name.startswith("orth-")
+
+
+def test_options_override_set_which_overrides_smoke_which_overrides_the_file(command, searched):
+    command("--smoke")
+    command("--smoke", "--set", "search.num_samples=5", "--set", "search.seed=7")
+    command("--smoke", "--set", "search.num_samples=5", "--num-samples", "6", "--seed", "8")
+    command("--set", "resources.workers=2", "--max-concurrent", "1")
+    smoke, by_set, by_option, plain = (config for config, _, _ in searched)
+    assert (smoke.search.num_samples, smoke.training.tokens) == (3, 131_072)
+    assert (by_set.search.num_samples, by_set.search.seed) == (5, 7)
+    assert (by_option.search.num_samples, by_option.search.seed) == (6, 8)
+    assert (plain.resources.workers, plain.search.max_concurrent) == (2, 1)
+    assert plain.training.tokens == 1_572_864
+
+
+def test_a_search_in_which_every_trial_failed_ends_with_1_and_the_first_reason(
+    command, monkeypatch
+):
+    outcome = run.SearchOutcome(Path("x"), trials=3, failed=3, first_error="ValueError: why")
+    monkeypatch.setattr(run, "run_search", lambda *_, **__: outcome)
+    ended = command()
+    assert ended.code == 1
+    assert "every trial failed" in ended.err
+    assert "ValueError: why" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_search_in_which_some_trials_failed_ends_with_0(command, monkeypatch):
+    outcome = run.SearchOutcome(Path("x"), trials=3, failed=2, first_error="ValueError: why")
+    monkeypatch.setattr(run, "run_search", lambda *_, **__: outcome)
+    assert command().code == 0
+
+
+def test_an_interrupted_search_ends_with_130(command, monkeypatch):
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_search", interrupted)
+    ended = command()
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+
+
+def test_a_cluster_that_cannot_be_used_is_the_users_to_fix(command, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise cluster.UserError("--address nowhere: no Ray cluster can be reached there")
+
+    monkeypatch.setattr(run, "run_search", refuse)
+    ended = command("--address", "nowhere")
+    assert ended.code == 2
+    assert ended.err.startswith("error: --address nowhere")
+    assert len(ended.err.splitlines()) == 1
