@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -54,7 +56,19 @@ def _world() -> tuple[Any, CachedEvaluator]:
     return store, CachedEvaluator(world, model, cache, config)
 
 
-def run_one(task: tuple[int, dict[str, Any], int, int]) -> tuple[int, int, Rung]:
+@dataclass(frozen=True)
+class Outcome:
+    """What is printed of one SAE."""
+
+    index: int
+    score: float
+    status: str
+    eligible: dict[float, int]
+    multiplier: int | None
+    metrics: dict[str, float]
+
+
+def run_one(task: tuple[int, dict[str, Any], int, int]) -> Outcome:
     """Train and score one SAE: (index of the configuration, its fields, seed, steps)."""
     index, sae, seed, steps = task
     store, evaluator = _world()
@@ -75,7 +89,17 @@ def run_one(task: tuple[int, dict[str, Any], int, int]) -> tuple[int, int, Rung]
         return True
 
     TrialRun(spec, store).train(lambda s, n: evaluator.evaluate(s, training_steps=n), keep)
-    return index, seed, rungs[-1]
+    rung = rungs[-1]
+    result = rung.result
+    print(f"{sae} seed {seed}: {result.score:.3f}", file=sys.stderr, flush=True)
+    return Outcome(
+        index=index,
+        score=result.score,
+        status=result.status.value,
+        eligible=result.eligible_features,
+        multiplier=result.best.multiplier if result.best else None,
+        metrics=rung.metrics,
+    )
 
 
 def main() -> None:
@@ -96,21 +120,23 @@ def main() -> None:
     print(f"torch {version('torch')}, sae-lens {version('sae-lens')}, "
           f"sae-bench {version('sae-bench')}; {arguments.steps} steps of {BATCH_SIZE}, "
           f"d_sae {D_SAE}; {time.time() - started:.0f} s")  # fmt: skip
-    print("\n| SAE | scores | mean | L0 | EV | dead | eligible .001 / .01 | status |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| SAE | scores | mean | L0 | EV | dead | eligible .001 / .01 | multiplier | status |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     groups = []
     for index, sae in enumerate(REFERENCE):
-        rungs = [rung for i, _, rung in done if i == index]
-        scores = [rung.result.score for rung in rungs]
+        outcomes = [outcome for outcome in done if outcome.index == index]
+        scores = [outcome.score for outcome in outcomes]
         groups.append(scores)
         name = " ".join(str(value) for value in sae.values())
-        eligible = rungs[0].result.eligible_features
-        mean = {key: np.mean([r.metrics[key] for r in rungs]) for key in rungs[0].metrics}
-        statuses = sorted({rung.result.status.value for rung in rungs})
+        eligible = outcomes[0].eligible
+        mean = {key: np.mean([o.metrics[key] for o in outcomes]) for key in outcomes[0].metrics}
+        multipliers = " ".join(str(outcome.multiplier) for outcome in outcomes)
+        statuses = sorted({outcome.status for outcome in outcomes})
         print(
             f"| {name} | {' '.join(f'{s:.3f}' for s in scores)} | {np.mean(scores):.3f} "
             f"| {mean['l0']:.1f} | {mean['explained_variance']:.3f} | {mean['dead_features']:.0f} "
-            f"| {' / '.join(str(n) for n in eligible.values())} | {', '.join(statuses)} |"
+            f"| {' / '.join(str(n) for n in eligible.values())} | {multipliers} "
+            f"| {', '.join(statuses)} |"
         )
     within = np.mean([np.var(scores, ddof=1) for scores in groups])
     between = np.var([np.mean(scores) for scores in groups], ddof=1)

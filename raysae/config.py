@@ -265,7 +265,7 @@ def _problem(item: Any, loc: tuple[str, ...]) -> str:
         return f"unknown key {loc[-1]!r}; {nearest(loc[-1], _fields_at(loc[:-1]))}"
     if item["type"] == "missing":
         return "is missing"
-    message = item["msg"].removeprefix("Value error, ")
+    message: str = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message
     return f"{message}, got {value!r}"

@@ -84,7 +84,8 @@ class Choice(_Strict):
     choices: tuple[Scalar, ...] = Field(min_length=1)
 
     def suggest(self, trial: Suggester, name: str) -> Scalar:
-        return trial.suggest_categorical(name, list(self.choices))
+        choice: Scalar = trial.suggest_categorical(name, list(self.choices))
+        return choice
 
     @property
     def extremes(self) -> tuple[Scalar, ...]:
@@ -119,7 +120,7 @@ def _parse_parameter(value: Any) -> Any:
             raise ValueError("empty range: a list of choices needs at least one")
         return Choice(choices=tuple(value))
     if isinstance(value, dict):
-        kinds = {"float": FloatRange, "int": IntRange}
+        kinds: dict[str, type[FloatRange | IntRange]] = {"float": FloatRange, "int": IntRange}
         found = [kind for kind in kinds if kind in value]
         if len(found) != 1:
             raise ValueError(
@@ -141,9 +142,7 @@ class SearchSpace(_Strict):
 
     regularizer: dict[str, Branch | None] = Field(min_length=1)
     alpha: Parameter = Fixed(value=1.0)
-    alpha_schedule: dict[str, Branch | None] = Field(
-        default_factory=lambda: {"constant": None}, min_length=1
-    )
+    alpha_schedule: dict[str, Branch | None] = Field({"constant": None}, min_length=1)
     sae: Branch = Field(default_factory=dict)
     training: Branch = Field(default_factory=dict)
 

@@ -248,4 +248,6 @@ class BrokerState:
             os.fsync(file.fileno())
 
 
-Broker = ray.remote(num_cpus=0, max_concurrency=1000)(BrokerState)
+Broker: Any = ray.remote(BrokerState)
+OPTIONS = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": 0}
+"""Every waiting trial and worker holds one call."""

@@ -82,7 +82,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     if store is None:
         return None
     evaluator: CachedEvaluator | SAEBenchEvaluator | None = None
-    if model is not None and config.evaluator == "cached":
+    if model is not None and store.evaluation_cache is not None:
         evaluator = CachedEvaluator(world, model, ray.get(store.evaluation_cache), eval_config)
     elif model is not None:
         work_dir = Path(config.run_dir) / "saebench" / str(group)
@@ -124,7 +124,7 @@ class Worker:
             job = self.collective.broadcast(job)
             if job is None:
                 return
-            self._run(TrialSpec(**job))
+            self._run(TrialSpec.model_validate(job))
 
     def _run(self, spec: TrialSpec) -> None:
         """Train and score one trial; an error is its own and reaches the journal, not the loop."""
@@ -179,6 +179,7 @@ def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone]:
         # Every process must create every group, in the same order.
         members = dist.new_group(list(range(start, start + per_trial)))
         if start <= rank < start + per_trial:
+            assert isinstance(members, dist.ProcessGroup)
             mine = Group(members)
     assert mine is not None, "the pool's size is a multiple of workers_per_trial"
     return rank // per_trial, mine

@@ -92,7 +92,7 @@ def run_search(
     plan, dashboard = cluster.start(config, address, namespace)
     import ray
 
-    from raysae.pool.broker import Broker
+    from raysae.pool.broker import OPTIONS, Broker
     from raysae.pool.client import BROKER_NAME
 
     console.print(
@@ -102,7 +102,7 @@ def run_search(
     )
     _write_about(config, run_dir, plan)
     memory = _MemoryWatch()
-    broker = Broker.options(name=BROKER_NAME, max_restarts=0).remote(str(run_dir / JOURNAL))
+    broker = Broker.options(name=BROKER_NAME, **OPTIONS).remote(str(run_dir / JOURNAL))
     background: list[threading.Thread] = []
     try:
         background.append(_background(_run_pool, config, plan, namespace, run_dir, broker))

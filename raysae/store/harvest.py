@@ -64,10 +64,11 @@ def harvest(
         for start in range(0, lengths[name], SEQUENCES_PER_CHUNK)
     ]
     task = _harvest_chunk.options(num_returns=2)
-    returns = [task.remote(world_name, hook_name, *piece, dtype) for piece in pieces]
+    returns: list[Any] = [task.remote(world_name, hook_name, *piece, dtype) for piece in pieces]
     ready = cache = None
     if evaluation_cache:
-        ready, cache = _evaluation_cache.options(num_returns=2).remote(world_name, hook_name)
+        refs: Any = _evaluation_cache.options(num_returns=2).remote(world_name, hook_name)
+        ready, cache = refs
     sums = ray.get([refs[1] for refs in returns])
     if ready is not None:
         ray.get(ready)  # raises what the task raised, without fetching the cache itself

@@ -128,12 +128,20 @@ def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model)
     assert curve == [point["loss"] for point in record["curve"]]
 
 
-def test_one_worker_gives_the_same_table_again(search, tmp_path):
-    again = tmp_path / "again"
-    done = run(again, "--set", "resources.workers=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (
-        pd.read_parquet(folder / "trials.parquet").drop(columns=list(TIME_COLUMNS))
-        for folder in (search[0], again)
-    )
-    pd.testing.assert_frame_equal(first, second)
+def test_one_worker_gives_the_same_table_again(tmp_path):
+    """With the sampler past its random start and with early stopping."""
+    options = [
+        *("--set", "resources.workers=1"),
+        *("--set", "training.tokens=32768"),
+        *("--set", "training.batch_size=64"),
+        *("--set", "search.scheduler.name=asha"),
+        *("--set", "search.startup_trials=3"),
+        *("--num-samples", "7"),
+    ]
+    tables = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        done = run(folder, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tables.append(pd.read_parquet(folder / "trials.parquet").drop(columns=list(TIME_COLUMNS)))
+    assert set(tables[0]["state"]) == {"finished", "stopped"}
+    pd.testing.assert_frame_equal(*tables)
