@@ -1,0 +1,129 @@
+"""A world's model as a TransformerLens model, built from its Hugging Face folder alone.
+
+TransformerLens looks configurations up by the names of published models. Here the configuration is
+written by hand from config.json, so that any folder of a known architecture loads, offline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+from transformers import AutoTokenizer, Gemma2ForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from raysae.worlds.world import World, check_hook, hook_layer, unknown_name
+
+__all__ = ["ARCHITECTURES", "check_hook", "hook_layer", "load_model"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How TransformerLens is to run one Hugging Face architecture."""
+
+    hugging_face_class: type[PreTrainedModel]
+    config: Callable[[Any], dict[str, Any]]
+    """From the Hugging Face config to the arguments of HookedTransformerConfig."""
+    convert_weights: Callable[[Any, HookedTransformerConfig], Mapping[str, torch.Tensor]]
+
+
+def _gemma2_config(config: Any) -> dict[str, Any]:
+    windowed = {"sliding_attention": "local", "full_attention": "global"}
+    return {
+        "d_model": config.hidden_size,
+        "d_head": config.head_dim,
+        "n_heads": config.num_attention_heads,
+        "n_key_value_heads": config.num_key_value_heads,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "eps": config.rms_norm_eps,
+        "act_fn": config.hidden_activation,
+        "gated_mlp": True,
+        "normalization_type": "RMS",
+        "use_normalization_before_and_after": True,
+        "final_rms": True,
+        "positional_embedding_type": "rotary",
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "rotary_dim": config.head_dim,
+        "use_attn_scale": True,
+        "attn_scale": config.query_pre_attn_scalar**0.5,
+        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,  # -1 is "no cap"
+        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
+        "use_local_attn": True,
+        "attn_types": [windowed[kind] for kind in config.layer_types],
+        "window_size": config.sliding_window,
+    }
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "Gemma2ForCausalLM": Architecture(Gemma2ForCausalLM, _gemma2_config, convert_gemma_weights),
+}
+
+
+def load_model(
+    world: World, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> HookedTransformer:
+    """Return the world's model, frozen and in evaluation mode, on `device` in `dtype`.
+
+    Its weights are the folder's as they are (nothing is folded or centred), so that the residual
+    stream is the one SAEBench's absolute multipliers are meant for. ``cfg.model_name`` is the name
+    SAEBench recognises. Autograd stays as it is for everything else.
+
+    Raises ValueError for an architecture not in ARCHITECTURES.
+    """
+    architecture = _architecture(world)
+    with _no_progress_bars():
+        source = architecture.hugging_face_class.from_pretrained(
+            world.model_path, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path, local_files_only=True)
+    config = HookedTransformerConfig(
+        **architecture.config(source.config),
+        original_architecture=architecture.hugging_face_class.__name__,
+        device=str(device),
+        dtype=dtype,
+        init_weights=False,  # all are loaded below, and drawing them would move the random state
+    )
+    model = HookedTransformer(config, tokenizer, move_to_device=False, default_padding_side="right")
+    weights = architecture.convert_weights(source, config)
+    model.load_and_process_state_dict(
+        {name: weight.detach().clone() for name, weight in weights.items()},
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    model.cfg.model_name = world.saebench_model_name
+    model.requires_grad_(False).eval().to(device, print_details=False)
+    return model
+
+
+def _architecture(world: World) -> Architecture:
+    named = json.loads((world.model_path / "config.json").read_text()).get("architectures") or []
+    for name in named:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    raise ValueError(
+        f"{world.model_path / 'config.json'}: "
+        + unknown_name("architecture", ", ".join(named) or "(none given)", ARCHITECTURES)
+    )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep a caller's terminal free of the bars of a load that takes a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
