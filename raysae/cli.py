@@ -57,9 +57,12 @@ def search(
     }
     overrides |= {key: value for key, value in flags.items() if value is not None}
     config: RunConfig = load_config(path, overrides)
+    from raysae.search.cluster import check_address
     from raysae.search.run import make_run_dir, resolve, run_search
 
     config = resolve(config)
+    if address is not None:
+        check_address(address)
     # Without a terminal there is no width to fit into.
     console = Console(width=None if sys.stdout.isatty() else 140)
     outcome = run_search(config, make_run_dir(out, path.stem), console, address=address)

@@ -257,3 +257,15 @@ def test_a_cluster_that_cannot_be_used_is_the_users_to_fix(command, monkeypatch)
     assert ended.code == 2
     assert ended.err.startswith("error: --address nowhere")
     assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("127.0.0.1:1", ("--address 127.0.0.1:1", "nothing answers", "ray start --head")),
+        ("no port", ("--address no port", "HOST:PORT")),
+        ("ray://127.0.0.1:1", ("--address ray://127.0.0.1:1", "HOST:PORT")),
+    ],
+)
+def test_a_cluster_that_cannot_be_reached_is_refused_in_seconds(command, address, parts):
+    assert_refused(command("--address", address), *parts)

@@ -260,8 +260,6 @@ def test_a_key_that_yaml_does_not_read_as_a_word_is_an_unknown_key(text: str, ke
     assert key in message
 
 
-
-
 @pytest.mark.parametrize(
     "value",
     [

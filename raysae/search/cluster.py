@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,26 @@ class Plan:
     def groups(self) -> int:
         """Trials that train at the same time."""
         return self.workers // self.workers_per_trial
+
+
+def check_address(address: str) -> None:
+    """Find out in seconds, and without Ray, that nothing answers at `address`; Ray takes minutes.
+
+    Raises:
+        UserError: not "auto" or host:port, or no connection.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        raise UserError(f"--address {address}: must be HOST:PORT of a Ray head node, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--address {address}: nothing answers there ({error}); start a cluster with "
+            "`ray start --head`, or leave --address out to use this machine"
+        ) from None
 
 
 def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan, str | None]:

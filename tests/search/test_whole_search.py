@@ -89,7 +89,13 @@ def test_the_run_folder_holds_what_the_readme_promises(search):
 
 
 def test_the_terminal_shows_dashboard_leaderboard_best_and_baseline(search):
-    for words in ("Ray dashboard: http", "Leaderboard", "(baseline)", "Best: trial", str(search[0])):
+    for words in (
+        "Ray dashboard: http",
+        "Leaderboard",
+        "(baseline)",
+        "Best: trial",
+        str(search[0]),
+    ):
         assert words in search[1]
 
 

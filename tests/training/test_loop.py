@@ -110,8 +110,6 @@ def test_loading_a_state_leaves_the_run_it_came_from_alone(make_spec, make_store
     assert advance(first, 11) == expected[13:]
 
 
-
-
 @pytest.mark.parametrize("at", ["progress", pytest.param("rung")])
 def test_a_checkpoint_taken_at_an_event_gives_the_same_remaining_events(
     at: str, make_spec, make_store, fake_result
