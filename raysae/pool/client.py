@@ -1,6 +1,6 @@
-"""A Tune trial: a thin client that submits its trial to the pool and passes rungs on to Tune.
+"""What Tune and Train call: the thin client of a trial, and the way into a worker.
 
-Imports nothing heavy: it lives in a process of its own, next to the workers that do the work.
+Imports nothing heavy: clients live in processes of their own, next to the workers that do the work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from ray import tune
 
 BROKER_NAME = "raysae-broker"
 WORST_SCORE = 0.0
+
+
+def serve_pool(settings: dict[str, Any]) -> None:
+    """`train_loop_per_worker` of the pool: the driver pickles this by name, and need not spend the
+    twenty seconds that the worker's imports take."""
+    from raysae.pool.worker import serve
+
+    serve(settings)
 
 
 def trial_client(config: dict[str, Any]) -> None:

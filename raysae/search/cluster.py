@@ -77,6 +77,9 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if address is None:
+        # Nobody preempts this machine, and the watcher's process delays the first trial.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
     resources = config.resources

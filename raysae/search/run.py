@@ -147,6 +147,7 @@ def _harvest(config: RunConfig, run_dir: Path, broker: Any) -> None:
             config.hook,
             config.resources.store_dtype,
             evaluation_cache=config.objective.evaluator == "cached",
+            tasks_at_a_time=cluster.HARVEST_CPUS,
         )
         ray.get(broker.set_store.remote(handle))
     except Exception as error:
@@ -164,11 +165,11 @@ def _run_pool(
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from raysae.pool.worker import serve
+    from raysae.pool.client import serve_pool
 
     resources = config.resources
     trainer = TorchTrainer(
-        serve,
+        serve_pool,
         train_loop_config={
             "namespace": namespace,
             "world": config.world,

@@ -47,7 +47,12 @@ class StoreHandle:
 
 
 def harvest(
-    world_name: str, hook_name: str, dtype: StoreDtype, *, evaluation_cache: bool
+    world_name: str,
+    hook_name: str,
+    dtype: StoreDtype,
+    *,
+    evaluation_cache: bool,
+    tasks_at_a_time: int = 1,
 ) -> StoreHandle:
     """Submit the harvest tasks, wait for them, and return the store's handle.
 
@@ -56,6 +61,7 @@ def harvest(
         hook_name: e.g. "blocks.0.hook_resid_post".
         dtype: of the chunks.
         evaluation_cache: whether to compute what the cached evaluator needs, too.
+        tasks_at_a_time: no more, or they would take the CPUs that the starting pool waits for.
     """
     lengths = ray.get(_count_sequences.remote(world_name))
     pieces = [
@@ -64,7 +70,12 @@ def harvest(
         for start in range(0, lengths[name], SEQUENCES_PER_CHUNK)
     ]
     task = _harvest_chunk.options(num_returns=2)
-    returns: list[Any] = [task.remote(world_name, hook_name, *piece, dtype) for piece in pieces]
+    returns: list[Any] = []
+    for piece in pieces:
+        running = [refs[1] for refs in returns]
+        if len(running) >= tasks_at_a_time:
+            ray.wait(running, num_returns=len(running) - tasks_at_a_time + 1)
+        returns.append(task.remote(world_name, hook_name, *piece, dtype))
     ready = cache = None
     if evaluation_cache:
         refs: Any = _evaluation_cache.options(num_returns=2).remote(world_name, hook_name)
