@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +152,7 @@ class Worker:
 
     def _drive(self, run: TrialRun, artifacts: Artifacts) -> None:
         """Train one trial, telling the broker of everything; ends early when it says so."""
-        number, cpu = run.spec.number, time.process_time()
+        number = run.spec.number
 
         def evaluate(sae: SAE, steps: int) -> UnlearningResult:
             assert self.evaluator is not None, "only the first worker of a trial scores it"
@@ -164,7 +163,6 @@ class Worker:
                 row = {"step": event.step, "tokens": event.tokens, **event.metrics}
                 return not ray.get(self.broker.progress.remote(number, row))
             record = artifacts.write(run.spec, event)
-            record["cpu_seconds"] = time.process_time() - cpu
             return bool(ray.get(self.broker.rung.remote(number, record)))
 
         run.train(evaluate, on_event)

@@ -125,7 +125,7 @@ def run_search(
     finally:
         memory.stop()
         ray.shutdown()
-    return _conclude(config, run_dir, plan, console, started, peak)
+    return _conclude(run_dir, plan, console, started, peak)
 
 
 def _background(target: Any, *args: Any) -> threading.Thread:
@@ -238,7 +238,6 @@ def _git_commit() -> str | None:
 
 
 def _conclude(
-    config: RunConfig,
     run_dir: Path,
     plan: cluster.Plan,
     console: Console,
@@ -254,12 +253,12 @@ def _conclude(
     trials = trials_table(ended)
     rungs = [record for record in records if record["event"] == "rung"]
     wall = time.time() - started
-    cores = plan.workers * config.resources.threads_per_worker
-    busy = sum(record["rung"].get("cpu_seconds", 0.0) for record in ended) * plan.workers_per_trial
+    busy = sum(record["rung"].get("train_seconds", 0.0) for record in ended)
+    busy += sum(record["score_seconds"] for record in rungs)
     facts = {
         "wall_seconds": wall,
         "first_result_seconds": min((r["time"] for r in rungs), default=time.time()) - started,
-        "busy_share": busy / (wall * cores),
+        "busy_share": busy / (wall * plan.groups),
         "peak_gib": peak_gib,
     }
     (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

@@ -88,7 +88,7 @@ def print_summary(
             )
     console.print(
         f"{facts['wall_seconds']:.0f} s in all, first result after "
-        f"{facts['first_result_seconds']:.0f} s, {100 * facts['busy_share']:.0f} % of wall × cores "
+        f"{facts['first_result_seconds']:.0f} s; {facts['busy_share']:.0%} of wall × workers "
         f"in training and scoring, peak memory {facts['peak_gib']:.1f} GiB",
         highlight=False,
         soft_wrap=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import optuna
 import pandas as pd
 import pytest
 from optuna.storages import JournalStorage
@@ -11,7 +12,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.console import Console
 
-import optuna
 from raysae.config import find_space, load_config
 from raysae.search.run import resolve, run_search
 
