@@ -17,7 +17,7 @@ SMOKE_OVERRIDES = {
     "search.num_samples": 3,
     "search.scheduler.name": "none",
 }
-"""The whole job with every real part in it, small enough for a minute."""
+"""The whole job with every real part in it, small: most of its time is start-up."""
 
 
 def search(
@@ -40,7 +40,7 @@ def search(
         typer.Option("--set", help="Override a field, e.g. --set training.tokens=500000."),
     ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Three short trials: the whole job in a minute.")
+        bool, typer.Option("--smoke", help="Three short trials: the whole job, small.")
     ] = False,
 ) -> None:
     """Search for the regularizer that separates knowledge best.
