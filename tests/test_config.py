@@ -58,7 +58,7 @@ def test_the_default_space_has_enough_trials_and_the_baseline():
     assert config.objective.baseline == "none"
     assert {"none", "fixed_orthogonal", "grouped"} <= config.space.regularizer.keys()
     assert (config.world, config.objective.metric) == ("embedded", "unlearning_score")
-    assert config.training.steps == 1536
+    assert config.training.steps == 1152
 
 
 def test_every_sample_of_the_default_space_is_a_trial():
@@ -190,7 +190,7 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
         ),
         (
             {"space.regularizer.grouped.group_update_period": {"int": [20, 5000]}},
-            ["group_update_period 5000", "longer than the run", "1536 steps"],
+            ["group_update_period 5000", "longer than the run", "1152 steps"],
         ),
         ({"space.regularizer.grouped.n_groups": 513}, ["n_groups 513", "d_sae 512"]),
         ({"space.sae.k": {"int": [3, 600]}}, ["k 600", "d_sae 512"]),
