@@ -38,6 +38,7 @@ SETTINGS = {
 
 def measure_pool(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Run the search and read set-up time, cost a trial and busy share from its own records."""
+    folder.mkdir()
     started = time.time()
     run_search(config, folder, Console(quiet=True))
     wall = time.time() - started
@@ -80,7 +81,9 @@ def trainer_worker(settings: dict[str, Any]) -> None:
     def on_event(event: Progress | Rung) -> bool:
         if isinstance(event, Rung):
             seconds = event.train_seconds + event.score_seconds
-            ray.train.report({"score": event.result.score, "compute": seconds})
+            # Ray Train keeps reported metrics only beside a checkpoint.
+            result = {"score": event.result.score, "compute": seconds}
+            Path(settings["result"]).write_text(json.dumps(result))
         return True
 
     run = TrialRun(TrialSpec(**settings["spec"]), store.open())
@@ -106,13 +109,19 @@ def measure_trainers(
     store = harvest(config.world, config.hook, "float32", evaluation_cache=True)
 
     def trial(point: dict[str, Any]) -> None:
-        result = TorchTrainer(
+        result = folder / f"result_{point['spec']['number']}.json"
+        TorchTrainer(
             trainer_worker,
-            train_loop_config={"world": config.world, "store": store, "spec": point["spec"]},
+            train_loop_config={
+                "world": config.world,
+                "store": store,
+                "spec": point["spec"],
+                "result": str(result),
+            },
             scaling_config=ScalingConfig(num_workers=1),
             run_config=TrainRunConfig(storage_path=str(folder / "train")),
         ).fit()
-        tune.report({**result.metrics, "ended": time.time()})
+        tune.report({**json.loads(result.read_text()), "ended": time.time()})
 
     started = time.time()
     results = tune.Tuner(
