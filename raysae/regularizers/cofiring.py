@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -64,9 +65,9 @@ class CofiringRegularizer(Regularizer):
         if step % self.group_update_period == 0:
             self.regroup(state, step)
 
+    @abstractmethod
     def regroup(self, state: State, step: int) -> None:
         """What happens every `group_update_period` steps, in place on `state`."""
-        raise NotImplementedError
 
 
 def normalised_cofiring(cofiring: Tensor) -> Tensor:
