@@ -12,8 +12,8 @@ from raysae.config import RunConfig, find_space, load_config, parse_override
 from raysae.errors import UserError
 
 SMOKE_OVERRIDES = {
-    "training.tokens": 131_072,
-    "training.batch_size": 256,  # 512 steps: room for every group-update period
+    "training.tokens": 65_536,
+    "training.batch_size": 128,  # 512 steps: room for every group-update period
     "search.num_samples": 3,
     "search.scheduler.name": "none",
 }

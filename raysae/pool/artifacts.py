@@ -10,13 +10,11 @@ from typing import Any
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
 from raysae.analysis.conditioning import conditioning_table
+from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
 from raysae.training.loop import Rung
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import sae_cfg_dict
 from raysae.worlds import World
-
-SAE_FOLDER = "sae"
-RESULT_FILE = "unlearning_eval_results.json"
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Artifacts:
         cfg_dict = sae_cfg_dict(rung.sae, self.world, self.hook_name)
         rung.sae.save_model(self.folder / SAE_FOLDER)
         about = {"spec": spec.to_dict(), "training_steps": rung.step, "tokens": rung.tokens}
-        (self.folder / "trial.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        (self.folder / TRIAL_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
         output = rung.result.to_saebench_output(
             self.eval_config, cfg_dict, sae_release=f"raysae_trial_{spec.number:04d}"
         )

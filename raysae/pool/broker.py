@@ -50,6 +50,7 @@ class BrokerState:
         self._store: Any = None
         self._store_ready = asyncio.Event()
         self._pool_error = ""
+        self._some_worker = asyncio.Event()
         self._workers: dict[int, str] = {}
         self._starts: dict[int, int] = {}
 
@@ -69,12 +70,14 @@ class BrokerState:
         """No more trials: waiting workers get None and leave their loop."""
         self._closed = True
         self._store_ready.set()
+        self._some_worker.set()
         async with self._wake:
             self._wake.notify_all()
 
     async def pool_failed(self, reason: str) -> None:
         """The worker pool is gone: every open trial fails, and every later one at once."""
         self._pool_error = reason
+        self._some_worker.set()
         for job in list(self._jobs.values()):
             self._fail(job, reason)
 
@@ -116,6 +119,14 @@ class BrokerState:
         job.decision.set()
 
     # ---- workers
+
+    async def first_worker(self) -> None:
+        """Returns as soon as one worker has started, or none will."""
+        await self._some_worker.wait()
+
+    async def starting(self) -> None:
+        """The calling worker has its imports behind it."""
+        self._some_worker.set()
 
     async def register(self, group: int, where: str) -> None:
         """A worker group starts, or starts again after a crash: its lost trial is queued anew."""

@@ -5,10 +5,14 @@ Imports nothing heavy: clients live in processes of their own, next to the worke
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
+import ray.train
 from ray import tune
+
+from raysae.imports import imports_without_gc
 
 BROKER_NAME = "raysae-broker"
 WORST_SCORE = 0.0
@@ -16,8 +20,18 @@ WORST_SCORE = 0.0
 
 def serve_pool(settings: dict[str, Any]) -> None:
     """`train_loop_per_worker` of the pool: the driver pickles this by name, and need not spend the
-    twenty seconds that the worker's imports take."""
-    from raysae.pool.worker import serve
+    twenty seconds that the worker's imports take.
+
+    On a machine with fewer than two cores a worker, imports of all workers at once would only delay
+    each other: the first goes ahead, and brings the first result while the others start.
+    """
+    context = ray.train.get_context()
+    crowded = (os.cpu_count() or 1) < 2 * context.get_local_world_size()
+    if crowded and settings["workers_per_trial"] == 1 and context.get_world_rank() > 0:
+        broker = ray.get_actor(BROKER_NAME, namespace=settings["namespace"])
+        ray.get(broker.first_worker.remote())
+    with imports_without_gc():
+        from raysae.pool.worker import serve
 
     serve(settings)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train.torch
+import ray.train
 import torch
 import torch.distributed as dist
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
@@ -16,6 +16,7 @@ from sae_lens import SAE
 
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
+from raysae.pool.folder import trial_folder
 from raysae.store.batches import ChunkedActivations
 from raysae.store.harvest import StoreHandle
 from raysae.training.collective import Alone, Group
@@ -41,6 +42,7 @@ class WorkerConfig:
     evaluator: str
     workers_per_trial: int
     threads: int
+    use_gpu: bool
     run_dir: str
 
 
@@ -67,6 +69,7 @@ def serve(settings: dict[str, Any]) -> None:
 
 def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     """Everything that is paid for once; None when the search was closed before it began."""
+    ray.get(broker.starting.remote())
     torch.set_num_threads(config.threads)
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
@@ -74,12 +77,13 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     leader = collective.rank == 0
     world = load_world(config.world)
     eval_config = default_eval_config(world)
-    device = str(ray.train.torch.get_device())
+    device = _device(config.use_gpu)
     # Only the first worker of a trial scores it, and needs the language model.
     model = load_model(world, device=device) if leader else None
-    store: StoreHandle | None = ray.get(broker.store.remote())
-    if store is None:
+    published = ray.get(broker.store.remote())
+    if published is None:
         return None
+    store: StoreHandle = ray.get(published[0])
     evaluator: CachedEvaluator | SAEBenchEvaluator | None = None
     if model is not None and store.evaluation_cache is not None:
         evaluator = CachedEvaluator(world, model, ray.get(store.evaluation_cache), eval_config)
@@ -127,7 +131,7 @@ class Worker:
 
     def _run(self, spec: TrialSpec) -> None:
         """Train and score one trial; an error is its own and reaches the journal, not the loop."""
-        folder = Path(self.config.run_dir) / "trials" / f"{spec.number:04d}"
+        folder = trial_folder(Path(self.config.run_dir), spec.number)
         try:
             run = TrialRun(
                 spec,
@@ -166,6 +170,15 @@ class Worker:
             return bool(ray.get(self.broker.rung.remote(number, record)))
 
         run.train(evaluate, on_event)
+
+
+def _device(use_gpu: bool) -> str:
+    """The GPU that Ray Train gave this worker, or the CPU."""
+    if not use_gpu:
+        return "cpu"
+    from ray.train.torch import get_device
+
+    return str(get_device())
 
 
 def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone]:

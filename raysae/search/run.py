@@ -11,6 +11,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rich.console import Console
 from raysae import __version__
 from raysae.config import RunConfig
 from raysae.errors import UserError
+from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
 from raysae.search import cluster
 from raysae.search.journal import JOURNAL, ended_trials, read_journal
 from raysae.worlds.world import check_hook, load_world
@@ -149,7 +151,8 @@ def _harvest(config: RunConfig, run_dir: Path, broker: Any) -> None:
             evaluation_cache=config.objective.evaluator == "cached",
             tasks_at_a_time=cluster.HARVEST_CPUS,
         )
-        ray.get(broker.set_store.remote(handle))
+        # Nested, the reference reaches the broker unopened: opening it would import torch there.
+        ray.get(broker.set_store.remote([ray.put(handle)]))
     except Exception as error:
         (run_dir / "harvest_error.log").write_text(str(error), encoding="utf-8")
         ray.get(broker.pool_failed.remote(f"harvest failed: {last_line(error)}"))
@@ -163,12 +166,11 @@ def _run_pool(
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     from raysae.pool.client import serve_pool
 
     resources = config.resources
-    trainer = TorchTrainer(
+    trainer = _trainer_class(plan, use_gpu=resources.use_gpu)(
         serve_pool,
         train_loop_config={
             "namespace": namespace,
@@ -177,9 +179,9 @@ def _run_pool(
             "evaluator": config.objective.evaluator,
             "workers_per_trial": plan.workers_per_trial,
             "threads": resources.threads_per_worker,
+            "use_gpu": resources.use_gpu,
             "run_dir": str(run_dir),
         },
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=plan.workers,
             use_gpu=resources.use_gpu,
@@ -200,6 +202,23 @@ def _run_pool(
         reason = f"the worker pool failed: {last_line(error)} (log: {run_dir / 'pool_error.log'})"
     if ray.is_initialized():
         ray.get(broker.pool_failed.remote(reason))
+
+
+def _trainer_class(plan: cluster.Plan, *, use_gpu: bool) -> Any:
+    """Ray Train's trainer; the one with a torch process group only where workers train together.
+
+    Its controller and this process import torch for it, at the cost of seconds before the first
+    trial; a pool whose workers train alone needs no group.
+    """
+    if plan.workers_per_trial > 1:
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        return partial(
+            TorchTrainer, torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo")
+        )
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer
 
 
 def last_line(error: BaseException) -> str:
@@ -278,11 +297,9 @@ def _conclude(
 
 def copy_best(run_dir: Path, trial: int) -> None:
     """`best/` = the SAELens SAE of that trial, with its result and its spec beside it."""
-    from raysae.pool.artifacts import RESULT_FILE, SAE_FOLDER
-
-    source, target = run_dir / "trials" / f"{trial:04d}", run_dir / "best"
+    source, target = trial_folder(run_dir, trial), run_dir / "best"
     shutil.copytree(source / SAE_FOLDER, target)
-    for name in (RESULT_FILE, "trial.json"):
+    for name in (RESULT_FILE, TRIAL_FILE):
         shutil.copy2(source / name, target / name)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
+from raysae.imports import imports_without_gc
 from raysae.store.batches import CORPORA, ChunkedActivations, StoreDtype, add_up
 
 SEQUENCES_PER_CHUNK = 512
@@ -95,11 +96,12 @@ def harvest(
 @lru_cache(maxsize=1)
 def _model_and_tokens(world_name: str) -> tuple[Any, dict[str, np.ndarray]]:
     """Model and tokens, kept by the worker process so that its next task starts at once."""
-    import torch
+    with imports_without_gc():
+        import torch
 
-    from raysae.store.activations import corpus_tokens
-    from raysae.worlds import load_world
-    from raysae.worlds.model import load_model
+        from raysae.store.activations import corpus_tokens
+        from raysae.worlds import load_world
+        from raysae.worlds.model import load_model
 
     torch.set_num_threads(1)
     world = load_world(world_name)

@@ -1,0 +1,14 @@
+"""Names of what a trial leaves in its folder; imports nothing, so that anyone may know them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SAE_FOLDER = "sae"
+RESULT_FILE = "unlearning_eval_results.json"
+TRIAL_FILE = "trial.json"
+
+
+def trial_folder(run_dir: Path, number: int) -> Path:
+    """`trials/NNNN` of a run folder."""
+    return run_dir / "trials" / f"{number:04d}"
