@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -65,7 +66,13 @@ def search(
         check_address(address)
     # Without a terminal there is no width to fit into.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    outcome = run_search(config, make_run_dir(out, path.stem), console, address=address)
+    outcome = run_search(
+        config,
+        make_run_dir(out, path.stem),
+        console,
+        address=address,
+        started=psutil.Process().create_time(),  # imports count: their user waits for them
+    )
     if outcome.failed == outcome.trials:
         raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
 

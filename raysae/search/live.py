@@ -21,15 +21,20 @@ class LiveDisplay:
     """Polls the broker in a thread of its own; a context manager."""
 
     def __init__(
-        self, console: Console, snapshot: Snapshot, total_trials: int, total_tokens: int, note: str
+        self,
+        console: Console,
+        snapshot: Snapshot,
+        total_trials: int,
+        total_tokens: int,
+        note: str,
+        started: float,
     ) -> None:
         self._console, self._snapshot, self._note = console, snapshot, note
         self._total, self._tokens = total_trials, total_tokens
-        self._started = time.time()
+        self._started = started
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="display", daemon=True)
         self._announced: set[int] = set()
-        self.first_result_seconds: float | None = None
 
     def __enter__(self) -> LiveDisplay:
         self._thread.start()

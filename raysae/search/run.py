@@ -80,14 +80,26 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def run_search(
-    config: RunConfig, run_dir: Path, console: Console, *, address: str | None = None
+    config: RunConfig,
+    run_dir: Path,
+    console: Console,
+    *,
+    address: str | None = None,
+    started: float | None = None,
 ) -> SearchOutcome:
     """Run the whole search. `config` must come from `resolve`.
+
+    Args:
+        config: what to search.
+        run_dir: new folder for everything that comes out.
+        console: for progress and summary.
+        address: Ray cluster to join; None starts Ray on this machine.
+        started: when its user started it, for the times it prints; None for now.
 
     Raises:
         UserError: Ray cannot be reached, or the plan does not fit.
     """
-    started = time.time()
+    started = time.time() if started is None else started
     namespace = f"raysae-{uuid.uuid4().hex[:8]}"
     console.print(f"raysae {__version__}: {config.search.num_samples} trials, "
                   f"results in {run_dir}", highlight=False, soft_wrap=True)  # fmt: skip
@@ -118,6 +130,7 @@ def run_search(
             config.search.num_samples,
             config.rungs[-1],
             f"{run_dir}   dashboard {dashboard}",
+            started,
         ):
             run_tune(config, plan, namespace, run_dir)
         peak = memory.stop()

@@ -49,7 +49,7 @@ from raysae.worlds.world import World, hook_layer
 TOKENS_PER_BATCH = 8192
 """Rows times positions planned at once; about half of them remain after sharing."""
 
-CUT_EVERY = 4
+CUT_EVERY = 8
 """Positions after which rows that are still in the same state are looked for."""
 
 WORTH_SHARING = 0.9
