@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from raysae.errors import UserError, nearest
 from raysae.space import SearchSpace
-from raysae.training.spec import SAESpec, TrainingSpec, TrialSpec
+from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
 from raysae.worlds.world import WORLDS
 
 SPACES_FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
@@ -68,21 +68,12 @@ class ResourcesConfig(_Strict):
     store_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class SAEDefaults(_Strict):
-    """The SAE's fields that are not searched; sparsity may be left to the space."""
-
-    architecture: Literal["standard", "topk", "batchtopk"] = "topk"
-    d_sae: int = Field(512, ge=2)
-    k: float | None = Field(None, gt=0)
-    l1_coefficient: float | None = Field(None, ge=0)
-
-
 class RunConfig(_Strict):
     """A whole search, as in a space file."""
 
     world: str = "embedded"
     hook: str | None = Field(None, description="hook point; default: the world's")
-    sae: SAEDefaults = SAEDefaults()
+    sae: SAEFields = SAEFields()
     training: TrainingSpec = TrainingSpec()
     objective: ObjectiveConfig = ObjectiveConfig()
     search: SearchConfig = SearchConfig()
@@ -139,7 +130,7 @@ class RunConfig(_Strict):
             alpha_schedule=sampled["alpha_schedule"],
             rungs=rungs(training, self.search.scheduler),
         )
-        spec.regularizer.check(spec.sae.d_sae, spec.training.steps)
+        spec.regularizer.check(spec.sae.architecture, spec.sae.d_sae, spec.training.steps)
         return spec
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 SAE_FOLDER = "sae"
+LAST_GOOD_FOLDER = "last_good_sae"
+"""The SAE of a diverged trial, as it was when its loss was last sane."""
 RESULT_FILE = "unlearning_eval_results.json"
 TRIAL_FILE = "trial.json"
 

@@ -16,11 +16,11 @@ from sae_lens import SAE
 
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
-from raysae.pool.folder import trial_folder
+from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.store.batches import ChunkedActivations
 from raysae.store.harvest import StoreHandle
 from raysae.training.collective import Alone, Group
-from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.loop import Progress, Rung, TrainingDivergedError, TrialRun
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import (
     CachedEvaluator,
@@ -145,6 +145,8 @@ class Worker:
             self._drive(run, artifacts)
         except Exception as error:
             folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(error, TrainingDivergedError) and error.last_good is not None:
+                error.last_good.save_model(folder / LAST_GOOD_FOLDER)
             log = folder / "error.log"
             log.write_text(traceback.format_exc(), encoding="utf-8")
             reason = f"{type(error).__name__}: {error} (log: {log})"

@@ -5,36 +5,77 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from raysae.regularizers.base import State
-from raysae.regularizers.cofiring import CofiringRegularizer, normalised_cofiring
+from raysae.regularizers.base import OrthogonalityRegularizer, State, StepView
+from raysae.regularizers.chunks import by_chunk, draw_chunks
+from raysae.regularizers.cofiring import is_observed, moving_average, normalised_cofiring
 from raysae.regularizers.gram import unit_rows
+from raysae.regularizers.periodic import PeriodicRegularizer
 
 
-class AdaptiveOrthogonal(CofiringRegularizer):
+class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
     """penalty = d_in · mean over i ≠ j of max(|cos(W_i, W_j)| − s_ij, 0)².
 
     The allowance s_ij in [0, 1] is the measured co-activation of features i and j (moving average
     of the co-firing count over that of the rarer feature), refreshed every `group_update_period`
     steps. Before the first refresh it is 0: nothing may be shared.
+
+    An SAE wider than `chunk_size` is cut into random chunks, drawn anew at every refresh; pairs
+    inside a chunk count, and their allowance is measured on the batch of the refresh, the only one
+    that has seen them.
     """
 
     name: ClassVar[str] = "adaptive_orthogonal"
+    searchable: ClassVar[frozenset[str]] = PeriodicRegularizer.searchable | {"ema", "chunk_size"}
+
+    ema: float = Field(0.9, ge=0.0, lt=1.0, description="weight of the past, per observation")
+    chunk_size: int = Field(1024, ge=2, description="features a chunk, at most")
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
-        allowance = torch.zeros(d_sae, d_sae, device=device)
-        return super().init_state(d_in, d_sae, device) | {"allowance": allowance}
+        chunks = draw_chunks(d_sae, self.chunk_size, 0)
+        count, size = int(chunks.max()) + 1, int(torch.bincount(chunks).max())
+        return {
+            "chunks": chunks.to(device),
+            "cofiring": torch.zeros(count, size, size, device=device),
+            "observations": torch.zeros((), dtype=torch.long, device=device),
+            "allowance": torch.zeros(count, size, size, device=device),
+        }
 
-    def regroup(self, state: State, step: int) -> None:
-        state["allowance"].copy_(normalised_cofiring(state["cofiring"]))
+    def statistics(self, view: StepView, state: State, step: int) -> State:
+        if not is_observed(step, self.group_update_period):
+            return {}
+        chunks = state["chunks"]
+        if len(state["cofiring"]) > 1:
+            if not self.is_update(step):
+                return {}
+            chunks = self._chunks(view.acts.shape[1], step).to(chunks.device)
+        fired = by_chunk((view.acts > 0).to(torch.float32).T, chunks)
+        return {
+            "cofiring": fired @ fired.transpose(1, 2),
+            "tokens": torch.tensor(float(len(view.acts)), device=view.acts.device),
+        }
 
-    def penalty(self, W_dec: Tensor, state: State) -> Tensor:
-        n, d_in = W_dec.shape
-        if n < 2:
-            return W_dec.sum() * 0
-        U = unit_rows(W_dec)
-        excess = torch.relu((U @ U.T).abs() - state["allowance"])
+    def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:
+        if statistics:
+            if len(state["cofiring"]) > 1:
+                state["chunks"].copy_(self._chunks(len(W_dec), step))
+                state["observations"].zero_()
+            rate = statistics["cofiring"] / statistics["tokens"]
+            moving_average(state["cofiring"], rate, state["observations"], self.ema)
+            state["observations"] += 1
+        if self.is_update(step):
+            state["allowance"].copy_(normalised_cofiring(state["cofiring"]))
+
+    def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
+        sizes = torch.bincount(state["chunks"])
+        pairs = (sizes * (sizes - 1)).sum().clamp_min(1)
+        U = by_chunk(unit_rows(W_dec), state["chunks"])
+        excess = torch.relu((U @ U.transpose(1, 2)).abs() - state["allowance"])
         # i = j: cos is 1 by construction and carries no gradient worth having.
-        off_diagonal = excess - torch.diag_embed(excess.diagonal())
-        return off_diagonal.pow(2).sum() * (d_in / (n * (n - 1)))
+        itself = torch.eye(U.shape[1], dtype=torch.bool, device=U.device)
+        return excess.masked_fill(itself, 0.0).pow(2).sum() * (W_dec.shape[1] / pairs)
+
+    def _chunks(self, d_sae: int, step: int) -> Tensor:
+        return draw_chunks(d_sae, self.chunk_size, step)

@@ -6,16 +6,17 @@ one regularizer object can serve several SAEs at once.
 
 Per training step:
 
-1. `statistics(acts, is_forget, step)` sums over the batch; data-parallel workers add theirs up;
-2. `update(state, statistics, step)` folds the sums into the state (moving averages, groups);
-3. `penalty(W_dec, state)` is differentiated together with the SAE's own loss.
+1. `statistics(view, state, step)` sums over the batch; data-parallel workers add theirs up;
+2. `update(state, statistics, W_dec, step)` folds the sums into the state (averages, groups);
+3. `penalty(view, state)` is differentiated together with the SAE's own loss.
 
-Every worker sees the same sums, hence holds the same state, at every step.
+Every worker sees the same sums and the same decoder, hence holds the same state, at every step.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,22 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a regularizer may look at in one training step of one worker."""
+
+    W_dec: Tensor  # (d_sae, d_in)
+    acts: Tensor  # feature activations (batch, d_sae), at least 0
+    is_forget: Tensor  # which tokens come from the forget corpus (batch,), bool
+    error: Tensor  # reconstruction − input (batch, d_in)
+
+    def detach(self) -> StepView:
+        """The same without gradients."""
+        return StepView(
+            self.W_dec.detach(), self.acts.detach(), self.is_forget, self.error.detach()
+        )
 
 
 class Regularizer(BaseModel):
@@ -36,29 +53,50 @@ class Regularizer(BaseModel):
     """Fields that a space file may set or search; `group_update_period` only where it acts."""
     uses_alpha: ClassVar[bool] = True
 
-    def check(self, d_sae: int, total_steps: int) -> None:
-        """Raise ValueError when this method cannot work on an SAE of that size and run length."""
+    def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
+        """Raise ValueError when this method cannot work on such an SAE and run length."""
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
         """The state before the first step."""
         return {}
 
-    def statistics(self, acts: Tensor, is_forget: Tensor, step: int) -> State:
+    def statistics(self, view: StepView, state: State, step: int) -> State:
         """Sums over the batch that `update` needs at this step; {} when it needs none.
 
         Args:
-            acts: feature activations (batch, d_sae), detached.
-            is_forget: which tokens come from the forget corpus (batch,), bool.
+            view: of this worker's part of the batch, detached.
+            state: read only.
             step: index of the training step, from 0.
         """
         return {}
 
-    def update(self, state: State, statistics: State, step: int) -> None:
-        """Fold the (summed) statistics of step `step` into `state`, in place."""
+    def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:
+        """Fold the (summed) statistics of step `step` into `state`, in place.
+
+        Args:
+            state: of this SAE.
+            statistics: summed over the workers.
+            W_dec: the decoder (d_sae, d_in), detached.
+            step: index of the training step, from 0.
+        """
 
     @abstractmethod
-    def penalty(self, W_dec: Tensor, state: State) -> Tensor:
+    def penalty(self, view: StepView, state: State) -> Tensor:
+        """The penalty, a scalar, differentiable in the view's tensors.
+
+        About 1 for a random decoder. The workers' mean is the whole batch's penalty.
+        """
+
+
+class OrthogonalityRegularizer(Regularizer):
+    """Base of the methods whose penalty looks at the decoder only."""
+
+    @abstractmethod
+    def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
         """The penalty, a scalar, differentiable in `W_dec` (d_sae, d_in).
 
         Invariant to a positive scaling of decoder rows; 0 for an orthonormal decoder.
         """
+
+    def penalty(self, view: StepView, state: State) -> Tensor:
+        return self.decoder_penalty(view.W_dec, state)

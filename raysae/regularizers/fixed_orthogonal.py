@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from raysae.regularizers.base import Regularizer, State
-from raysae.regularizers.gram import sum_squared_cosines, unit_rows
+from raysae.regularizers.base import OrthogonalityRegularizer, State
+from raysae.regularizers.gram import mean_squared_cosine, unit_rows
 
 
-class FixedOrthogonal(Regularizer):
+class FixedOrthogonal(OrthogonalityRegularizer):
     """penalty = d_in · mean over i ≠ j of cos²(W_i, W_j).
 
     Computed as (‖UᵀU‖²_F − d_sae) · d_in / (d_sae (d_sae − 1)) with unit rows U: O(d_sae · d_in²).
@@ -19,8 +19,5 @@ class FixedOrthogonal(Regularizer):
 
     name: ClassVar[str] = "fixed_orthogonal"
 
-    def penalty(self, W_dec: Tensor, state: State) -> Tensor:
-        n, d_in = W_dec.shape
-        if n < 2:
-            return W_dec.sum() * 0
-        return (sum_squared_cosines(unit_rows(W_dec)) - n) * (d_in / (n * (n - 1)))
+    def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
+        return mean_squared_cosine(unit_rows(W_dec))

@@ -1,11 +1,16 @@
 """Sums of squared cosines between decoder rows, without the d_sae × d_sae Gram matrix.
 
-For unit rows U, Σ_ij (u_i·u_j)² = ‖UUᵀ‖²_F = ‖UᵀU‖²_F: the right-hand side is d_in × d_in. All
-penalties are given in units of what random directions have: E[(u·v)²] = 1/d_in for independent
-directions, so `d_in · mean cos²` is 1 for a random decoder of any size and 0 for an orthogonal one.
+For unit rows U, Σ_ij (u_i·u_j)² = ‖UUᵀ‖²_F = ‖UᵀU‖²_F: the smaller side serves. All penalties are
+given in units of what random directions have: E[(u·v)²] = 1/d_in for independent directions, so
+`d_in · mean cos²` is 1 for a random decoder of any size and 0 for an orthogonal one.
+
+The sums bring their own gradients, which reuse the Gram matrix of the forward pass: two matrix
+products instead of autograd's three.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +22,15 @@ def unit_rows(W: Tensor) -> Tensor:
 
 
 def sum_squared_cosines(U: Tensor) -> Tensor:
-    """Σ_ij (u_i·u_j)² over all ordered pairs, i = j included, for unit rows `U` (n, d_in)."""
-    n, d_in = U.shape
-    gram = U.T @ U if d_in < n else U @ U.T
-    return gram.pow(2).sum()
+    """Σ_ij (u_i·u_j)² over all ordered pairs, i = j included, for rows `U` (n, d_in)."""
+    total: Tensor = _SquaredGram.apply(U)
+    return total
+
+
+def sum_squared_cosines_between(U: Tensor, V: Tensor) -> Tensor:
+    """Σ_ij (u_i·v_j)² for rows `U` (n, d_in) and `V` (m, d_in)."""
+    total: Tensor = _SquaredCrossGram.apply(U, V)
+    return total
 
 
 def sum_squared_cosines_within(U: Tensor, groups: Tensor) -> Tensor:
@@ -30,6 +40,93 @@ def sum_squared_cosines_within(U: Tensor, groups: Tensor) -> Tensor:
         U: unit rows (n, d_in).
         groups: integer labels (n,).
     """
-    labels = torch.unique(groups)
-    parts = [sum_squared_cosines(U[groups == label]) for label in labels]
+    order = torch.argsort(groups, stable=True)
+    sizes = torch.bincount(groups).tolist()
+    parts = [sum_squared_cosines(part) for part in U[order].split(sizes) if len(part)]
     return torch.stack(parts).sum() if parts else U.new_zeros(())
+
+
+def mean_squared_cosine(U: Tensor) -> Tensor:
+    """d_in · mean over i ≠ j of (u_i·u_j)² for unit rows `U` (n, d_in); 0 for fewer than two."""
+    n, d_in = U.shape
+    if n < 2:
+        return U.sum() * 0
+    return (sum_squared_cosines(U) - n) * (d_in / (n * (n - 1)))
+
+
+def mean_squared_cosine_within(U: Tensor, groups: Tensor) -> Tensor:
+    """The same over pairs i ≠ j with equal label; 0 without any."""
+    sizes = torch.bincount(groups).to(U.dtype)
+    pairs = (sizes * (sizes - 1)).sum()
+    total = sum_squared_cosines_within(U, groups) - len(U)
+    return _ratio(total * U.shape[1], pairs)
+
+
+def mean_squared_cosine_between(U: Tensor, groups: Tensor) -> Tensor:
+    """The same over pairs with different labels; 0 without any."""
+    sizes = torch.bincount(groups).to(U.dtype)
+    pairs = len(U) ** 2 - (sizes * sizes).sum()
+    total = sum_squared_cosines(U) - sum_squared_cosines_within(U, groups)
+    return _ratio(total * U.shape[1], pairs)
+
+
+def weighted_mean_squared_cosine(U: Tensor, weights: Tensor) -> Tensor:
+    """d_in · mean over i ≠ j of w_i w_j (u_i·u_j)²; rows are scaled by √w and share one Gram.
+
+    Args:
+        U: unit rows (n, d_in).
+        weights: (n,), at least 0.
+    """
+    n, d_in = U.shape
+    if n < 2:
+        return U.sum() * 0
+    total = sum_squared_cosines(U * weights.sqrt()[:, None]) - weights.pow(2).sum()
+    return total * (d_in / (n * (n - 1)))
+
+
+def _ratio(total: Tensor, count: Tensor) -> Tensor:
+    return torch.where(count > 0, total / count.clamp_min(1), total * 0)
+
+
+class _SquaredGram(torch.autograd.Function):
+    """‖UUᵀ‖²_F; its gradient is 4 U UᵀU."""
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor) -> Tensor:
+        wide = U.shape[1] < U.shape[0]
+        gram = U.T @ U if wide else U @ U.T
+        ctx.save_for_backward(U, gram)
+        ctx.wide = wide
+        return gram.pow(2).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        U, gram = ctx.saved_tensors
+        product = U @ gram if ctx.wide else gram @ U
+        gradient: Tensor = product.mul_(4 * grad[0])
+        return gradient
+
+
+class _SquaredCrossGram(torch.autograd.Function):
+    """‖UVᵀ‖²_F; its gradients are 2 U VᵀV and 2 V UᵀU."""
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor, V: Tensor) -> Tensor:
+        (n, d_in), m = U.shape, len(V)
+        ctx.cross = n * m <= (n + m) * d_in
+        if ctx.cross:
+            cosines = U @ V.T
+            ctx.save_for_backward(U, V, cosines)
+            return cosines.pow(2).sum()
+        of_U, of_V = U.T @ U, V.T @ V
+        ctx.save_for_backward(U, V, of_U, of_V)
+        return (of_U * of_V).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor]:
+        factor = 2 * grad[0]
+        if ctx.cross:
+            U, V, cosines = ctx.saved_tensors
+            return (cosines @ V).mul_(factor), (cosines.T @ U).mul_(factor)
+        U, V, of_U, of_V = ctx.saved_tensors
+        return (U @ of_V).mul_(factor), (V @ of_U).mul_(factor)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from raysae.regularizers.base import Regularizer, State
+from raysae.regularizers.base import Regularizer, State, StepView
 
 
 class NoRegularizer(Regularizer):
@@ -15,5 +15,5 @@ class NoRegularizer(Regularizer):
     name: ClassVar[str] = "none"
     uses_alpha: ClassVar[bool] = False
 
-    def penalty(self, W_dec: Tensor, state: State) -> Tensor:
-        return W_dec.new_zeros(())
+    def penalty(self, view: StepView, state: State) -> Tensor:
+        return view.W_dec.new_zeros(())

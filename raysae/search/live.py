@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raysae.training.spec import SPARSITY_FIELD
+
 ENDED = ("finished", "stopped", "failed")
 Snapshot = Callable[[], dict[str, Any]]
 
@@ -109,7 +111,8 @@ def describe(spec: dict[str, Any]) -> str:
     if spec["alpha"]:
         parts.append(f"α={spec['alpha']:.3g} {spec['alpha_schedule']['name']}")
     sae = spec["sae"]
-    parts.append(f"k={sae['k']:g}" if sae["k"] is not None else f"l1={sae['l1_coefficient']:.3g}")
+    sparsity = SPARSITY_FIELD[sae["architecture"]]
+    parts.append(f"{sparsity.removesuffix('_coefficient')}={sae[sparsity]:.3g}")
     return " ".join(parts)
 
 

@@ -26,6 +26,9 @@ class Alone:
         """The value that rank 0 passed in."""
         return value
 
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Rank 0's values, into every rank's tensor."""
+
 
 class Group(Alone):
     """A trial on several workers, joined by a torch.distributed process group."""
@@ -52,3 +55,6 @@ class Group(Alone):
         box = [value]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
         return box[0]
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)

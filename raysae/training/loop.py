@@ -29,8 +29,20 @@ from raysae.unlearning import UnlearningResult
 CURVE_POINTS = 64
 
 
+EXPLODED = 1e4
+"""A loss this many times the first one will not come back."""
+
+
 class TrainingDivergedError(Exception):
-    """The loss is not finite."""
+    """The loss is not finite, or has exploded.
+
+    `last_good` is the SAE in raw units at step `last_good_step`, the last logged one before; None
+    if there was none.
+    """
+
+    def __init__(self, message: str, last_good: SAE | None, last_good_step: int) -> None:
+        super().__init__(message)
+        self.last_good, self.last_good_step = last_good, last_good_step
 
 
 class ActivationSource(Protocol):
@@ -95,7 +107,7 @@ class TrialRun:
         self.collective = collective or Alone()
         self.device = torch.device(device)
         training = spec.training
-        spec.regularizer.check(spec.sae.d_sae, training.steps)
+        spec.regularizer.check(spec.sae.architecture, spec.sae.d_sae, training.steps)
         self.sae: TrainingSAE = make_training_sae(
             spec.sae,
             source.d_in,
@@ -131,6 +143,9 @@ class TrialRun:
             source.d_in, spec.sae.d_sae, self.device
         )
         self.firing = FiringRecord.zeros(spec.sae.d_sae, self.device)
+        self.alpha_factor = 1.0  # of the step before
+        self.first_loss: float | None = None
+        self._last_good: tuple[int, dict[str, Tensor]] | None = None
         self.step = 0
 
     @property
@@ -140,9 +155,17 @@ class TrialRun:
 
     @property
     def alpha(self) -> float:
-        """Weight of the penalty at the current step."""
-        spec = self.spec
-        return spec.alpha * spec.alpha_schedule.factor(self.step, spec.training.steps)
+        """Weight of the penalty at the last step."""
+        return self.spec.alpha * self.alpha_factor
+
+    def _next_alpha(self) -> float:
+        """Weight of the penalty at the coming step; moves the schedule."""
+        schedule = self.spec.alpha_schedule
+        overlap = self.firing.overlap() if schedule.measures(self.step) else 0.0
+        self.alpha_factor = schedule.factor(
+            self.step, self.spec.training.steps, self.alpha_factor, overlap
+        )
+        return self.alpha
 
     def advance(self) -> dict[str, Tensor]:
         """One training step; returns its losses, unsynchronised."""
@@ -156,7 +179,7 @@ class TrialRun:
             batch,
             is_forget,
             step=self.step,
-            alpha=self.alpha,
+            alpha=self._next_alpha(),
             coefficients={name: c.value for name, c in self.coefficients.items()},
             regularizer=spec.regularizer,
             regularizer_state=self.regularizer_state,
@@ -180,7 +203,7 @@ class TrialRun:
                 called on rank 0 of a data-parallel trial only, whose word is passed on.
 
         Raises:
-            TrainingDivergedError: the loss became NaN or infinite.
+            TrainingDivergedError: the loss became NaN or infinite, or exploded.
         """
         spec = self.spec
         total, batch_size = spec.training.steps, spec.training.batch_size
@@ -198,10 +221,7 @@ class TrialRun:
             if at_rung or self.step % log_every == 0 or self.step == total:
                 metrics = self._metrics(sums, since)
                 sums, since = {}, 0
-                if not math.isfinite(metrics["loss"]):
-                    raise TrainingDivergedError(
-                        f"loss is {metrics['loss']} at step {self.step} of {total}"
-                    )
+                self._check_loss(metrics["loss"])
                 if not self._tell(on_event, Progress(self.step, self.tokens, metrics)):
                     return
             if at_rung:
@@ -214,6 +234,22 @@ class TrialRun:
                 if not self._tell(on_event, rung):
                     return
                 started = time.perf_counter()
+
+    def _check_loss(self, loss: float) -> None:
+        """Keep the SAE while the loss is sane, and end the trial with it when it no longer is."""
+        if self.first_loss is None:
+            self.first_loss = loss
+        if math.isfinite(loss) and loss <= EXPLODED * max(self.first_loss, 1e-6):
+            self._last_good = (self.step, copy.deepcopy(self.sae.state_dict()))
+            return
+        sae, step = None, 0
+        if self._last_good is not None:
+            step, state = self._last_good
+            self.sae.load_state_dict(state)
+            sae = export_sae(self.sae, self.source.scale)
+        raise TrainingDivergedError(
+            f"loss is {loss:.6g} at step {self.step} of {self.spec.training.steps}", sae, step
+        )
 
     def _tell(self, on_event: OnEvent, event: Progress | Rung | None) -> bool:
         """Rank 0's answer to the event, on every rank."""
@@ -247,7 +283,7 @@ class TrialRun:
         values = self.collective.sum_(values) / self.collective.size
         means = dict(zip(names, values.tolist(), strict=True))
         rows = self.spec.training.batch_size / self.collective.size
-        sparsity_terms = [v for name, v in means.items() if name == "l1_loss"]
+        sparsity_terms = [v for name, v in means.items() if name in ("l1_loss", "l0_loss")]
         return {
             "loss": means["loss"],
             "l2_loss": means["mse_loss"],
@@ -273,11 +309,14 @@ class TrialRun:
             "coefficients": {name: c.state_dict() for name, c in self.coefficients.items()},
             "regularizer": self.regularizer_state,
             "firing": asdict(self.firing),
+            "alpha_factor": self.alpha_factor,
+            "first_loss": self.first_loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; bit for bit on CPU."""
-        self.step = state["step"]
+        self.step, self.alpha_factor = state["step"], state["alpha_factor"]
+        self.first_loss = state["first_loss"]
         self.sae.load_state_dict(state["sae"])
         # Adam keeps the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

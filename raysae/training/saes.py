@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
     TopKTrainingSAE,
@@ -16,6 +24,15 @@ from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from torch import Tensor
 
 from raysae.training.spec import SAESpec
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "standard": (StandardTrainingSAE, StandardTrainingSAEConfig),
+    "gated": (GatedTrainingSAE, GatedTrainingSAEConfig),
+    "jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig),
+    "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
+    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    "matryoshka_batchtopk": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
+}
 
 
 def make_training_sae(
@@ -51,18 +68,26 @@ def make_training_sae(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sae: TrainingSAE
-        if spec.architecture == "standard":
-            config = StandardTrainingSAEConfig(**common, l1_coefficient=spec.l1_coefficient)
-            sae = StandardTrainingSAE(config)
-        elif spec.architecture == "topk":
-            sae = TopKTrainingSAE(TopKTrainingSAEConfig(**common, k=int(spec.k or 0)))
-        else:
-            sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**common, k=float(spec.k or 0)))
+        sae_class, config_class = _CLASSES[spec.architecture]
+        sae: TrainingSAE = sae_class(config_class(**common, **_sparsity(spec)))
     if b_dec is not None:
         with torch.no_grad():
             sae.b_dec.copy_(b_dec)
     return sae
+
+
+def _sparsity(spec: SAESpec) -> dict[str, Any]:
+    """The arguments of SAELens' configuration that differ between architectures."""
+    value = getattr(spec, spec.sparsity)
+    if spec.architecture == "matryoshka_batchtopk":
+        widths = spec.matryoshka_widths or default_matryoshka_widths(spec.d_sae)
+        return {"k": float(value), "matryoshka_widths": list(widths)}
+    return {spec.sparsity: int(value) if spec.architecture == "topk" else float(value)}
+
+
+def default_matryoshka_widths(d_sae: int) -> tuple[int, ...]:
+    """An eighth, a quarter, a half and all of the features, as far as they differ."""
+    return tuple(sorted({max(1, d_sae // part) for part in (8, 4, 2, 1)}))
 
 
 @torch.no_grad()

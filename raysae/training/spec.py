@@ -11,32 +11,71 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 from raysae.regularizers import REGISTRY, Regularizer
 from raysae.training.schedules import SCHEDULES, AlphaSchedule, Constant
 
-Architecture = Literal["standard", "topk", "batchtopk"]
-SPARSITY_FIELD: dict[str, str] = {"standard": "l1_coefficient", "topk": "k", "batchtopk": "k"}
+Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk"]
+SPARSITY_FIELD: dict[str, str] = {
+    "standard": "l1_coefficient",
+    "gated": "l1_coefficient",
+    "jumprelu": "l0_coefficient",
+    "topk": "k",
+    "batchtopk": "k",
+    "matryoshka_batchtopk": "k",
+}
+SPARSITY_FIELDS = tuple(dict.fromkeys(SPARSITY_FIELD.values()))
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SAESpec(_Frozen):
-    """Which SAELens training SAE; sparsity is `k` or `l1_coefficient`, by architecture."""
+class SAEFields(_Frozen):
+    """The fields of an SAE; those that are not searched may stand in a space file's `sae`."""
 
-    architecture: Architecture = "topk"
+    architecture: Architecture = Field("topk", description="a SAELens training SAE")
     d_sae: int = Field(512, ge=2, description="number of features")
-    k: float | None = Field(None, gt=0, description="active features a token (topk, batchtopk)")
-    l1_coefficient: float | None = Field(None, ge=0, description="weight of the L1 term (standard)")
+    k: float | None = Field(
+        None, gt=0, description="active features a token (topk, batchtopk, matryoshka_batchtopk)"
+    )
+    l1_coefficient: float | None = Field(
+        None, ge=0, description="weight of the L1 term (standard, gated)"
+    )
+    l0_coefficient: float | None = Field(None, ge=0, description="weight of the L0 term (jumprelu)")
+    matryoshka_widths: tuple[int, ...] | None = Field(
+        None,
+        description="nested widths, ascending, the last d_sae (matryoshka_batchtopk); "
+        "default: an eighth, a quarter, a half and all of d_sae",
+    )
+
+
+class SAESpec(SAEFields):
+    """Which SAELens training SAE, with exactly the sparsity parameter its architecture has."""
+
+    @property
+    def sparsity(self) -> str:
+        """Name of the field that decides the sparsity: k, l1_coefficient or l0_coefficient."""
+        return SPARSITY_FIELD[self.architecture]
 
     @model_validator(mode="after")
     def _sparsity_fits(self) -> SAESpec:
-        wanted = SPARSITY_FIELD[self.architecture]
-        other = "l1_coefficient" if wanted == "k" else "k"
+        wanted = self.sparsity
         if getattr(self, wanted) is None:
             raise ValueError(f"architecture {self.architecture!r} needs {wanted!r}")
-        if getattr(self, other) is not None:
-            raise ValueError(
-                f"architecture {self.architecture!r} has no {other!r}: it has {wanted!r}"
-            )
+        for other in SPARSITY_FIELDS:
+            if other != wanted and getattr(self, other) is not None:
+                raise ValueError(
+                    f"architecture {self.architecture!r} has no {other!r}: it has {wanted!r}"
+                )
+        widths = self.matryoshka_widths
+        if widths is not None:
+            if self.architecture != "matryoshka_batchtopk":
+                raise ValueError(
+                    f"architecture {self.architecture!r} has no 'matryoshka_widths': "
+                    "matryoshka_batchtopk has"
+                )
+            if list(widths) != sorted(set(widths)) or widths[:1] < (1,) or widths[-1] != self.d_sae:
+                raise ValueError(
+                    f"matryoshka_widths {list(widths)} must be ascending from at least 1 and end "
+                    f"with d_sae {self.d_sae}"
+                )
         if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k {self.k:g} is larger than d_sae {self.d_sae}")
         if self.architecture == "topk" and self.k is not None and self.k != int(self.k):

@@ -8,8 +8,11 @@ import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
 
-from raysae.regularizers import Regularizer, State
+from raysae.regularizers import Regularizer, State, StepView
 from raysae.training.collective import Alone
+
+RATE_EMA = 0.98
+"""Weight of the past, per step, in the firing rates behind the measured overlap."""
 
 
 @dataclass
@@ -21,13 +24,15 @@ class FiringRecord:
     fired_retain: Tensor
     tokens_forget: Tensor  # scalar
     tokens_retain: Tensor
+    recent_forget: Tensor  # (d_sae,) moving average of the firing rate on the task's tokens
+    recent_retain: Tensor
 
     @classmethod
     def zeros(cls, d_sae: int, device: torch.device) -> FiringRecord:
         def zero(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
-        return cls(zero(d_sae), zero(d_sae), zero(d_sae), zero(), zero())
+        return cls(zero(d_sae), zero(d_sae), zero(d_sae), zero(), zero(), zero(d_sae), zero(d_sae))
 
     def add(self, fired: Tensor, is_forget: Tensor, collective: Alone) -> None:
         """Add a batch: `fired` (batch, d_sae) float 0/1, `is_forget` (batch,) bool."""
@@ -39,6 +44,9 @@ class FiringRecord:
         self.fired_retain += counts[1, :-1]
         self.tokens_forget += counts[0, -1]
         self.tokens_retain += counts[1, -1]
+        rates = counts[:, :-1] / counts[:, -1:].clamp_min(1)
+        self.recent_forget.lerp_(rates[0], 1 - RATE_EMA)
+        self.recent_retain.lerp_(rates[1], 1 - RATE_EMA)
         self.steps_since_fired += 1
         self.steps_since_fired[counts[:, :-1].sum(0) > 0] = 0
 
@@ -48,6 +56,15 @@ class FiringRecord:
             self.fired_forget / self.tokens_forget.clamp_min(1),
             self.fired_retain / self.tokens_retain.clamp_min(1),
         )
+
+    def overlap(self) -> float:
+        """How far forget and retain tokens fire the same features of late, in [0, 1].
+
+        Σ_i min(p_i^F, p_i^R) / Σ_i max(p_i^F, p_i^R), 0 when nothing fires. Waits for the device.
+        """
+        larger = torch.maximum(self.recent_forget, self.recent_retain).sum()
+        smaller = torch.minimum(self.recent_forget, self.recent_retain).sum()
+        return float(smaller / larger.clamp_min(1e-12))
 
     def reset_rates(self) -> None:
         """Start counting rates anew; the time since last firing goes on."""
@@ -108,18 +125,23 @@ def train_step(
             is_logging_step=False,
         )
     )
+    error = output.sae_out - batch
+    view = StepView(sae.W_dec, output.feature_acts, is_forget, error)
     with torch.no_grad():
-        acts = output.feature_acts.detach()
-        statistics = regularizer.statistics(acts, is_forget, step)
+        seen = view.detach()
+        statistics = regularizer.statistics(seen, regularizer_state, step)
         for tensor in statistics.values():
             collective.sum_(tensor)
-        regularizer.update(regularizer_state, statistics, step)
-        fired = (acts > 0).to(batch.dtype)
+        regularizer.update(regularizer_state, statistics, seen.W_dec, step)
+        # Equal sums give equal groups on equal machines; a pool of different ones agrees as well.
+        for tensor in regularizer_state.values():
+            collective.broadcast_(tensor)
+        fired = (seen.acts > 0).to(batch.dtype)
         firing.add(fired, is_forget, collective)
 
     loss, losses = output.loss, dict(output.losses)
     if regularizer.uses_alpha:
-        penalty = regularizer.penalty(sae.W_dec, regularizer_state)
+        penalty = regularizer.penalty(view, regularizer_state)
         loss = loss + alpha * penalty
         losses["penalty"] = penalty
     optimizer.zero_grad(set_to_none=True)
@@ -134,7 +156,7 @@ def train_step(
         threshold = getattr(sae, "topk_threshold", None)
         if threshold is not None and collective.size > 1:
             collective.sum_(threshold).div_(collective.size)
-        error = (output.sae_out - batch).pow(2).sum()
         losses = {name: value.detach() for name, value in losses.items()}
-        losses |= {"loss": loss.detach(), "squared_error": error.detach(), "fired": fired.sum()}
+        losses |= {"loss": loss.detach(), "squared_error": seen.error.pow(2).sum()}
+        losses["fired"] = fired.sum()
     return StepOutput(losses)

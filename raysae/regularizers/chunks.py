@@ -1,0 +1,32 @@
+"""Features in random chunks: for what needs every cosine itself, at a cost linear in d_sae."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw_chunks(d_sae: int, chunk_size: int, seed: int) -> Tensor:
+    """Chunk label (d_sae,) of every feature: a seeded shuffle, cut into chunks of equal size.
+
+    Args:
+        d_sae: number of features.
+        chunk_size: features a chunk at most.
+        seed: the same on every worker, so that all hold the same chunks.
+    """
+    count = -(-d_sae // chunk_size)
+    labels = torch.arange(d_sae) % count
+    if count == 1:
+        return labels
+    return labels[torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))]
+
+
+def by_chunk(rows: Tensor, chunks: Tensor) -> Tensor:
+    """Rows (d_sae, …) → (chunks, largest chunk, …); smaller chunks are filled up with zeros.
+
+    Within a chunk features keep their order.
+    """
+    sizes = torch.bincount(chunks)
+    order = torch.argsort(chunks, stable=True)
+    parts = rows[order].split(sizes.tolist())
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)

@@ -1,0 +1,89 @@
+"""Groups of features that fire alike, found every `group_update_period` steps."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysae.regularizers.base import OrthogonalityRegularizer, State, StepView
+from raysae.regularizers.cofiring import (
+    PROFILE_WIDTH,
+    cofiring_counts,
+    cofiring_profiles,
+    is_observed,
+    moving_average,
+)
+from raysae.regularizers.periodic import PeriodicRegularizer
+
+
+class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
+    """Base of the methods that group features.
+
+    Groups come from spherical k-means (k-means on unit-norm rows) of the features' co-firing
+    profiles, not of the decoder, every `group_update_period` steps, each time from the previous
+    centroids. Before the first update all features are in one group.
+    """
+
+    searchable: ClassVar[frozenset[str]] = PeriodicRegularizer.searchable | {"ema", "n_groups"}
+
+    ema: float = Field(0.9, ge=0.0, lt=1.0, description="weight of the past, per observation")
+    n_groups: int = Field(8, ge=2, description="number of groups")
+
+    def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
+        super().check(architecture, d_sae, total_steps)
+        if self.n_groups > d_sae:
+            raise ValueError(f"n_groups {self.n_groups} is larger than d_sae {d_sae}")
+
+    def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
+        columns = min(d_sae, PROFILE_WIDTH)
+        return {
+            "cofiring": torch.zeros(d_sae, columns, device=device),
+            "observations": torch.zeros((), dtype=torch.long, device=device),
+            "groups": torch.zeros(d_sae, dtype=torch.long, device=device),
+            "centroids": torch.zeros(self.n_groups, columns, device=device),
+        }
+
+    def statistics(self, view: StepView, state: State, step: int) -> State:
+        if not is_observed(step, self.group_update_period):
+            return {}
+        return {
+            "cofiring": cofiring_counts(view.acts),
+            "tokens": torch.tensor(float(len(view.acts)), device=view.acts.device),
+        }
+
+    def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:
+        if statistics:
+            rate = statistics["cofiring"] / statistics["tokens"]
+            moving_average(state["cofiring"], rate, state["observations"], self.ema)
+            state["observations"] += 1
+        if self.is_update(step):
+            self._regroup(state)
+            self.regrouped(state, W_dec)
+
+    def regrouped(self, state: State, W_dec: Tensor) -> None:
+        """What follows new groups, in place on `state`; nothing here."""
+
+    def _regroup(self, state: State) -> None:
+        # Imported here: scikit-learn takes seconds to load, and the entry point reads this class
+        # only to validate a space file.
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+
+        profiles = cofiring_profiles(state["cofiring"]).double().cpu().numpy()
+        previous = state["centroids"].double().cpu().numpy()
+        warm = bool(np.any(previous))
+        # One thread: the sums' order, hence the groups, must not depend on the machine's load.
+        with threadpool_limits(limits=1):
+            kmeans = KMeans(
+                self.n_groups,
+                init=previous if warm else "k-means++",
+                n_init=1,
+                max_iter=20,
+                random_state=0,
+            ).fit(profiles)
+        state["groups"].copy_(torch.from_numpy(kmeans.labels_.astype(np.int64)))
+        state["centroids"].copy_(torch.from_numpy(kmeans.cluster_centers_))

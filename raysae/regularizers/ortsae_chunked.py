@@ -1,0 +1,47 @@
+"""OrtSAE: each feature is pushed away from its nearest neighbour in a random chunk."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raysae.regularizers.base import OrthogonalityRegularizer, State
+from raysae.regularizers.chunks import by_chunk, draw_chunks
+from raysae.regularizers.gram import unit_rows
+from raysae.regularizers.periodic import PeriodicRegularizer
+
+
+class OrtSAEChunked(PeriodicRegularizer, OrthogonalityRegularizer):
+    """penalty = c · mean over i of (max over j ≠ i in i's chunk of max(cos(W_i, W_j), 0))².
+
+    OrtSAE (Korznikov et al., 2025, arXiv 2509.22033), with features reshuffled into chunks every
+    `group_update_period` steps (there: every step). c = d_in / (2 ln s), s the largest chunk, is
+    the paper's penalty in units of random directions: the largest of s independent N(0, 1/d_in)
+    has a square of about 2 ln(s) / d_in.
+    """
+
+    name: ClassVar[str] = "ortsae_chunked"
+    searchable: ClassVar[frozenset[str]] = PeriodicRegularizer.searchable | {"chunk_size"}
+
+    group_update_period: int = Field(1, ge=1, description="steps between two shuffles")
+    chunk_size: int = Field(512, ge=2, description="features a chunk, at most")
+
+    def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
+        return {"chunks": draw_chunks(d_sae, self.chunk_size, 0).to(device)}
+
+    def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:
+        if self.is_update(step):
+            state["chunks"].copy_(draw_chunks(len(W_dec), self.chunk_size, step))
+
+    def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
+        n, d_in = W_dec.shape
+        U = by_chunk(unit_rows(W_dec), state["chunks"])
+        cosines = U @ U.transpose(1, 2)
+        # A feature is not its own neighbour; the zeros that fill a chunk cost nothing.
+        itself = torch.eye(U.shape[1], dtype=torch.bool, device=U.device)
+        nearest = cosines.masked_fill(itself, 0.0).relu().amax(dim=2)
+        return nearest.pow(2).sum() * (d_in / (2 * n * math.log(max(2, U.shape[1]))))
