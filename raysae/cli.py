@@ -17,6 +17,7 @@ SMOKE_OVERRIDES = {
     "training.batch_size": 128,  # 512 steps: room for every group-update period
     "search.num_samples": 3,
     "search.scheduler.name": "none",
+    "confirm.top": 0,
 }
 """The whole job with every real part in it, small: most of its time is start-up."""
 

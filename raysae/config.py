@@ -33,6 +33,13 @@ class ObjectiveConfig(_Strict):
     baseline: str = Field(
         "none", description="regularizer of the first trial, shown beside the best"
     )
+    split_seed: int = Field(0, ge=0, description="of the questions' halves, searched and held out")
+    frontier_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the forget-retain frontier in what the sampler is told, for spaces "
+        "whose scores are mostly 0",
+    )
 
 
 class SchedulerConfig(_Strict):
@@ -48,14 +55,41 @@ class SchedulerConfig(_Strict):
 class SearchConfig(_Strict):
     """How many trials, chosen how."""
 
-    num_samples: int = Field(24, ge=1)
-    sampler: Literal["tpe", "random"] = "tpe"
+    num_samples: int = Field(24, ge=1, description="trials, where a sampler chooses them")
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="grid: every combination of a space that has lists only"
+    )
+    seeds: int = Field(1, ge=1, description="of every point of a grid, of every run of a study")
     startup_trials: int = Field(10, ge=1, description="random trials before TPE models anything")
     seed: int = Field(0, ge=0)
     max_concurrent: int | None = Field(
         None, ge=1, description="default: as many as the pool serves"
     )
     scheduler: SchedulerConfig = SchedulerConfig()
+
+
+class ConfirmConfig(_Strict):
+    """After a search: the best are trained again, with fresh seeds, beside the baselines."""
+
+    top: int = Field(2, ge=0, description="how many of the best; 0: no confirmation")
+    seeds: int = Field(3, ge=2, description="fresh seeds of each")
+
+
+class RunEntry(_Strict):
+    """One run of a study: set, not searched."""
+
+    regularizer: dict[str, Any] = Field(description="name, and the method's own parameters")
+    alpha: float = Field(0.0, ge=0)
+    alpha_schedule: dict[str, Any] = Field({"name": "constant"})
+    sae: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("regularizer", "alpha_schedule")
+    @classmethod
+    def _has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "name" not in value:
+            raise ValueError(f"needs a 'name', got {sorted(value)}")
+        return value
 
 
 class ResourcesConfig(_Strict):
@@ -77,8 +111,12 @@ class RunConfig(_Strict):
     training: TrainingSpec = TrainingSpec()
     objective: ObjectiveConfig = ObjectiveConfig()
     search: SearchConfig = SearchConfig()
+    confirm: ConfirmConfig = ConfirmConfig()
     resources: ResourcesConfig = ResourcesConfig()
-    space: SearchSpace
+    space: SearchSpace | None = Field(None, description="what is searched")
+    runs: dict[str, RunEntry] | None = Field(
+        None, min_length=1, description="instead of a space: the runs of a study, by name"
+    )
 
     @field_validator("world")
     @classmethod
@@ -90,6 +128,11 @@ class RunConfig(_Strict):
     @model_validator(mode="after")
     def _corners_are_trials(self) -> RunConfig:
         """Every corner of the space must be a trial that can run: found now, not at trial 17."""
+        if (self.space is None) == (self.runs is None):
+            raise ValueError("needs either a 'space' to search or the 'runs' of a study")
+        if self.space is None:
+            self.fixed_trials()
+            return self
         baseline = self.objective.baseline
         if baseline not in self.space.regularizer:
             raise ValueError(
@@ -105,6 +148,7 @@ class RunConfig(_Strict):
                     )
         for sampled in self.space.corners():
             self.trial_spec(0, sampled)
+        self.fixed_trials()
         return self
 
     @property
@@ -112,17 +156,46 @@ class RunConfig(_Strict):
         """Tokens at which a trial is scored: the scheduler's rungs, then the end of training."""
         return rungs(self.training, self.search.scheduler)
 
-    def trial_spec(self, number: int, sampled: dict[str, Any]) -> TrialSpec:
+    @property
+    def is_search(self) -> bool:
+        """Whether a sampler chooses the trials, and not a list or a grid."""
+        return self.space is not None and self.search.sampler != "grid"
+
+    @property
+    def num_trials(self) -> int:
+        """Number of trials, those of the confirmation left out."""
+        return self.search.num_samples if self.is_search else len(self.fixed_trials())
+
+    def fixed_trials(self) -> list[TrialSpec]:
+        """The trials of a study's runs or of a grid, seed by seed; [] where a sampler chooses them.
+
+        A seed is shared by all runs: they start from the same weights and see the same batches.
+        """
+        points: list[tuple[str, dict[str, Any]]] = []
+        if self.runs is not None:
+            points = [(name, run.model_dump()) for name, run in self.runs.items()]
+        elif self.space is not None and self.search.sampler == "grid":
+            points = list(self.space.grid())
+        return [
+            self.trial_spec(seed * len(points) + i, point, seed=seed, run=name)
+            for seed in range(self.search.seeds)
+            for i, (name, point) in enumerate(points)
+        ]
+
+    def trial_spec(
+        self, number: int, sampled: dict[str, Any], *, seed: int | None = None, run: str = ""
+    ) -> TrialSpec:
         """The trial of that number with the sampled values filled in.
 
-        The seed follows from the search's seed and the number alone, so that a trial can be run
-        again by itself.
+        The seed follows from the search's seed and the number (or `seed`) alone, so that a trial
+        can be run again by itself.
         """
         sae = self.sae.model_dump() | sampled["sae"]
         training = TrainingSpec(**(self.training.model_dump() | sampled["training"]))
         spec = TrialSpec(
             number=number,
-            seed=self.search.seed * 1_000_003 + number,
+            seed=self.seed_of(number if seed is None else seed),
+            run=run,
             sae=SAESpec(**sae),
             training=training,
             regularizer=sampled["regularizer"],
@@ -132,6 +205,10 @@ class RunConfig(_Strict):
         )
         spec.regularizer.check(spec.sae.architecture, spec.sae.d_sae, spec.training.steps)
         return spec
+
+    def seed_of(self, index: int) -> int:
+        """Seed of a trial's weights and batches."""
+        return self.search.seed * 1_000_003 + index
 
 
 def rungs(training: TrainingSpec, scheduler: SchedulerConfig) -> tuple[int, ...]:

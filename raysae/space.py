@@ -216,6 +216,49 @@ class SearchSpace(_Strict):
                     "training": fields[2],
                 }
 
+    def grid(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every combination of a space that has lists and plain values only, with its name.
+
+        Raises:
+            ValueError: a range has no list of values.
+        """
+        for method, branch in self.regularizer.items():
+            penalised = REGISTRY[method].uses_alpha
+            alphas = list(_points({"alpha": self.alpha})) if penalised else [{"alpha": 0.0}]
+            schedules = self.alpha_schedule if penalised else {"constant": None}
+            for (schedule, its), alpha in itertools.product(schedules.items(), alphas):
+                for fields in itertools.product(
+                    _points(branch), _points(its), _points(self.sae), _points(self.training)
+                ):
+                    shown = {"regularizer": method} | fields[0]
+                    if penalised:
+                        shown |= alpha | {"alpha_schedule": schedule} | fields[1]
+                    shown |= fields[2] | fields[3]
+                    yield (
+                        " ".join(f"{name}={value}" for name, value in shown.items()),
+                        {
+                            "regularizer": {"name": method} | fields[0],
+                            "alpha": alpha["alpha"],
+                            "alpha_schedule": {"name": schedule} | fields[1],
+                            "sae": fields[2],
+                            "training": fields[3],
+                        },
+                    )
+
+
+def _points(branch: Branch | None) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of a branch of lists."""
+    branch = branch or {}
+    for name, parameter in branch.items():
+        if isinstance(parameter, FloatRange | IntRange):
+            raise ValueError(
+                f"sampler grid: {name} is a range, {list(parameter.extremes)}; a grid needs a list "
+                "of values"
+            )
+    values = [parameter.extremes for parameter in branch.values()]
+    for combination in itertools.product(*values):
+        yield dict(zip(branch, combination, strict=True))
+
 
 def _corners(branch: Branch | None) -> Iterator[dict[str, Any]]:
     branch = branch or {}

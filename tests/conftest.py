@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 from raysae.store.batches import ChunkedActivations  # noqa: E402
 from raysae.training.spec import SPARSITY_FIELD, TrialSpec  # noqa: E402
 
-SPARSITY = {"k": 4, "l1_coefficient": 0.5}
+SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
 
 
 @pytest.fixture
@@ -130,6 +130,7 @@ def fake_result() -> Callable[..., Any]:
             forget_sparsity=np.zeros(d_sae),
             retain_sparsity=np.zeros(d_sae),
             is_correct={},
+            baseline={},
         )
 
     return make

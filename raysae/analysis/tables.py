@@ -13,7 +13,13 @@ from raysae.training.spec import config_hash
 TRIAL_COLUMNS: dict[str, str] = {
     "trial": "number of the trial, from 0 (the baseline)",
     "state": "finished: trained to the end; stopped: early, by the scheduler; failed: see error",
-    "score": "SAEBench unlearning score at the last rung reached, 0 to 1, higher is better",
+    "stage": "search, or confirmation: the best and the baselines trained again with fresh seeds",
+    "run": "name of the run, grid point or candidate that the trial is a seed of",
+    "score": "unlearning score on the half of the questions that the search sees, at the last rung "
+    "reached; 0 to 1, higher is better",
+    "heldout_score": "the same on the other half, which no sampler sees",
+    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones",
+    "frontier": "mean loss of forget accuracy over retain accuracies of 0.9 to 1, search half",
     "status": "why the score is what it is: ok, or the cause of a 0.0",
     "cause": "the status in a sentence, with its figures",
     "regularizer": "method",
@@ -34,6 +40,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "forget_total": "known forget questions",
     "retain_correct": "count behind retain_accuracy",
     "retain_total": "known retain questions",
+    "heldout_forget_accuracy": "of the intervention chosen on the search half, on the other half",
+    "heldout_retain_accuracy": "the same for the retain questions",
     "best_retain_threshold": "of the best intervention",
     "best_n_features": "of the best intervention: features clamped",
     "best_multiplier": "of the best intervention: clamped to minus this",
@@ -107,7 +115,11 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "trial": record["trial"],
         "state": record["state"],
+        "stage": spec["stage"],
+        "run": spec["run"],
         "score": rung.get("score", 0.0),
+        "heldout_score": rung.get("heldout_score", 0.0),
+        "saebench_score": rung.get("saebench_score", 0.0),
         "status": rung.get("status", "failed"),
         "cause": rung.get("cause", record["error"]),
         "regularizer": regularizer.pop("name"),
@@ -134,7 +146,8 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     row |= {name: metrics[name] for name in metrics if name in TRIAL_COLUMNS and name != "alpha"}
     row |= {name: rung[name] for name in ("train_seconds", "score_seconds")}
     row["tokens_per_second"] = rung["tokens"] / rung["train_seconds"]
-    result = rung["result"]
+    result = rung["halves"]["search"]
+    row["frontier"] = result["frontier"]
     for threshold, count in result["eligible_features"].items():
         row[f"eligible_features_{threshold}"] = count
     best = result["best"]
@@ -148,6 +161,11 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         }
         names = ("forget_correct", "forget_total", "retain_correct", "retain_total")
         row |= {name: best[name] for name in names}
+    transferred = rung["halves"]["transferred"]
+    if transferred:
+        for side in ("forget", "retain"):
+            right, total = transferred[f"{side}_correct"], transferred[f"{side}_total"]
+            row[f"heldout_{side}_accuracy"] = right / total
     whole = next(r for r in rung["conditioning"] if r["group"] == "all")
     names = ("condition_number", "effective_rank", "coherence", "forget_retain_overlap")
     return row | {name: whole[name] for name in names}

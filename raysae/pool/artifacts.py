@@ -13,7 +13,7 @@ from raysae.analysis.conditioning import conditioning_table
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
 from raysae.training.loop import Rung
 from raysae.training.spec import TrialSpec
-from raysae.unlearning import sae_cfg_dict
+from raysae.unlearning import halve, sae_cfg_dict
 from raysae.worlds import World
 
 
@@ -25,6 +25,10 @@ class Artifacts:
     world: World
     hook_name: str
     eval_config: UnlearningEvalConfig
+    split_seed: int
+    """Of the questions' halves."""
+    frontier_weight: float
+    """Of the frontier in what the sampler is told."""
 
     def write(self, spec: TrialSpec, rung: Rung) -> dict[str, Any]:
         """Write everything and return the rung as plain data, for the journal."""
@@ -45,13 +49,19 @@ class Artifacts:
             trial=spec.number,
             step=rung.step,
         )
+        halves = halve(rung.result, self.split_seed)
+        search = halves.search
         return {
             "step": rung.step,
             "tokens": rung.tokens,
             "last": rung.last,
-            "score": rung.result.score,
-            "status": rung.result.status.value,
-            "cause": rung.result.cause,
+            "objective": search.score + self.frontier_weight * search.frontier,
+            "score": search.score,
+            "status": search.status.value,
+            "cause": search.cause,
+            "heldout_score": halves.heldout.score,
+            "saebench_score": rung.result.score,
+            "halves": halves.to_dict(),
             "result": rung.result.to_dict(),
             "metrics": rung.metrics,
             "conditioning": table.astype(object).where(table.notna(), None).to_dict("records"),

@@ -15,7 +15,7 @@ from ray import tune
 from raysae.imports import imports_without_gc
 
 BROKER_NAME = "raysae-broker"
-WORST_SCORE = 0.0
+WORST_OBJECTIVE = 0.0
 
 
 def serve_pool(settings: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def trial_client(config: dict[str, Any]) -> None:
             if event["kind"] == "failed":
                 tune.report(
                     {
-                        "score": WORST_SCORE,
+                        "objective": WORST_OBJECTIVE,
                         "tokens": spec["rungs"][-1],
                         "number": number,
                         "failed": True,
@@ -61,7 +61,7 @@ def trial_client(config: dict[str, Any]) -> None:
                 return
             tune.report(
                 {
-                    "score": event["score"],
+                    "objective": event["objective"],
                     "tokens": event["tokens"],
                     "number": number,
                     "failed": False,

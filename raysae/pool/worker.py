@@ -40,6 +40,8 @@ class WorkerConfig:
     world: str
     hook: str
     evaluator: str
+    split_seed: int
+    frontier_weight: float
     workers_per_trial: int
     threads: int
     use_gpu: bool
@@ -141,7 +143,14 @@ class Worker:
                 device=self.device,
                 collective=self.collective,
             )
-            artifacts = Artifacts(folder, self.world, self.config.hook, self.eval_config)
+            artifacts = Artifacts(
+                folder,
+                self.world,
+                self.config.hook,
+                self.eval_config,
+                self.config.split_seed,
+                self.config.frontier_weight,
+            )
             self._drive(run, artifacts)
         except Exception as error:
             folder.mkdir(parents=True, exist_ok=True)

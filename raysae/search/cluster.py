@@ -154,5 +154,5 @@ def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> P
             f"{per_trial}; set resources.workers to a multiple of {per_trial}"
         )
     groups = workers // per_trial
-    concurrent = min(config.search.max_concurrent or groups, groups, config.search.num_samples)
+    concurrent = min(config.search.max_concurrent or groups, groups, config.num_trials)
     return Plan(workers, per_trial, concurrent, cpus, gpus, local)

@@ -27,12 +27,11 @@ class LiveDisplay:
         console: Console,
         snapshot: Snapshot,
         total_trials: int,
-        total_tokens: int,
         note: str,
         started: float,
     ) -> None:
         self._console, self._snapshot, self._note = console, snapshot, note
-        self._total, self._tokens = total_trials, total_tokens
+        self._total = total_trials
         self._started = started
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="display", daemon=True)
@@ -41,6 +40,10 @@ class LiveDisplay:
     def __enter__(self) -> LiveDisplay:
         self._thread.start()
         return self
+
+    def expect(self, more: int) -> None:
+        """So many more trials will come."""
+        self._total += more
 
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
@@ -90,7 +93,9 @@ class LiveDisplay:
             table.add_row(
                 str(trial["number"]),
                 trial["state"],
-                ProgressBar(total=self._tokens, completed=trial.get("tokens", 0), width=20),
+                ProgressBar(
+                    total=trial["spec"]["rungs"][-1], completed=trial.get("tokens", 0), width=20
+                ),
                 _score(trial),
                 f"{trial['loss']:.3f}" if "loss" in trial else "",
                 f"{trial['l0']:.1f}" if "l0" in trial else "",

@@ -101,7 +101,7 @@ def run_search(
     """
     started = time.time() if started is None else started
     namespace = f"raysae-{uuid.uuid4().hex[:8]}"
-    console.print(f"raysae {__version__}: {config.search.num_samples} trials, "
+    console.print(f"raysae {__version__}: {config.num_trials} trials, "
                   f"results in {run_dir}", highlight=False, soft_wrap=True)  # fmt: skip
     plan, dashboard = cluster.start(config, address, namespace)
     import ray
@@ -121,18 +121,23 @@ def run_search(
     try:
         background.append(_background(_run_pool, config, plan, namespace, run_dir, broker))
         background.append(_background(_harvest, config, run_dir, broker))
+        from raysae.search.confirm import confirmation_trials
         from raysae.search.live import LiveDisplay
         from raysae.search.tune import run_tune
 
         with LiveDisplay(
             console,
             lambda: ray.get(broker.snapshot.remote()),
-            config.search.num_samples,
-            config.rungs[-1],
+            config.num_trials,
             f"{run_dir}   dashboard {dashboard}",
             started,
-        ):
-            run_tune(config, plan, namespace, run_dir)
+        ) as display:
+            run_tune(config, plan, namespace, run_dir, config.fixed_trials() or None)
+            if config.is_search and config.confirm.top:
+                trials = confirmation_trials(config, ended_trials(read_journal(run_dir / JOURNAL)))
+                display.expect(len(trials))
+                if trials:
+                    run_tune(config, plan, namespace, run_dir, trials)
         peak = memory.stop()
         ray.get(broker.close.remote())
         for thread in background:
@@ -190,6 +195,8 @@ def _run_pool(
             "world": config.world,
             "hook": config.hook,
             "evaluator": config.objective.evaluator,
+            "split_seed": config.objective.split_seed,
+            "frontier_weight": config.objective.frontier_weight,
             "workers_per_trial": plan.workers_per_trial,
             "threads": resources.threads_per_worker,
             "use_gpu": resources.use_gpu,
@@ -276,13 +283,19 @@ def _conclude(
     started: float,
     peak_gib: float,
 ) -> SearchOutcome:
+    from raysae.analysis.runs import runs_table
     from raysae.analysis.tables import trials_table, write_tables
+    from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
 
     records = read_journal(run_dir / JOURNAL)
     ended = ended_trials(records)
     write_tables(run_dir, records, ended)
     trials = trials_table(ended)
+    confirmation, study = verdicts(ended), runs_table(trials[trials["stage"] == "search"])
+    for name, table in (("confirmation", confirmation), ("runs", study)):
+        if not table.empty:
+            table.to_csv(run_dir / f"{name}.csv", index=False)
     rungs = [record for record in records if record["event"] == "rung"]
     wall = time.time() - started
     busy = sum(record["rung"].get("train_seconds", 0.0) for record in ended)
@@ -294,11 +307,11 @@ def _conclude(
         "peak_gib": peak_gib,
     }
     (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    finished = trials[trials["state"] == "finished"]
+    finished = trials[(trials["state"] == "finished") & (trials["stage"] == "search")]
     if not finished.empty:
         best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
         copy_best(run_dir, best)
-    print_summary(console, trials, ended, run_dir, facts)
+    print_summary(console, trials, ended, confirmation, run_dir, facts)
     failed = trials[trials["state"] == "failed"]
     return SearchOutcome(
         run_dir=run_dir,

@@ -1,4 +1,4 @@
-"""What a search ends with: the leaderboard, the best beside the baseline, where everything is."""
+"""What a search ends with: the leaderboard or the study's runs, what was confirmed, and where."""
 
 from __future__ import annotations
 
@@ -10,39 +10,78 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raysae.analysis.runs import runs_table
 from raysae.search.live import describe
+
+SHOWN = 10
+"""Rows of the leaderboard."""
 
 
 def print_summary(
     console: Console,
     trials: pd.DataFrame,
     ended: list[dict[str, Any]],
+    confirmation: pd.DataFrame,
     run_dir: Path,
     facts: dict[str, Any],
 ) -> None:
-    """Print the result of a search.
+    """Print the result of a search or a study.
 
     Args:
         trials: `raysae.analysis.tables.trials_table`.
         ended: the journal's records behind it.
+        confirmation: `raysae.search.confirm.verdicts`.
         run_dir: where everything is.
         facts: figures of the run: wall_seconds, first_result_seconds, busy_share, peak_gib.
     """
     specs = {record["trial"]: record["spec"] for record in ended}
+    searched = trials[trials["stage"] == "search"]
+    console.print()
+    if (searched["run"] != "").any():
+        _print_runs(console, searched)
+    else:
+        _print_leaderboard(console, searched, specs)
+    for error, group in trials[trials["state"] == "failed"].groupby("error"):
+        numbers = ", ".join(str(number) for number in group["trial"])
+        console.print(f"failed: trial {numbers}: {error}", markup=False, highlight=False)
+    for _, row in confirmation.iterrows():
+        _say(console, _verdict(row, specs))
+    _say(
+        console,
+        f"{facts['wall_seconds']:.0f} s in all, first result after "
+        f"{facts['first_result_seconds']:.0f} s; {facts['busy_share']:.0%} of wall × workers "
+        f"in training and scoring, peak memory {facts['peak_gib']:.1f} GiB",
+    )
+    _say(console, f"Everything is in {run_dir}")
+    _say(
+        console, "  trials.parquet, curves.parquet, conditioning.parquet (and .csv), journal.jsonl"
+    )
+    _say(console, "  best/: loads with SAE.load_from_disk; trials/NNNN/: SAE, SAEBench result, log")
+
+
+def _print_leaderboard(
+    console: Console, trials: pd.DataFrame, specs: dict[int, dict[str, Any]]
+) -> None:
     ranked = trials[trials["state"] != "failed"].sort_values(
         ["tokens", "score"], ascending=False, kind="stable"
     )
     baseline = ranked[ranked["trial"] == 0]
-    shown = ranked.head(10)
+    shown = ranked.head(SHOWN)
     if not baseline.empty and 0 not in set(shown["trial"]):
         shown = pd.concat([shown, baseline])
     table = Table(
         title=f"Leaderboard: {len(trials)} trials, those trained longest first, then by score",
+        caption="score: on the half of the questions that the search sees; SAEBench: on all",
         title_justify="left",
+        caption_justify="left",
         box=None,
         pad_edge=False,
     )
-    for name in ("trial", "score", "forget", "retain", "L0", "EV", "dead", "κ", "steps"):
+    columns = (
+        "trial", "score", "held-out", "SAEBench", "forget", "retain", "L0", "EV", "dead", "κ",
+        "steps",
+    )  # fmt: skip
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("configuration", overflow="fold")
     for _, row in shown.iterrows():
@@ -52,6 +91,8 @@ def print_summary(
         table.add_row(
             f"{row['trial']}",
             f"{row['score']:.3f}",
+            f"{row['heldout_score']:.3f}",
+            f"{row['saebench_score']:.3f}",
             _count(row["forget_correct"], row["forget_total"]),
             _count(row["retain_correct"], row["retain_total"]),
             f"{row['l0']:.1f}",
@@ -62,42 +103,80 @@ def print_summary(
             Text(words),
             style="bold" if row["trial"] == 0 else "",
         )
-    console.print()
     console.print(table)
-    for error, group in trials[trials["state"] == "failed"].groupby("error"):
-        numbers = ", ".join(str(number) for number in group["trial"])
-        console.print(f"failed: trial {numbers}: {error}", markup=False, highlight=False)
     finished = ranked[ranked["state"] == "finished"]
-    if not finished.empty:
-        best = finished.iloc[0]
-        console.print(
-            f"Best: trial {best['trial']}, unlearning score {best['score']:.3f}: "
-            f"{describe(specs[best['trial']])}",
-            style="bold green",
-            highlight=False,
-            soft_wrap=True,
+    if finished.empty:
+        return
+    best = finished.iloc[0]
+    _say(
+        console,
+        f"Best: trial {best['trial']}, unlearning score {best['score']:.3f} (held-out "
+        f"{best['heldout_score']:.3f}): {describe(specs[best['trial']])}",
+        style="bold green",
+    )
+    if not baseline.empty and best["trial"] != 0:
+        base = baseline.iloc[0]
+        _say(
+            console,
+            f"Baseline: trial 0, unlearning score {base['score']:.3f} (held-out "
+            f"{base['heldout_score']:.3f}): {describe(specs[0])} (difference "
+            f"{best['score'] - base['score']:+.3f}, one seed each, the best picked among "
+            f"{len(ranked)}: a lead, not a proof)",
         )
-        if not baseline.empty and best["trial"] != 0:
-            base = baseline.iloc[0]
-            console.print(
-                f"Baseline: trial 0, unlearning score {base['score']:.3f}: {describe(specs[0])} "
-                f"(difference {best['score'] - base['score']:+.3f}, one seed each, the best picked "
-                f"among {len(ranked)}: a lead, not a proof)",
-                highlight=False,
-                soft_wrap=True,
-            )
-    console.print(
-        f"{facts['wall_seconds']:.0f} s in all, first result after "
-        f"{facts['first_result_seconds']:.0f} s; {facts['busy_share']:.0%} of wall × workers "
-        f"in training and scoring, peak memory {facts['peak_gib']:.1f} GiB",
-        highlight=False,
-        soft_wrap=True,
+
+
+def _print_runs(console: Console, trials: pd.DataFrame) -> None:
+    table = Table(
+        title="Runs: mean ± standard deviation over seeds",
+        caption="score: on the half of the questions that a search sees; held-out: on the other",
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
     )
-    console.print(f"Everything is in {run_dir}", highlight=False, soft_wrap=True)
-    console.print(
-        "  trials.parquet, curves.parquet, conditioning.parquet (and .csv), journal.jsonl"
+    table.add_column("run", overflow="fold")
+    columns = (
+        "seeds", "score", "held-out", "L2 loss", "sparsity", "loss", "L0", "EV", "dead", "steps",
+    )  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why 0")
+    for _, row in runs_table(trials).iterrows():
+        table.add_row(
+            Text(str(row["run"])),
+            f"{row['seeds']}",
+            _spread(row, "score", 3),
+            _spread(row, "heldout_score", 3),
+            _spread(row, "l2_loss", 2),
+            _spread(row, "sparsity_loss", 2),
+            _spread(row, "loss", 2),
+            _spread(row, "l0", 1),
+            f"{row['explained_variance']:.3f}",
+            f"{row['dead_features']:.0f}",
+            f"{row['training_steps']}",
+            row["zeros"],
+        )
+    console.print(table)
+
+
+def _verdict(row: pd.Series[Any], specs: dict[int, dict[str, Any]]) -> str:
+    beaten = "beats" if row["beats"] else "is not shown to beat"
+    return (
+        f"Confirmation: trial {row['candidate']} ({describe(specs[row['candidate']])}) {beaten} "
+        f"{row['baseline']} at the same budget and sparsity: held-out score "
+        f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
+        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], ahead in "
+        f"{row['wins']} of {row['seeds']} fresh seeds"
     )
-    console.print("  best/: loads with SAE.load_from_disk; trials/NNNN/: SAE, SAEBench result, log")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _spread(row: pd.Series[Any], figure: str, digits: int) -> str:
+    mean, spread = row[figure], row[f"{figure}_std"]
+    return f"{mean:.{digits}f}" + ("" if pd.isna(spread) else f" ± {spread:.{digits}f}")
 
 
 def _count(correct: float, total: float) -> str:

@@ -19,8 +19,9 @@ from raysae.config import RunConfig
 from raysae.pool.client import trial_client
 from raysae.search.cluster import Plan
 from raysae.space import FloatRange, IntRange, Parameter
+from raysae.training.spec import TrialSpec
 
-METRIC, MODE = "score", "max"
+METRIC, MODE = "objective", "max"
 CLIENT_CPUS = 0.001
 """Tune wants a trial to hold something; the pool's workers hold the CPUs that do the work."""
 
@@ -34,25 +35,57 @@ class BaselineSparingASHA(ASHAScheduler):
         return self.CONTINUE if is_baseline and not result.get("failed") else decision
 
 
-def run_tune(config: RunConfig, plan: Plan, namespace: str, run_dir: Path) -> None:
-    """Run the whole search; returns when every trial has ended. Results are in the journal."""
+def run_tune(
+    config: RunConfig,
+    plan: Plan,
+    namespace: str,
+    run_dir: Path,
+    trials: list[TrialSpec] | None = None,
+) -> None:
+    """Run a search, or the given trials; returns when every one has ended.
+
+    Results are in the journal.
+
+    Args:
+        config: of the search.
+        plan: how many trials at a time.
+        namespace: of the broker.
+        run_dir: for the state of Tune and Optuna.
+        trials: run these; None lets the sampler choose.
+    """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    confirmation = trials is not None and trials[0].stage == "confirmation"
+    chosen: dict[str, Any] = {"namespace": namespace}
+    if trials is not None:
+        chosen["spec"] = tune.grid_search([spec.to_dict() for spec in trials])
     tuner = tune.Tuner(
         tune.with_resources(trial_client, {"CPU": CLIENT_CPUS}),
+        param_space=None if trials is None else chosen,
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode=MODE,
-            search_alg=_search_algorithm(config, namespace, run_dir),
-            scheduler=_scheduler(config),
-            num_samples=config.search.num_samples,
+            search_alg=None
+            if trials is not None
+            else _search_algorithm(config, namespace, run_dir),
+            scheduler=FIFOScheduler() if confirmation else _scheduler(config),
+            num_samples=1 if trials is not None else config.search.num_samples,
             max_concurrent_trials=plan.concurrent_trials,
             reuse_actors=True,
+            trial_dirname_creator=_folder_name,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(run_dir), verbose=0),
+        run_config=tune.RunConfig(
+            name="tune-confirmation" if confirmation else "tune",
+            storage_path=str(run_dir),
+            verbose=0,
+        ),
     )
     tuner.fit()
+
+
+def _folder_name(trial: Any) -> str:
+    return f"client_{trial.config['spec']['number']:04d}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +99,7 @@ class DefineByRun:
     namespace: str
 
     def __call__(self, trial: Any) -> dict[str, Any]:
+        assert self.config.space is not None
         spec = self.config.trial_spec(trial.number, self.config.space.sample(trial))
         return {"spec": spec.to_dict(), "namespace": self.namespace}
 
@@ -97,6 +131,7 @@ def _search_algorithm(config: RunConfig, namespace: str, run_dir: Path) -> Optun
 
 def baseline_point(config: RunConfig) -> dict[str, Any]:
     """Trial 0: the baseline regularizer, every searched SAE and training value in mid-range."""
+    assert config.space is not None
     point: dict[str, Any] = {"regularizer": config.objective.baseline}
     for section in ("sae", "training"):
         for name, parameter in getattr(config.space, section).items():

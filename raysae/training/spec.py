@@ -117,6 +117,8 @@ class TrialSpec(_Frozen):
 
     number: int = Field(ge=0)
     seed: int = Field(ge=0)
+    run: str = Field("", description="name of the run or candidate that the trial is a seed of")
+    stage: Literal["search", "confirmation"] = "search"
     sae: SAESpec
     training: TrainingSpec
     regularizer: SerializeAsAny[Regularizer]
@@ -154,8 +156,8 @@ class TrialSpec(_Frozen):
 
 
 def config_hash(spec: dict[str, Any]) -> str:
-    """12 hex digits over a `TrialSpec.to_dict()`, its number left out: equal trials, equal hash."""
-    data = {key: value for key, value in spec.items() if key != "number"}
+    """12 hex digits over what decides the numbers of a `TrialSpec.to_dict()`: all but its names."""
+    data = {key: value for key, value in spec.items() if key not in ("number", "run", "stage")}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 

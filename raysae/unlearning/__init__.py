@@ -10,6 +10,7 @@
 
 from raysae.unlearning.cache import EvaluationCache, build_cache
 from raysae.unlearning.cached import CachedEvaluator
+from raysae.unlearning.halves import Halves, halve, split_questions
 from raysae.unlearning.protocol import default_eval_config, sae_cfg_dict
 from raysae.unlearning.result import Intervention, UnlearningResult, UnlearningStatus
 from raysae.unlearning.saebench import SAEBenchEvaluator
@@ -18,6 +19,7 @@ from raysae.unlearning.scoring import best_row, unlearning_score
 __all__ = [
     "CachedEvaluator",
     "EvaluationCache",
+    "Halves",
     "Intervention",
     "SAEBenchEvaluator",
     "UnlearningResult",
@@ -25,6 +27,8 @@ __all__ = [
     "best_row",
     "build_cache",
     "default_eval_config",
+    "halve",
     "sae_cfg_dict",
+    "split_questions",
     "unlearning_score",
 ]

@@ -25,11 +25,19 @@ from sae_bench.evals.unlearning.eval_output import (
 from sae_bench.sae_bench_utils import get_eval_uuid
 
 from raysae.unlearning.grid import GridPoint
-from raysae.unlearning.scoring import NOT_RETAIN_SETS, RETAIN_GATE, best_row, pooled_retain
+from raysae.unlearning.scoring import (
+    NOT_RETAIN_SETS,
+    RETAIN_GATE,
+    best_row,
+    pooled_retain,
+    unlearning_score,
+)
 from raysae.worlds.world import FORGET_SET
 
 MIN_KNOWN_QUESTIONS = 20
 """Known questions needed on either side; SAEBench itself asks for one."""
+
+FRONTIER_FROM, FRONTIER_LEVELS = 0.9, 101
 
 UNTRAINED_CAUSE = "the SAE was trained for 0 steps, so nothing was evaluated"
 
@@ -104,6 +112,49 @@ class UnlearningResult:
     """(d_sae,) the same on the retain tokens."""
     is_correct: Mapping[str, np.ndarray]
     """By data set: bool (len(interventions), known questions), rows as in `interventions`."""
+    baseline: Mapping[str, np.ndarray]
+    """By data set: bool (known questions,), right without an intervention."""
+
+    @property
+    def frontier(self) -> float:
+        """How much can be forgotten at what cost, a graded companion of the score; in [0, 1].
+
+        Mean over required retain accuracies r from 0.9 to 1 of the largest loss of forget accuracy
+        among the interventions that keep at least r (0 where none does). Unlike the score it has no
+        cliff at 0.99: an SAE that just misses the gate is told from one that separates nothing.
+        """
+        levels = np.linspace(FRONTIER_FROM, 1.0, FRONTIER_LEVELS)
+        losses = [
+            max(
+                (1 - i.forget_accuracy for i in self.interventions if i.retain_accuracy >= level),
+                default=0.0,
+            )
+            for level in levels
+        ]
+        return float(np.mean(losses))
+
+    def on(self, questions: Mapping[str, np.ndarray]) -> UnlearningResult:
+        """The result on a part of the questions, by SAEBench's rule; features stay as they are.
+
+        Args:
+            questions: by data set, bool (known questions,).
+        """
+        if not self.is_correct:
+            return self
+        is_correct = {name: rows[:, questions[name]] for name, rows in self.is_correct.items()}
+        return make_result(
+            evaluator=self.evaluator,
+            score=unlearning_score(is_correct),
+            grid=[
+                GridPoint(i.retain_threshold, i.n_features, i.multiplier, i.features)
+                for i in self.interventions
+            ],
+            is_correct=is_correct,
+            baseline={name: right[questions[name]] for name, right in self.baseline.items()},
+            forget_sparsity=self.forget_sparsity,
+            retain_sparsity=self.retain_sparsity,
+            eligible=self.eligible_features,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as plain JSON types."""
@@ -111,6 +162,7 @@ class UnlearningResult:
             "score": self.score,
             "status": self.status.value,
             "cause": self.cause,
+            "frontier": self.frontier,
             "evaluator": self.evaluator,
             "eligible_features": {str(k): n for k, n in self.eligible_features.items()},
             "baseline_forget_correct": self.baseline_forget_correct,
@@ -214,13 +266,24 @@ def make_result(
         forget_sparsity=forget_sparsity,
         retain_sparsity=retain_sparsity,
         is_correct=dict(is_correct),
+        baseline=dict(baseline),
     )
 
 
 def refused(evaluator: str, status: UnlearningStatus, cause: str) -> UnlearningResult:
     """A result of score 0.0 for what was not evaluated; its arrays are empty."""
     none = np.zeros(0)
-    return UnlearningResult(0.0, status, cause, {}, (), None, 0, 0, 0, 0, evaluator, none, none, {})
+    return UnlearningResult(
+        0.0, status, cause, {}, (), None, 0, 0, 0, 0, evaluator, none, none, {}, {}
+    )
+
+
+def wilson_interval(k: int, n: int) -> tuple[float, float]:
+    """95 % interval of an accuracy of k in n (Wilson, 1927)."""
+    from scipy.stats import binomtest  # here: it takes a moment to load
+
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def too_few_known(counts: Mapping[str, int], minimum: int) -> str | None:
@@ -286,6 +349,8 @@ def _intervention_to_dict(intervention: Intervention) -> dict[str, Any]:
     return asdict(intervention) | {
         "features": list(intervention.features),
         "forget_accuracy": intervention.forget_accuracy,
+        "forget_interval": wilson_interval(intervention.forget_correct, intervention.forget_total),
         "retain_accuracy": intervention.retain_accuracy,
+        "retain_interval": wilson_interval(intervention.retain_correct, intervention.retain_total),
         "passes_gate": intervention.passes_gate,
     }
