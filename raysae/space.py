@@ -217,7 +217,9 @@ class SearchSpace(_Strict):
                 }
 
     def grid(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every combination of a space that has lists and plain values only, with its name.
+        """Every combination of a space that has lists and plain values only.
+
+        With its name: the method and the values that differ between points.
 
         Raises:
             ValueError: a range has no list of values.
@@ -230,12 +232,18 @@ class SearchSpace(_Strict):
                 for fields in itertools.product(
                     _points(branch), _points(its), _points(self.sae), _points(self.training)
                 ):
-                    shown = {"regularizer": method} | fields[0]
-                    if penalised:
-                        shown |= alpha | {"alpha_schedule": schedule} | fields[1]
-                    shown |= fields[2] | fields[3]
+                    varied = [method]
+                    if penalised and len(self.alpha.extremes) > 1:
+                        varied.append(f"α={alpha['alpha']}")
+                    if penalised and len(self.alpha_schedule) > 1:
+                        varied.append(schedule)
+                    branches = (branch, its, self.sae, self.training)
+                    for values, lists in zip(fields, branches, strict=True):
+                        for name, value in values.items():
+                            if len((lists or {})[name].extremes) > 1:
+                                varied.append(f"{name}={value}")
                     yield (
-                        " ".join(f"{name}={value}" for name, value in shown.items()),
+                        " ".join(varied),
                         {
                             "regularizer": {"name": method} | fields[0],
                             "alpha": alpha["alpha"],

@@ -75,7 +75,7 @@ class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
         excess = torch.relu((U @ U.transpose(1, 2)).abs() - state["allowance"])
         # i = j: cos is 1 by construction and carries no gradient worth having.
         itself = torch.eye(U.shape[1], dtype=torch.bool, device=U.device)
-        return excess.masked_fill(itself, 0.0).pow(2).sum() * (W_dec.shape[1] / pairs)
+        return excess.masked_fill(itself, 0.0).pow(2).sum() * W_dec.shape[1] / pairs
 
     def _chunks(self, d_sae: int, step: int) -> Tensor:
         return draw_chunks(d_sae, self.chunk_size, step)

@@ -59,7 +59,7 @@ class SubspaceClustered(Hierarchical):
         exists = ranks > 0
         pairs = (exists.sum() * (exists.sum() - 1)).clamp_min(1)
         weights = state["strength"].to(W_dec.dtype)[groups] / sizes[groups][:, None]
-        subspace = (weights * energy).sum() * (W_dec.shape[1] / pairs)
+        subspace = (weights * energy).sum() * W_dec.shape[1] / pairs
         total: Tensor = 0.5 * subspace + 0.5 * super().decoder_penalty(W_dec, state)
         return total
 

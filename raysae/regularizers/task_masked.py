@@ -63,7 +63,7 @@ class TaskMasked(PeriodicRegularizer):
         U = unit_rows(view.W_dec)
         pairs = (forget.sum() * retain.sum()).clamp_min(1)
         overlap = sum_squared_cosines_between(U[forget], U[retain])
-        return overlap * (U.shape[1] / pairs) + self.leak_weight * self._leak(
+        return overlap * U.shape[1] / pairs + self.leak_weight * self._leak(
             view, state, forget, retain
         )
 

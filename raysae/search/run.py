@@ -284,7 +284,7 @@ def _conclude(
     peak_gib: float,
 ) -> SearchOutcome:
     from raysae.analysis.runs import runs_table
-    from raysae.analysis.tables import trials_table, write_tables
+    from raysae.analysis.tables import curves_table, trials_table, write_tables
     from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
 
@@ -296,6 +296,10 @@ def _conclude(
     for name, table in (("confirmation", confirmation), ("runs", study)):
         if not table.empty:
             table.to_csv(run_dir / f"{name}.csv", index=False)
+    if not study.empty:
+        from raysae.analysis.plots import plot_study
+
+        plot_study(trials[trials["stage"] == "search"], curves_table(ended), run_dir / "figures")
     rungs = [record for record in records if record["event"] == "rung"]
     wall = time.time() - started
     busy = sum(record["rung"].get("train_seconds", 0.0) for record in ended)

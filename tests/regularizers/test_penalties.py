@@ -205,12 +205,9 @@ def test_a_duplicated_pair_that_does_not_count_is_free(name: str, parameters: di
     assert cost_of_a_duplicate(name, parameters, changes) == pytest.approx(0.0, abs=1e-12)
 
 
-COST_OF_RANDOM: dict[str, tuple[float, float]] = {
-    "ortsae_chunked": (0.6, 1.1),
-    "subspace_clustered": (0.9, 1.2),
-}
-"""Where it is not 0.9 to 1.1. The largest of few cosines is below its asymptote; the strength of a
-pair of subspaces is measured on the features that it then weighs."""
+COST_OF_RANDOM = {"ortsae_chunked": (0.55, 1.0), "adaptive_orthogonal": (0.68, 0.82)}
+"""Where it is not 0.9 to 1.1. The largest of a few hundred cosines is below its asymptote; a
+quarter of the pairs here fire together and are allowed everything."""
 
 
 @pytest.mark.parametrize("name", decoder_methods)
@@ -219,7 +216,8 @@ def test_random_directions_cost_one_at_any_size(name: str, d_in: int, n: int):
     method, v = make(name), one_task_each(n, decoder(n, d_in))
     state = trained_state(method, lambda _: v, steps=1)
     if "importance" in state or "agreement" in state:  # another weight for every feature
-        state["agreement" if "agreement" in state else "importance"].copy_(torch.rand(n) + 0.5)
+        weights = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(0))
+        state["agreement" if "agreement" in state else "importance"].copy_(weights)
     low, high = COST_OF_RANDOM.get(name, (0.9, 1.1))
     assert low < method.penalty(v, state).item() < high
 

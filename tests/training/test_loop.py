@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from raysae.regularizers import REGISTRY
-from raysae.training.loop import Progress, Rung, TrainingDivergedError, TrialRun
-from raysae.training.spec import SPARSITY_FIELD
+from training_bench import (
+    ARCHITECTURES,
+    METHODS,
+    REFUSED,
+    every_architecture,
+    every_method,
+    small,
+)
 
-ARCHITECTURES = sorted(SPARSITY_FIELD)
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_method = pytest.mark.parametrize("regularizer", sorted(REGISTRY))
+from raysae.training.loop import EXPLODED, Progress, Rung, TrainingDivergedError, TrialRun
+from raysae.training.saes import export_sae
+from raysae.training.schedules import Dynamic
+from raysae.training.spec import TrialSpec
 
-
-def small(regularizer: str) -> dict[str, Any]:
-    """Parameters that make a method act within 24 steps."""
-    fields = REGISTRY[regularizer].model_fields
-    return {k: v for k, v in {"group_update_period": 5, "n_groups": 4}.items() if k in fields}
+FEEDBACK = Dynamic(target=0.2, gain=0.5, every=4)
 
 
 def advance(run: TrialRun, steps: int) -> list[dict[str, float]]:
@@ -72,30 +74,33 @@ def rungs(events: list[Progress | Rung]) -> list[Rung]:
 # --- Repeatable, and resumable --------------------------------------------------------------------
 
 
-@every_architecture
-@every_method
-@pytest.mark.parametrize("through_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    ("architecture", "regularizer"),
+    [("topk", method) for method in METHODS]
+    + [(architecture, "cross_task_inhibition") for architecture in ARCHITECTURES],
+)
+@pytest.mark.parametrize("schedule", ["cosine", "dynamic"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    architecture: str, regularizer: str, through_disk: bool, make_spec, make_store
+    architecture: str, regularizer: str, schedule: str, make_spec, make_store
 ):
     spec = make_spec(
         architecture, regularizer, small(regularizer), schedule="cosine", dead_after=3, lr=5e-3
     )
+    if schedule == "dynamic":
+        spec = spec.model_copy(update={"alpha_schedule": FEEDBACK})
     store = make_store()
     whole = TrialRun(spec, store)
     losses = advance(whole, 24)
 
     interrupted = TrialRun(spec, store)
     advance(interrupted, 13)
-    state = interrupted.state_dict()
-    if through_disk:
-        file = io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
+    file = io.BytesIO()
+    torch.save(interrupted.state_dict(), file)
+    file.seek(0)
     resumed = TrialRun(spec, store)
-    resumed.load_state_dict(state)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
     assert (resumed.step, resumed.tokens) == (13, 13 * 64)
+    assert_same_state(resumed, interrupted)
     assert advance(resumed, 11) == losses[13:]
     assert_same_state(resumed, whole)
 
@@ -137,8 +142,11 @@ def test_a_checkpoint_taken_at_an_event_gives_the_same_remaining_events(
         assert torch.equal(last.retain_rate, wanted.retain_rate)
 
 
-@every_architecture
-@every_method
+@pytest.mark.parametrize(
+    ("architecture", "regularizer"),
+    [("topk", method) for method in METHODS]
+    + [(architecture, "grouped") for architecture in ARCHITECTURES],
+)
 def test_the_same_spec_gives_the_same_numbers_twice(
     architecture: str, regularizer: str, make_spec, make_store
 ):
@@ -246,7 +254,7 @@ def test_a_rung_is_a_snapshot_that_further_training_leaves_alone(
 
 
 def test_groups_are_reported_by_methods_that_have_them_only(make_spec, make_store, fake_result):
-    for regularizer in REGISTRY:
+    for regularizer in METHODS:
         run = TrialRun(make_spec("topk", regularizer, small(regularizer)), make_store())
         groups = rungs(train(run, fake_result))[-1].groups
         assert (groups is not None) == ("groups" in run.regularizer_state)
@@ -277,6 +285,24 @@ def test_a_method_that_does_not_fit_the_run_is_refused_before_training(make_spec
 
 
 @every_architecture
+@every_method
+def test_every_method_trains_every_architecture_or_says_why_not(
+    architecture: str, regularizer: str, make_spec, make_store
+):
+    spec = make_spec(architecture, regularizer, small(regularizer), lr=5e-3)
+    if (regularizer, architecture) in REFUSED:
+        with pytest.raises(ValueError, match=rf"{regularizer} cannot work on {architecture}"):
+            TrialRun(spec, make_store())
+        return
+    run = TrialRun(spec, make_store())
+    before = run.sae.W_dec.detach().clone()
+    for losses in advance(run, 3):
+        assert all(math.isfinite(loss) for loss in losses.values()), losses
+    assert not torch.equal(run.sae.W_dec, before)
+    torch.testing.assert_close(run.sae.W_dec.norm(dim=-1), torch.ones(32))
+
+
+@every_architecture
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_activations_that_are_not_finite_are_an_error_that_names_the_step(
     architecture: str, bad: float, make_spec, make_store, fake_result
@@ -285,8 +311,62 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_step(
     for chunk in store._chunks:
         chunk[::7] = bad
     run = TrialRun(make_spec(architecture), store)
-    with pytest.raises(TrainingDivergedError, match=r"loss is (nan|inf) at step 1 of 24"):
+    with pytest.raises(TrainingDivergedError, match=r"loss is (nan|inf) at step 1 of 24") as error:
         train(run, fake_result)
+    assert (error.value.last_good, error.value.last_good_step) == (None, 0)
+
+
+class Spoiled:
+    """A store whose batches are NaN from a step on."""
+
+    def __init__(self, store: Any, step: int) -> None:
+        self.store, self.step = store, step
+        self.d_in, self.scale = store.d_in, store.scale
+        self.mean, self.variance = store.mean, store.variance
+
+    def batch(self, seed: int, step: int, *args: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, is_forget = self.store.batch(seed, step, *args)
+        return (x * math.nan if step >= self.step else x), is_forget
+
+
+@every_architecture
+def test_a_trial_that_meets_nan_keeps_the_sae_from_before(
+    architecture: str, make_spec, make_store, fake_result
+):
+    spec, store = make_spec(architecture), make_store()
+    # Step 7 is the eighth; its row of the curve is the first that is not finite.
+    run = TrialRun(spec, Spoiled(store, step=7))
+    with pytest.raises(TrainingDivergedError, match="loss is nan at step 8 of 24") as error:
+        train(run, fake_result)
+    assert error.value.last_good_step == 7
+    good = TrialRun(spec, store)
+    advance(good, 7)
+    wanted = export_sae(good.sae, store.scale).state_dict()
+    kept = error.value.last_good.state_dict()
+    assert kept.keys() == wanted.keys()
+    assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
+
+
+def test_a_loss_that_explodes_ends_the_trial_with_the_last_good_sae(
+    make_spec, make_store, fake_result
+):
+    run, events = TrialRun(make_spec("standard", lr=1e6, lr_warmup=0.0), make_store()), []
+    with pytest.raises(TrainingDivergedError, match=r"loss is \S+ at step \d+ of 24") as error:
+        run.train(lambda *_: fake_result(), lambda event: events.append(event) or True)
+    # Nothing is scored, and no row of the curve shows the explosion.
+    assert [event.step for event in events] == list(range(1, run.step))
+    losses = [row.metrics["loss"] for row in events]
+    assert max(losses) <= EXPLODED * losses[0]
+    assert error.value.last_good_step == run.step - 1 >= 1
+    kept = error.value.last_good.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_a_loss_that_only_rises_is_no_explosion(make_spec, make_store, fake_result):
+    run = TrialRun(make_spec("standard", lr=0.5, lr_warmup=0.0), make_store())
+    losses = [row.metrics["loss"] for row in progress(train(run, fake_result))]
+    assert max(losses) > 2 * losses[0]
+    assert run.step == 24
 
 
 @every_architecture
@@ -325,6 +405,13 @@ def test_a_curve_row_is_the_mean_over_the_steps_since_the_last_one(
         start = row.step
 
 
+@torch.no_grad()
+def gate(sae: Any, x: torch.Tensor) -> torch.Tensor:
+    """What decides whether a feature of a gated SAE is active."""
+    gates: torch.Tensor = (x - sae.b_dec * sae.cfg.apply_b_dec_to_input) @ sae.W_enc + sae.b_gate
+    return gates
+
+
 @every_architecture
 def test_explained_variance_l0_and_losses_equal_a_direct_computation(
     architecture: str, make_spec, make_store, fake_result
@@ -345,19 +432,57 @@ def test_explained_variance_l0_and_losses_equal_a_direct_computation(
         assert metrics["explained_variance"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert metrics["l0"] == pytest.approx((acts > 0).sum(1).double().mean().item())
         assert metrics["l2_loss"] == pytest.approx(error.item(), rel=1e-4)
-        l1 = 0.5 * acts.sum(1).mean().item() if architecture == "standard" else 0.0
-        assert metrics["sparsity_loss"] == pytest.approx(l1, rel=1e-4)
+        sparsity = {
+            "standard": lambda acts=acts: 0.5 * acts.sum(1).mean().item(),
+            "gated": lambda x=x: 0.5 * gate(again.sae, x).relu().sum(1).mean().item(),
+            "jumprelu": lambda acts=acts: 0.1 * (acts > 0).sum(1).double().mean().item(),
+        }.get(architecture, lambda: 0.0)()
+        assert metrics["sparsity_loss"] == pytest.approx(sparsity, rel=1e-4)
         again.advance()
 
 
 def test_alpha_follows_its_schedule(make_spec, make_store):
     spec = make_spec(regularizer="fixed_orthogonal", schedule="cosine", alpha=2.0, steps=21)
     run = TrialRun(spec, make_store())
-    assert run.alpha == 2.0
-    advance(run, 10)
-    assert run.alpha == pytest.approx(1.0)
-    advance(run, 10)
-    assert run.alpha == pytest.approx(0.0, abs=1e-12)
+    used = []
+    for _ in range(21):
+        losses = run.advance()
+        used.append(run.alpha)
+        sae_loss = losses["mse_loss"] + losses["auxiliary_reconstruction_loss"]
+        share = (losses["loss"] - sae_loss) / losses["penalty"]
+        assert share.item() == pytest.approx(run.alpha, rel=1e-3, abs=1e-4)
+    assert used == pytest.approx([1 + math.cos(math.pi * step / 20) for step in range(21)])
+
+
+def feedback(target: float, make_spec: Any) -> TrialSpec:
+    spec = make_spec(regularizer="fixed_orthogonal", alpha=2.0, steps=21)
+    return spec.model_copy(update={"alpha_schedule": Dynamic(target=target, gain=0.1, every=4)})
+
+
+@pytest.mark.parametrize("target", [0.01, 1.0])
+def test_alpha_follows_the_overlap_measured_before_the_step(target: float, make_spec, make_store):
+    run = TrialRun(feedback(target, make_spec), make_store())
+    alpha = 2.0
+    for step in range(21):
+        overlap = run.firing.overlap()
+        run.advance()
+        if step in (4, 8, 12, 16, 20):
+            assert 0 < overlap < 1
+            alpha *= math.exp(0.1 * (overlap - target) / target)
+        alpha = min(20.0, max(0.2, alpha))
+        assert run.alpha == pytest.approx(alpha)
+    assert (run.alpha > 2.0) == (target == 0.01)
+
+
+def test_the_curve_shows_the_alpha_that_was_used(make_spec, make_store, fake_result):
+    spec = feedback(0.05, make_spec)
+    rows = progress(train(TrialRun(spec, make_store()), fake_result))
+    again, used = TrialRun(spec, make_store()), []
+    for _ in range(21):
+        again.advance()
+        used.append(again.alpha)
+    assert [row.metrics["alpha"] for row in rows] == used
+    assert len(set(used)) == 6
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero(make_spec, make_store):

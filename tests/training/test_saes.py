@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,26 @@ import pytest
 import torch
 from sae_lens import SAE
 from torch import Tensor
+from training_bench import ARCHITECTURES, PICKS_OVER_A_BATCH, every_architecture
 
 from raysae.training.loop import TrialRun
 from raysae.training.saes import export_sae, make_training_sae
 from raysae.training.spec import SPARSITY_FIELD, SAESpec
 
-ARCHITECTURES = sorted(SPARSITY_FIELD)
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+TRAINED: dict[str, dict[str, Any]] = {}
+"""State of the run of each architecture, trained once."""
 
 
 @pytest.fixture
 def trained(make_spec, make_store, request) -> tuple[TrialRun, Tensor]:
     """A run of 150 steps on rows of norm about 12 (scale about 1/3), and the raw rows."""
     run = TrialRun(make_spec(request.param, steps=150, lr=5e-3), make_store())
-    for _ in range(150):
-        run.advance()
+    if request.param in TRAINED:
+        run.load_state_dict(TRAINED[request.param])
+    else:
+        for _ in range(150):
+            run.advance()
+        TRAINED[request.param] = copy.deepcopy(run.state_dict())
     return run, torch.from_numpy(np.concatenate(run.source._chunks))
 
 
@@ -35,10 +41,10 @@ def per_architecture(test: Any) -> Any:
 def training_acts(run: TrialRun, raw: Tensor) -> Tensor:
     """What the training SAE makes of the rows at inference, in its own scaled units.
 
-    BatchTopK picks over a batch in training and by its threshold at inference.
+    Where training picks over a batch, inference goes by the threshold.
     """
     sae, x = run.sae, raw * run.source.scale
-    if run.spec.sae.architecture != "batchtopk":
+    if run.spec.sae.architecture not in PICKS_OVER_A_BATCH:
         return sae.encode(x)
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     return torch.where(pre > sae.topk_threshold, pre, torch.zeros(()))
@@ -75,12 +81,15 @@ def test_decoder_rows_of_any_norm_are_folded_into_the_encoder(trained):
         wanted = run.sae.decode(x) / run.source.scale
     exported = export_sae(run.sae, run.source.scale)
     torch.testing.assert_close(exported.W_dec.norm(dim=-1), torch.ones(32))
-    if run.spec.sae.architecture != "batchtopk":  # there, training picks over the batch
+    if run.spec.sae.architecture not in PICKS_OVER_A_BATCH:
         torch.testing.assert_close(exported(raw), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_batchtopk_is_exported_as_jumprelu_with_its_threshold_in_raw_units(make_spec, make_store):
-    run = TrialRun(make_spec("batchtopk", steps=150), make_store())
+@pytest.mark.parametrize("architecture", sorted(PICKS_OVER_A_BATCH))
+def test_batchtopk_is_exported_as_jumprelu_with_its_threshold_in_raw_units(
+    architecture: str, make_spec, make_store
+):
+    run = TrialRun(make_spec(architecture, steps=150), make_store())
     for _ in range(150):
         run.advance()
     exported = export_sae(run.sae, run.source.scale)
@@ -90,7 +99,7 @@ def test_batchtopk_is_exported_as_jumprelu_with_its_threshold_in_raw_units(make_
     torch.testing.assert_close(exported.threshold.data, threshold)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk"])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
 def test_other_architectures_keep_theirs(architecture: str, make_spec, make_store):
     run = TrialRun(make_spec(architecture), make_store())
     assert export_sae(run.sae, 0.3).cfg.architecture() == architecture

@@ -1,0 +1,38 @@
+"""Methods with parameters that make them act within a few steps, and the pairs that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raysae.regularizers import REGISTRY
+from raysae.training.spec import SPARSITY_FIELD
+
+ARCHITECTURES = sorted(SPARSITY_FIELD)
+METHODS = sorted(REGISTRY)
+REFUSED = {("gradient_disentangled", "matryoshka_batchtopk")}
+"""(regularizer, architecture) pairs that `check` refuses."""
+
+PICKS_OVER_A_BATCH = {"batchtopk", "matryoshka_batchtopk"}
+"""Architectures whose active features depend on the rest of the batch in training."""
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_method = pytest.mark.parametrize("regularizer", METHODS)
+every_penalty = pytest.mark.parametrize(
+    "regularizer", [name for name in METHODS if REGISTRY[name].uses_alpha]
+)
+
+SMALL = {
+    "group_update_period": 5,
+    "n_groups": 4,
+    "n_super_groups": 2,
+    "subspace_rank": 2,
+    "chunk_size": 12,
+    "observe_every": 3,
+}
+
+
+def small(regularizer: str) -> dict[str, Any]:
+    """The method's parameters for d_sae = 32 and two dozen steps."""
+    return {k: v for k, v in SMALL.items() if k in REGISTRY[regularizer].model_fields}
