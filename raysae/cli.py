@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import psutil
@@ -78,6 +79,35 @@ def search(
         raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
 
 
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a SAELens SAE, or RELEASE:ID of one on the hub.")
+    ],
+    world: Annotated[str, typer.Option(help="World to score it on.")] = "embedded",
+    hook: Annotated[str | None, typer.Option(help="Hook point; default: the world's.")] = None,
+    evaluator: Annotated[
+        str, typer.Option(help="cached, or saebench: its own loop, the same score, slower.")
+    ] = "cached",
+    split_seed: Annotated[int, typer.Option(min=0, help="Seed of the questions' halves.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write SAEBench's result JSON there.")] = None,
+) -> None:
+    """Score any SAELens SAE, and say why it scores so.
+
+    Example: raysae evaluate runs/orth/best
+    """
+    from raysae.evaluate import evaluate as run
+
+    run(
+        source,
+        world_name=world,
+        hook=hook,
+        evaluator=evaluator,
+        split_seed=split_seed,
+        out=out,
+        console=Console(width=None if sys.stdout.isatty() else 140),
+    )
+
+
 def _say(message: str, code: int) -> int:
     Console(stderr=True).print(
         f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
@@ -86,9 +116,26 @@ def _say(message: str, code: int) -> int:
 
 
 def main() -> None:
-    """Entry point of `run_search.py` and of the `raysae-search` command."""
+    """Entry point of `run_search.py`: the search alone."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(search)
+    _run(app)
+
+
+def commands() -> None:
+    """Entry point of the `raysae` command."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        help="Which orthogonality regularizer makes a sparse autoencoder separate knowledge best?",
+    )
+    app.command()(search)
+    app.command()(evaluate)
+    _run(app)
+
+
+def _run(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:

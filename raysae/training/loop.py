@@ -240,7 +240,10 @@ class TrialRun:
         if self.first_loss is None:
             self.first_loss = loss
         if math.isfinite(loss) and loss <= EXPLODED * max(self.first_loss, 1e-6):
-            self._last_good = (self.step, copy.deepcopy(self.sae.state_dict()))
+            weights = self.sae.state_dict()
+            # The step that computed a sane loss may have left weights that are not.
+            if all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+                self._last_good = (self.step, copy.deepcopy(weights))
             return
         sae, step = None, 0
         if self._last_good is not None:

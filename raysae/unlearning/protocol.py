@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import random
 import tempfile
 import warnings
@@ -126,6 +127,26 @@ def saebench_view(sae: Any, world: World, hook_name: str, dtype: torch.dtype, de
             f"{hook_name!r}"
         )
     return view
+
+
+def check_sae(sae: Any, world: World, hook_name: str) -> None:
+    """Raise ValueError for an SAE that was not made for that model and hook; cheap.
+
+    Width, model and layer as far as the SAE's metadata says; `saebench_view` checks the rest.
+    """
+    width = json.loads((world.model_path / "config.json").read_text())["hidden_size"]
+    if sae.cfg.d_in != width:
+        raise ValueError(
+            f"the SAE has d_in {sae.cfg.d_in}, the residual stream of the world {world.name!r} has "
+            f"{width} dimensions: the SAE belongs to another model"
+        )
+    metadata = getattr(sae.cfg, "metadata", None)
+    for kind, expected in (("model_name", world.saebench_model_name), ("hook_name", hook_name)):
+        found = getattr(metadata, kind, None)
+        if found and found != expected:
+            raise ValueError(
+                f"the SAE was made for {kind} {found!r}, the evaluation is for {expected!r}"
+            )
 
 
 def sae_cfg_dict(sae: Any, world: World, hook_name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ instead of once a process.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -16,31 +17,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from training_bench import METHODS, small
 
 from raysae.store.batches import ChunkedActivations
 from raysae.training.collective import Alone, Group
 from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import UnlearningResult, UnlearningStatus
 from raysae.unlearning.result import refused
 
 STEPS, PROCESSES = 20, 2
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "standard": {"architecture": "standard"},
-    "topk": {"architecture": "topk"},
     "dead features": {"architecture": "topk", "sparsity": 1.0, "batch_size": 8, "dead_after": 2},
-    "fixed_orthogonal": {"architecture": "standard", "regularizer": "fixed_orthogonal"},
-    "adaptive_orthogonal": {
-        "architecture": "topk",
-        "regularizer": "adaptive_orthogonal",
-        "parameters": {"group_update_period": 4},
-    },
-    "grouped": {
-        "architecture": "topk",
-        "regularizer": "grouped",
-        "parameters": {"group_update_period": 4, "n_groups": 4},
-    },
-}
+    "dynamic": {"regularizer": "task_masked", "parameters": small("task_masked")},
+} | {method: {"regularizer": method, "parameters": small(method)} for method in METHODS}
 
 
 @dataclass
@@ -99,15 +91,24 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def records(folder: Path, make_spec, make_store) -> tuple[list[dict], dict[str, TrialSpec]]:
-    """Both processes' records by case, and the specs; made once."""
-    specs = {name: make_spec(steps=STEPS, lr=5e-3, **case) for name, case in CASES.items()}
-    if not (folder / "0").exists():
+def records(folder: Path, make_spec, make_store) -> tuple[dict[str, Record], ...]:
+    """By case: the two processes' records, and that of one process alone; made once."""
+    if not (folder / "alone").exists():
+        specs = {name: make_spec(steps=STEPS, lr=5e-3, **case) for name, case in CASES.items()}
+        feedback = Dynamic(target=0.5, every=4)
+        specs["dynamic"] = specs["dynamic"].model_copy(update={"alpha_schedule": feedback})
+        store = make_store()
         forkserver.set_forkserver_preload(["raysae.training.loop", "sklearn.cluster"])
-        arguments = (folder, specs, make_store())
+        arguments = (folder, specs, store)
         mp.start_processes(one_of_two, arguments, nprocs=PROCESSES, start_method="forkserver")
-    load = [torch.load(folder / f"{rank}", weights_only=False) for rank in range(PROCESSES)]
-    return load, specs
+        alone = {name: observe(spec, store, Alone()) for name, spec in specs.items()}
+        torch.save(alone, folder / "alone")
+    return load(folder)
+
+
+@functools.cache
+def load(folder: Path) -> tuple[dict[str, Record], ...]:
+    return tuple(torch.load(folder / name, weights_only=False) for name in ("0", "1", "alone"))
 
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -115,7 +116,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 @every_case
 def test_both_processes_hold_the_same_sae_and_groups_at_every_step(case: str, records):
-    first, second = (record[case] for record in records[0])
+    first, second, _ = (record[case] for record in records)
     assert len(first.decoders) == STEPS
     for a, b in zip(first.decoders, second.decoders, strict=True):
         assert torch.equal(a, b)
@@ -125,9 +126,8 @@ def test_both_processes_hold_the_same_sae_and_groups_at_every_step(case: str, re
 
 
 @every_case
-def test_two_processes_learn_what_one_learns(case: str, records, make_store):
-    loaded, specs = records
-    two, one = loaded[0][case], observe(specs[case], make_store(), Alone())
+def test_two_processes_learn_what_one_learns(case: str, records):
+    two, _, one = (record[case] for record in records)
     for a, b in zip(two.decoders, one.decoders, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     for a, b in zip(two.states, one.states, strict=True):
@@ -136,9 +136,8 @@ def test_two_processes_learn_what_one_learns(case: str, records, make_store):
 
 
 @every_case
-def test_the_curve_is_that_of_one_process(case: str, records, make_store):
-    loaded, specs = records
-    two, one = loaded[0][case].curve, observe(specs[case], make_store(), Alone()).curve
+def test_the_curve_is_that_of_one_process(case: str, records):
+    two, _, one = (record[case].curve for record in records)
     assert [row.step for row in two] == [row.step for row in one] == list(range(1, STEPS + 1))
     for a, b in zip(two, one, strict=True):
         assert a.tokens == b.tokens
@@ -146,9 +145,8 @@ def test_the_curve_is_that_of_one_process(case: str, records, make_store):
 
 
 @every_case
-def test_firing_rates_count_the_tokens_of_both_processes(case: str, records, make_store):
-    loaded, specs = records
-    two, one = loaded[0][case].rungs, observe(specs[case], make_store(), Alone()).rungs
+def test_firing_rates_count_the_tokens_of_both_processes(case: str, records):
+    two, _, one = (record[case].rungs for record in records)
     for (step, *rates), (wanted_step, *wanted) in zip(two, one, strict=True):
         assert step == wanted_step == STEPS
         torch.testing.assert_close(rates, wanted, rtol=0, atol=1e-4)
@@ -156,12 +154,28 @@ def test_firing_rates_count_the_tokens_of_both_processes(case: str, records, mak
 
 def test_only_the_first_process_talks_and_its_word_ends_the_trial_for_both(records):
     for case in CASES:
-        first, second = (record[case] for record in records[0])
+        first, second, _ = (record[case] for record in records)
         assert len(first.curve) == STEPS
         assert second.curve == second.rungs == []
         assert first.stopped_at == second.stopped_at == 5
 
 
 def test_the_dead_feature_term_is_part_of_that_comparison(records):
-    curve = records[0][0]["dead features"].curve
+    curve = records[0]["dead features"].curve
     assert max(row.metrics["auxiliary_loss"] for row in curve) > 0
+
+
+def test_a_moving_alpha_is_part_of_that_comparison(records):
+    curve = records[0]["dynamic"].curve
+    assert len({row.metrics["alpha"] for row in curve}) == STEPS // 4
+
+
+@every_case
+def test_penalties_and_states_that_move_are_part_of_that_comparison(case: str, records):
+    states = records[0][case].states
+    for key in states[0].keys() - {"observations"}:
+        # Shares of the tokens, and the L0 of topk, may well stay; the rest of a state moves.
+        if key not in ("task_share", "l0"):
+            assert any(not torch.equal(state[key], states[0][key]) for state in states), key
+    penalised = CASES[case].get("regularizer", "none") != "none"
+    assert all((row.metrics["penalty"] > 0) == penalised for row in records[0][case].curve)

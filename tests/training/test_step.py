@@ -7,24 +7,30 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
+from training_bench import (
+    ARCHITECTURES,
+    METHODS,
+    REFUSED,
+    every_architecture,
+    every_penalty,
+    small,
+)
 
-from raysae.regularizers import REGISTRY
+from raysae.regularizers import REGISTRY, Regularizer, StepView
 from raysae.training.collective import Alone
 from raysae.training.loop import TrialRun
 from raysae.training.saes import make_training_sae
-from raysae.training.spec import SPARSITY_FIELD
-from raysae.training.step import FiringRecord, train_step
+from raysae.training.step import RATE_EMA, FiringRecord, train_step
 
 CPU = torch.device("cpu")
-ARCHITECTURES = sorted(SPARSITY_FIELD)
+LOOKS_AT_ACTIVATIONS = {"task_masked", "cross_task_inhibition"}
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_penalty = pytest.mark.parametrize(
-    "regularizer", [name for name, method in REGISTRY.items() if method.uses_alpha]
-)
+
+def make(regularizer: str) -> Regularizer:
+    return REGISTRY[regularizer](**small(regularizer))
 
 
 def gradients(
@@ -36,7 +42,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The gradients left by one step on a batch of the store."""
     batch, is_forget = store.batch(0, 0, 64)
-    method = REGISTRY[regularizer]()
+    method = make(regularizer)
     train_step(
         sae,
         torch.optim.Adam(sae.parameters()),
@@ -44,7 +50,7 @@ def gradients(
         is_forget,
         step=0,
         alpha=alpha,
-        coefficients={"l1": 0.5} if "l1" in sae.get_coefficients() else {},
+        coefficients=dict.fromkeys(sae.get_coefficients(), 0.5),
         regularizer=method,
         regularizer_state=method.init_state(16, 32, CPU),
         firing=FiringRecord.zeros(32, CPU),
@@ -113,40 +119,58 @@ def test_that_comparison_meets_dead_features(architecture: str, make_spec, make_
     assert max(run.advance()["auxiliary_reconstruction_loss"] for _ in range(12)) > 0
 
 
-@every_architecture
 @every_penalty
-def test_decoder_rows_stay_at_unit_norm(architecture: str, regularizer: str, make_spec, make_store):
-    spec = make_spec(architecture, regularizer, {}, alpha=5.0, steps=300, lr=0.02)
+def test_decoder_rows_stay_at_unit_norm(regularizer: str, make_spec, make_store):
+    spec = make_spec("topk", regularizer, {}, alpha=5.0, steps=300, lr=0.02)
     run = TrialRun(spec, make_store())
     for _ in range(8):
         run.advance()
         torch.testing.assert_close(run.sae.W_dec.norm(dim=-1), torch.ones(32))
 
 
-@every_architecture
-@every_penalty
+@pytest.mark.parametrize(
+    ("architecture", "regularizer"),
+    [
+        (architecture, method)
+        for architecture in ARCHITECTURES
+        for method in METHODS
+        if REGISTRY[method].uses_alpha and (method, architecture) not in REFUSED
+    ],
+)
 def test_a_penalty_adds_alpha_times_its_own_gradient(
     architecture: str, regularizer: str, make_spec, make_store
 ):
     spec, store, alpha = make_spec(architecture), make_store(), 0.7
-    sae, same = (make_training_sae(spec.sae, 16, seed=1) for _ in range(2))
-    method = REGISTRY[regularizer]()
+    sae, same, third = (make_training_sae(spec.sae, 16, seed=1) for _ in range(3))
     batch, is_forget = store.batch(0, 0, 64)
+    output = third.training_forward_pass(
+        TrainStepInput(batch, dict.fromkeys(third.get_coefficients(), 0.5), None, 0, False)
+    )
+    view = StepView(third.W_dec, output.feature_acts, is_forget, output.sae_out - batch)
+    method = make(regularizer)
     state = method.init_state(16, 32, CPU)
-    with torch.no_grad():
-        acts = sae.encode(batch)
-    method.update(state, method.statistics(acts, is_forget, 0), 0)  # as the step does, first
-    W_dec = sae.W_dec.detach().clone().requires_grad_()
-    (penalty_gradient,) = torch.autograd.grad(method.penalty(W_dec, state), W_dec)
-    assert penalty_gradient.abs().max() > 1e-3
+    seen = view.detach()
+    method.update(state, method.statistics(seen, state, 0), seen.W_dec, 0)  # as the step, first
+    names, parameters = zip(*third.named_parameters(), strict=True)
+    penalty_gradients = dict(
+        zip(
+            names,
+            torch.autograd.grad(method.penalty(view, state), parameters, materialize_grads=True),
+            strict=True,
+        )
+    )
+    looked_at = "W_enc" if regularizer in LOOKS_AT_ACTIVATIONS else "W_dec"
+    assert penalty_gradients[looked_at].abs().max() > 1e-3
 
     without = gradients(sae, store)
     with_penalty = gradients(same, store, regularizer, alpha)
-    torch.testing.assert_close(
-        with_penalty["W_dec"] - without["W_dec"], alpha * penalty_gradient, rtol=1e-3, atol=1e-5
-    )
-    for name in without.keys() - {"W_dec"}:
-        assert torch.equal(with_penalty[name], without[name])
+    for name in without:
+        if regularizer not in LOOKS_AT_ACTIVATIONS and name != "W_dec":
+            assert torch.equal(with_penalty[name], without[name])
+        difference = with_penalty[name] - without[name]
+        torch.testing.assert_close(
+            difference, alpha * penalty_gradients[name], rtol=1e-3, atol=1e-4
+        )
 
 
 @every_penalty
@@ -236,6 +260,48 @@ def test_rates_without_any_token_are_zero():
     record.add(torch.ones(4, 3), torch.zeros(4, dtype=torch.bool), Alone())
     forget_rate, retain_rate = record.rates()
     assert (forget_rate.tolist(), retain_rate.tolist()) == ([0, 0, 0], [1, 1, 1])
+
+
+def test_the_overlap_is_that_of_moving_averages_by_hand():
+    record = FiringRecord.zeros(6, CPU)
+    forget, retain = [0.0] * 6, [0.0] * 6
+    for fired, is_forget in firing_batches(5):
+        record.add(fired, is_forget, Alone())
+        for feature in range(6):
+            for average, label in ((forget, True), (retain, False)):
+                on = [
+                    row
+                    for row, of in zip(fired.tolist(), is_forget.tolist(), strict=True)
+                    if of == label
+                ]
+                rate = sum(row[feature] for row in on) / len(on)
+                average[feature] = RATE_EMA * average[feature] + (1 - RATE_EMA) * rate
+    pairs = list(zip(forget, retain, strict=True))
+    expected = sum(min(pair) for pair in pairs) / sum(max(pair) for pair in pairs)
+    assert 0 < expected < 1
+    assert record.overlap() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("on_forget", "on_retain", "overlap"),
+    [
+        ([1, 1, 0, 0], [0, 0, 1, 1], 0.0),  # no feature fires on both
+        ([1, 1, 1, 1], [1, 1, 1, 1], 1.0),
+        ([1, 1, 0, 0], [0, 1, 1, 0], 1 / 3),
+        ([0, 0, 0, 0], [0, 0, 0, 0], 0.0),
+    ],
+)
+def test_the_overlap_does_not_depend_on_how_many_batches_were_seen(
+    on_forget: list[int], on_retain: list[int], overlap: float
+):
+    record = FiringRecord.zeros(4, CPU)
+    is_forget = torch.tensor([True, False, False])
+    assert record.overlap() == 0.0
+    for _ in range(3):
+        record.add(torch.tensor([on_forget, on_retain, on_retain]).float(), is_forget, Alone())
+        assert record.overlap() == pytest.approx(overlap)
+    record.reset_rates()
+    assert record.overlap() == pytest.approx(overlap)
 
 
 def test_features_that_cannot_fire_are_counted_as_dead(make_spec, make_store, fake_result):

@@ -1,0 +1,175 @@
+"""`raysae evaluate`: the unlearning score of any SAELens SAE on disk or on the hub, explained."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from raysae.errors import UserError
+from raysae.imports import imports_without_gc
+from raysae.pool.folder import TRIAL_FILE
+from raysae.worlds.world import WORLDS, World, check_hook, load_world, unknown_name
+
+
+def evaluate(
+    source: str,
+    *,
+    world_name: str,
+    hook: str | None,
+    evaluator: str,
+    split_seed: int,
+    out: Path | None,
+    console: Console,
+) -> None:
+    """Score one SAE, print why it scores so, and write SAEBench's result file if asked to.
+
+    Args:
+        source: folder of a SAELens SAE, or `release:id` of one on the hub.
+        world_name: as in `raysae.worlds.load_world`.
+        hook: hook point; None for the world's.
+        evaluator: "cached" or "saebench".
+        split_seed: of the questions' halves.
+        out: SAEBench's result JSON; None writes nothing.
+        console: to print to.
+
+    Raises:
+        UserError: an unknown world or hook, no SAE there, or one made for something else.
+    """
+    if world_name not in WORLDS:
+        raise UserError(f"--world: {unknown_name('world', world_name, WORLDS)}")
+    if evaluator not in ("cached", "saebench"):
+        raise UserError(
+            f"--evaluator: {unknown_name('evaluator', evaluator, ('cached', 'saebench'))}"
+        )
+    world = load_world(world_name)
+    hook = hook or world.default_hook_name
+    try:
+        check_hook(world, hook)
+    except ValueError as error:
+        raise UserError(f"--hook: {error}") from None
+    _check_source(source)
+    bar = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("loading torch and SAELens")
+        result, config, cfg_dict = _score(
+            source, world, hook, evaluator, lambda line: bar.update(task, description=line)
+        )
+    from raysae.unlearning import halve
+
+    halves = halve(result, split_seed)
+    _print(console, result, halves)
+    if out is not None:
+        output = result.to_saebench_output(config, cfg_dict, sae_release=source)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        output.to_json_file(str(out), indent=1)
+        console.print(f"SAEBench's result: {out}", highlight=False, soft_wrap=True)
+
+
+def _check_source(source: str) -> None:
+    """Before anything is imported: is there a SAELens SAE at that path?"""
+    if ":" in source and not Path(source).exists():
+        return
+    folder = Path(source)
+    if not (folder / "cfg.json").is_file():
+        nested = sorted(str(path.parent) for path in folder.glob("*/cfg.json"))
+        hint = f"; did you mean {nested[0]}?" if nested else ""
+        raise UserError(f"{source}: no SAELens SAE there (a folder with cfg.json){hint}")
+
+
+def _score(source: str, world: World, hook: str, evaluator: str, say: Any) -> tuple[Any, Any, Any]:
+    with imports_without_gc():
+        import torch
+        from sae_lens import SAE
+
+        from raysae.unlearning import (
+            CachedEvaluator,
+            SAEBenchEvaluator,
+            build_cache,
+            check_sae,
+            default_eval_config,
+            sae_cfg_dict,
+        )
+        from raysae.worlds.model import load_model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    release, _, sae_id = source.partition(":")
+    try:
+        if Path(source).exists():
+            sae: Any = SAE.load_from_disk(source, device=device)
+        else:
+            sae = SAE.from_pretrained(release, sae_id, device=device)
+    except Exception as error:  # SAELens raises many types; whatever it is, it is not an SAE
+        raise UserError(f"{source}: cannot be loaded by SAELens: {error}") from None
+    config = default_eval_config(world)
+    try:
+        check_sae(sae, world, hook)
+        model = load_model(world, device=device)
+        if evaluator == "cached":
+            cache = build_cache(world, model, hook, config, progress=say)
+            say("scoring")
+            scored = CachedEvaluator(world, model, cache, config).evaluate(
+                sae, training_steps=_training_steps(Path(source))
+            )
+        else:
+            say("scoring with SAEBench's own loop, which takes minutes")
+            with tempfile.TemporaryDirectory() as folder:
+                scored = SAEBenchEvaluator(world, model, hook, config, Path(folder)).evaluate(
+                    sae, training_steps=_training_steps(Path(source))
+                )
+        return scored, config, sae_cfg_dict(sae, world, hook)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _training_steps(source: Path) -> int:
+    """Steps that a trial's file beside the SAE states; 1 for an SAE that somebody else trained."""
+    for folder in (source, source.parent):
+        if (folder / TRIAL_FILE).is_file():
+            return int(json.loads((folder / TRIAL_FILE).read_text())["training_steps"])
+    return 1
+
+
+def _print(console: Console, result: Any, halves: Any) -> None:
+    console.print(
+        f"SAEBench unlearning score {result.score:.4f} ({result.status}): {result.cause}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"on two halves of the questions: {halves.search.score:.4f} (searched on) and "
+        f"{halves.heldout.score:.4f} (held out); frontier {result.frontier:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not result.interventions:
+        return
+    eligible = ", ".join(f"{n} below {t:g}" for t, n in result.eligible_features.items())
+    console.print(f"eligible features: {eligible}", highlight=False)
+    from raysae.unlearning.result import wilson_interval
+
+    table = Table(box=None, pad_edge=False)
+    columns = ("retain <", "features", "used", "clamp", "forget right", "95 %", "retain right", "")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in result.interventions:
+        low, high = wilson_interval(row.forget_correct, row.forget_total)
+        table.add_row(
+            f"{row.retain_threshold:g}",
+            f"{row.n_features}",
+            f"{row.n_features_used}",
+            f"-{row.multiplier}",
+            f"{row.forget_correct}/{row.forget_total}",
+            f"{low:.3f}-{high:.3f}",
+            f"{row.retain_correct}/{row.retain_total}",
+            ("passes" if row.passes_gate else "fails the gate")
+            + (", the score" if row == result.best else ""),
+        )
+    console.print(table)
