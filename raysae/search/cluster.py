@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raysae.config import RunConfig
@@ -108,7 +109,7 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
             raise UserError(
                 f"--address {address}: no Ray cluster can be reached there "
                 f"({str(error).splitlines()[0]}); start one with `ray start --head`, or leave "
-                "--address out to use this machine"
+                f"--address out to use this machine{_token_hint()}"
             ) from None
     try:
         plan = make_plan(config, ray.cluster_resources(), local=address is None)
@@ -117,6 +118,18 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         raise
     url = context.dashboard_url
     return plan, f"http://{url}" if url else None
+
+
+def _token_hint() -> str:
+    """`ray start` asks for the token that it finds; who joins has to say that it has one."""
+    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    here = (
+        any(os.environ.get(name) for name in variables)
+        or (Path.home() / ".ray" / "auth_token").is_file()
+    )
+    if not here or os.environ.get("RAY_AUTH_MODE") == "token":
+        return ""
+    return "; if the cluster asks for a token, set RAY_AUTH_MODE=token"
 
 
 def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> Plan:

@@ -51,7 +51,11 @@ def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[
     finished = [record for record in ended if record["state"] == "finished"]
     ranked = sorted(finished, key=lambda record: -record["rung"]["score"])
     best = [TrialSpec.model_validate(r["spec"]) for r in ranked[: config.confirm.top]]
-    fixed = [r["spec"] for r in sorted(ended, key=_score) if _method(r) == "fixed_orthogonal"]
+    fixed = [
+        r["spec"]
+        for r in sorted(ended, key=_score)
+        if _method(r) == "fixed_orthogonal" and r["state"] != "failed"
+    ]
     baselines: list[dict[str, Any]] = [
         {"regularizer": REGISTRY["none"](), "alpha": 0.0, "alpha_schedule": Constant()},
         {
@@ -103,6 +107,8 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
         if not run.startswith("trial "):
             continue
         for method in BASELINES:
+            if method == spec.regularizer.name:  # there beside another candidate
+                continue
             other = scores.get(f"{method} beside {_budget(spec)}", {})
             seeds = sorted(scores[run].keys() & other.keys())
             if not seeds:

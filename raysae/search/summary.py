@@ -104,10 +104,10 @@ def _print_leaderboard(
             style="bold" if row["trial"] == 0 else "",
         )
     console.print(table)
-    finished = ranked[ranked["state"] == "finished"]
+    finished = trials[trials["state"] == "finished"]
     if finished.empty:
         return
-    best = finished.iloc[0]
+    best = finished.sort_values("score", ascending=False, kind="stable").iloc[0]
     _say(
         console,
         f"Best: trial {best['trial']}, unlearning score {best['score']:.3f} (held-out "

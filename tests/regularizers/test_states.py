@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from regularizer_bench import (
@@ -175,6 +177,25 @@ def test_groups_follow_when_the_features_that_fire_together_change():
         steps=10 * PERIOD + 1,
     )
     assert same_partition(state["groups"], after)
+
+
+@pytest.mark.parametrize("name", grouping)
+def test_groups_keep_their_labels_from_update_to_update(name: str):
+    """Also when features come and go: each update starts from the centroids of the last."""
+    planted = torch.arange(40) % 4
+    method = make(name, ema=0.0)
+    state = method.init_state(D_IN, 40, CPU)
+    labels = []
+    for step in range(0, 6 * PERIOD, PERIOD):
+        v = block_view(step, planted, drop=0.2)
+        silent = torch.rand(40, generator=torch.Generator().manual_seed(step)) < 0.3
+        observe(method, state, view_of(v.W_dec, v.acts * ~silent, v.is_forget), step)
+        found = state["groups"].clone()
+        found[silent] = -1
+        labels.append(found)
+    for first, second in itertools.pairwise(labels):
+        both = (first >= 0) & (second >= 0)
+        assert torch.equal(first[both], second[both])
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
