@@ -45,6 +45,9 @@ def search(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Three short trials: the whole job, small.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would happen, and start nothing.")
+    ] = False,
 ) -> None:
     """Search for the regularizer that separates knowledge best.
 
@@ -61,11 +64,17 @@ def search(
     overrides |= {key: value for key, value in flags.items() if value is not None}
     config: RunConfig = load_config(path, overrides)
     from raysae.search.cluster import check_address
-    from raysae.search.run import make_run_dir, resolve, run_search
+    from raysae.search.run import fetch_world, make_run_dir, resolve, run_search
 
     config = resolve(config)
+    if plan:
+        from raysae.search.plan import describe_plan
+
+        sys.stdout.write("\n".join(describe_plan(config)) + "\n")
+        return
     if address is not None:
         check_address(address)
+    fetch_world(config)
     # Without a terminal there is no width to fit into.
     console = Console(width=None if sys.stdout.isatty() else 140)
     outcome = run_search(

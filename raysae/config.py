@@ -6,13 +6,24 @@ Every message names the file, the line, the field, the value and what would be r
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from raysae.errors import UserError, nearest
+from raysae.regularizers import REGISTRY
 from raysae.space import SearchSpace
+from raysae.training.schedules import SCHEDULES
 from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
 from raysae.worlds.world import WORLDS
 
@@ -86,10 +97,30 @@ class RunEntry(_Strict):
 
     @field_validator("regularizer", "alpha_schedule")
     @classmethod
-    def _has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "name" not in value:
+    def _can_be_made(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        registry: dict[str, Any] = REGISTRY if info.field_name == "regularizer" else SCHEDULES
+        parameters = dict(value)
+        if "name" not in parameters:
             raise ValueError(f"needs a 'name', got {sorted(value)}")
+        name = parameters.pop("name")
+        if not isinstance(name, str) or name not in registry:
+            raise ValueError(f"unknown name {name!r}; {nearest(str(name), registry)}")
+        _check_names(parameters, registry[name], repr(name))
+        registry[name](**parameters)
         return value
+
+    @field_validator("sae", "training")
+    @classmethod
+    def _has_fields(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        _check_names(value, SAESpec if info.field_name == "sae" else TrainingSpec, "it")
+        return value
+
+
+def _check_names(values: dict[str, Any], model: type[BaseModel], owner: str) -> None:
+    for name in values:
+        if name not in model.model_fields:
+            options = nearest(name, model.model_fields) if model.model_fields else "it has none."
+            raise ValueError(f"{owner} has no parameter {name!r}; {options}")
 
 
 class ResourcesConfig(_Strict):
@@ -130,8 +161,12 @@ class RunConfig(_Strict):
         """Every corner of the space must be a trial that can run: found now, not at trial 17."""
         if (self.space is None) == (self.runs is None):
             raise ValueError("needs either a 'space' to search or the 'runs' of a study")
+        for name, run in (self.runs or {}).items():
+            try:
+                self.trial_spec(0, run.model_dump())
+            except ValueError as error:
+                raise _located(error, ("runs", name)) from None
         if self.space is None:
-            self.fixed_trials()
             return self
         baseline = self.objective.baseline
         if baseline not in self.space.regularizer:
@@ -270,7 +305,8 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     try:
         return RunConfig(**data)
     except ValidationError as error:
-        raise UserError(_explain(path, error, lines)) from None
+        overridden = {tuple(key.split(".")) for key in overrides or {}}
+        raise UserError(_explain(path, error, lines, overridden)) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -313,18 +349,35 @@ def _line_numbers(text: str) -> dict[tuple[str, ...], int]:
     return lines
 
 
-def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], int]) -> str:
+def _explain(
+    path: Path,
+    error: ValidationError,
+    lines: dict[tuple[str, ...], int],
+    overridden: set[tuple[str, ...]],
+) -> str:
     messages = []
     for item in error.errors():
         loc = tuple(str(part) for part in item["loc"])
         line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
         known = loc
-        while known and known not in lines and item["type"] != "missing":
+        while known and known not in lines.keys() | overridden and item["type"] != "missing":
             known = known[:-1]
         dotted = ".".join(known or loc)
         where = f"{path}:{line}" if line else str(path)
         messages.append(f"{where}: {dotted + ': ' if dotted else ''}{_problem(item, loc)}")
     return "\n".join(dict.fromkeys(messages))
+
+
+def _located(error: ValueError, loc: tuple[str, ...]) -> ValidationError:
+    """What is wrong with a value made from the section at `loc`, as a mistake at `loc`."""
+    message = str(error)
+    if isinstance(error, ValidationError):
+        items = [(".".join(map(str, item["loc"])), _problem(item, ())) for item in error.errors()]
+        message = "; ".join(f"{where}: {problem}" if where else problem for where, problem in items)
+    custom = PydanticCustomError("value_error", "{message}", {"message": message})
+    return ValidationError.from_exception_data(
+        "", [InitErrorDetails(type=custom, loc=loc, input=None)]
+    )
 
 
 def _problem(item: Any, loc: tuple[str, ...]) -> str:
@@ -341,13 +394,21 @@ def _problem(item: Any, loc: tuple[str, ...]) -> str:
 
 def _fields_at(loc: tuple[str, ...]) -> list[str]:
     """Names of the fields of the config section at `loc`."""
-    model: Any = RunConfig
+    annotation: Any = RunConfig
     for part in loc:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
+        entries = [get_args(o)[1] for o in _options(annotation) if get_origin(o) is dict]
+        field = _model_fields(annotation).get(part)
+        if field is None and not entries:
             return []
-        annotation = field.annotation
-        options = [annotation, *get_args(annotation)]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    fields = getattr(model, "model_fields", {})
-    return [f.alias or name for name, f in fields.items()]
+        annotation = entries[0] if field is None else field.annotation
+    return [f.alias or name for name, f in _model_fields(annotation).items()]
+
+
+def _options(annotation: Any) -> list[Any]:
+    """A type, and those of a union."""
+    return [annotation, *get_args(annotation)]
+
+
+def _model_fields(annotation: Any) -> dict[str, Any]:
+    models = [o for o in _options(annotation) if isinstance(o, type) and issubclass(o, BaseModel)]
+    return dict(models[0].model_fields) if models else {}

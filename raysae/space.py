@@ -287,12 +287,15 @@ def _suggest_branch(trial: Suggester, prefix: str, branch: Branch | None) -> dic
 def _check_branch(
     owner: str, branch: Branch, model: type[BaseModel], allowed: frozenset[str]
 ) -> None:
-    for name, parameter in branch.items():
+    for name in branch:
         if name not in allowed:
             options = nearest(name, allowed) if allowed else "it has none."
             raise ValueError(f"{owner!r} has no parameter {name!r}; {options}")
-        for end in parameter.extremes:
-            try:
-                model(**{name: end})
-            except ValidationError as error:
-                raise ValueError(f"{owner}.{name} = {end!r}: {error.errors()[0]['msg']}") from None
+    for values in _corners(branch):
+        try:
+            model(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = f".{first['loc'][0]} = {first['input']!r}" if first["loc"] else ""
+            problem = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{owner}{field}: {problem}") from None

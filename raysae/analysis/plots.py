@@ -31,7 +31,7 @@ DPI = 150
 
 
 def plot_study(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write a study's five figures and return their paths.
+    """Write a study's five figures and return their paths; [] where every trial failed.
 
     Args:
         trials: `raysae.analysis.tables.trials_table`; those without a run's name are left out.
@@ -41,8 +41,10 @@ def plot_study(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
     unlearning_score.png, l2_loss.png, sparsity_loss.png, loss.png: every seed as a dot, the mean as
     a bar. training_curves.png: mean over seeds by step, the range of the seeds shaded.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     trials = trials[(trials["run"] != "") & (trials["state"] != "failed")]
+    if trials.empty:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
     figures = {"unlearning_score": _scores(trials)}
     figures |= {name: _dots(trials, {name: ""}, label) for name, label in LOSSES.items()}
     figures["training_curves"] = _curves(trials, curves)

@@ -25,7 +25,7 @@ from raysae.errors import UserError
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
 from raysae.search import cluster
 from raysae.search.journal import JOURNAL, ended_trials, read_journal
-from raysae.worlds.world import check_hook, load_world
+from raysae.worlds.world import WORLDS, World, check_hook, load_world
 
 PACKAGES = (
     "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
@@ -70,13 +70,25 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         UserError: the model has no such hook point.
     """
-    world = load_world(config.world)
-    hook = config.hook or world.default_hook_name
+    entry = WORLDS[config.world]
+    hook = config.hook or entry.default_hook_name
     try:
-        check_hook(world, hook)
+        check_hook(entry, hook)
     except ValueError as error:
         raise UserError(f"hook: {error}") from None
     return config.model_copy(update={"hook": hook})
+
+
+def fetch_world(config: RunConfig) -> World:
+    """The search's world, fetched if it is one of the hub's.
+
+    Raises:
+        UserError: it cannot be had; the message says what is missing.
+    """
+    try:
+        return load_world(config.world)
+    except ConnectionError as error:
+        raise UserError(f"world: {error}") from None
 
 
 def run_search(
@@ -100,6 +112,7 @@ def run_search(
         UserError: Ray cannot be reached, or the plan does not fit.
     """
     started = time.time() if started is None else started
+    world = fetch_world(config)
     namespace = f"raysae-{uuid.uuid4().hex[:8]}"
     console.print(f"raysae {__version__}: {config.num_trials} trials, "
                   f"results in {run_dir}", highlight=False, soft_wrap=True)  # fmt: skip
@@ -114,7 +127,7 @@ def run_search(
         f"{plan.concurrent_trials} trials at a time",
         highlight=False,
     )
-    _write_about(config, run_dir, plan)
+    _write_about(config, run_dir, plan, world)
     memory = _MemoryWatch()
     broker = Broker.options(name=BROKER_NAME, **OPTIONS).remote(str(run_dir / JOURNAL))
     background: list[threading.Thread] = []
@@ -247,8 +260,7 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _write_about(config: RunConfig, run_dir: Path, plan: cluster.Plan) -> None:
-    world = load_world(config.world)
+def _write_about(config: RunConfig, run_dir: Path, plan: cluster.Plan, world: World) -> None:
     resolved = config.model_dump(mode="json", by_alias=True)
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     (run_dir / "config.yaml").write_text(text, encoding="utf-8")

@@ -77,20 +77,45 @@ class World:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class WorldEntry:
+    """What is known of a world before it is loaded, so that a plan needs no download."""
+
+    load: Callable[[], World]
+    n_layers: int
+    d_model: int
+    default_hook_name: str
+
+
 def load_world(name: str) -> World:
-    """Return the world called `name`; raises ValueError naming the valid ones for another."""
+    """Return the world called `name`; raises ValueError naming the valid ones for another.
+
+    Raises ConnectionError for a world of the hub that cannot be fetched.
+    """
     if name not in WORLDS:
         raise ValueError(unknown_name("world", name, WORLDS))
-    return WORLDS[name]()
+    return WORLDS[name].load()
 
 
-def _load_embedded() -> World:
+def _embedded() -> World:
     from raysae.worlds import embedded  # here, because that package imports this module
 
     return embedded.load()
 
 
-WORLDS: dict[str, Callable[[], World]] = {"embedded": _load_embedded}
+def _from_hub(name: str) -> Callable[[], World]:
+    def load() -> World:
+        from raysae.worlds import hub
+
+        return hub.load(name)
+
+    return load
+
+
+WORLDS: dict[str, WorldEntry] = {
+    "embedded": WorldEntry(_embedded, 4, 128, "blocks.0.hook_resid_post"),
+    "gemma-2-2b": WorldEntry(_from_hub("gemma-2-2b"), 26, 2304, "blocks.19.hook_resid_post"),
+}
 
 
 def hook_layer(hook_name: str) -> int:
@@ -117,8 +142,8 @@ def valid_hooks(world: World) -> list[str]:
 def check_hook(model_or_config: Any, hook_name: str) -> int:
     """Return the hook's layer, or raise ValueError with the valid names and the nearest one.
 
-    `model_or_config` is a World, a TransformerLens model or its config, or a Hugging Face config
-    (an object or the dictionary read from config.json).
+    `model_or_config` is a World or its WorldEntry, a TransformerLens model or its config, or a
+    Hugging Face config (an object or the dictionary read from config.json).
     """
     valid = (
         valid_hooks(model_or_config)
