@@ -375,9 +375,8 @@ def _located(error: ValueError, loc: tuple[str, ...]) -> ValidationError:
         items = [(".".join(map(str, item["loc"])), _problem(item, ())) for item in error.errors()]
         message = "; ".join(f"{where}: {problem}" if where else problem for where, problem in items)
     custom = PydanticCustomError("value_error", "{message}", {"message": message})
-    return ValidationError.from_exception_data(
-        "", [InitErrorDetails(type=custom, loc=loc, input=None)]
-    )
+    details = InitErrorDetails(type=custom, loc=loc, input=None)
+    return ValidationError.from_exception_data("", [details])
 
 
 def _problem(item: Any, loc: tuple[str, ...]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from raysae.unlearning import (
 )
 from raysae.worlds import World, load_world
 from raysae.worlds.model import load_model
+
+Evaluator = CachedEvaluator | SAEBenchEvaluator
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,14 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     if published is None:
         return None
     store: StoreHandle = ray.get(published[0])
-    evaluator: CachedEvaluator | SAEBenchEvaluator | None = None
-    if model is not None and store.evaluation_cache is not None:
-        evaluator = CachedEvaluator(world, model, ray.get(store.evaluation_cache), eval_config)
-    elif model is not None:
+
+    def make_evaluator() -> Evaluator:
+        assert model is not None, "only the first worker of a trial scores it"
+        if store.evaluation_cache is not None:
+            return CachedEvaluator(world, model, ray.get(store.evaluation_cache), eval_config)
         work_dir = Path(config.run_dir) / "saebench" / str(group)
-        evaluator = SAEBenchEvaluator(world, model, config.hook, eval_config, work_dir)
+        return SAEBenchEvaluator(world, model, config.hook, eval_config, work_dir)
+
     if leader:
         ray.get(broker.register.remote(group, f"node {context.get_node_rank()}, rank {rank}"))
     return Worker(
@@ -102,12 +108,12 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         device=device,
         world=world,
         eval_config=eval_config,
-        evaluator=evaluator,
+        make_evaluator=make_evaluator,
         source=store.open(device),
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Worker:
     """What one process of the pool holds for the whole search, and the loop that uses it."""
 
@@ -118,8 +124,13 @@ class Worker:
     device: str
     world: World
     eval_config: UnlearningEvalConfig
-    evaluator: CachedEvaluator | SAEBenchEvaluator | None
+    make_evaluator: Callable[[], Evaluator]
     source: ChunkedActivations
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Waits for the evaluation cache, which is still being filled when training begins."""
+        return self.make_evaluator()
 
     def serve(self) -> None:
         """Take trials from the broker until it has no more."""
@@ -170,7 +181,6 @@ class Worker:
         number = run.spec.number
 
         def evaluate(sae: SAE, steps: int) -> UnlearningResult:
-            assert self.evaluator is not None, "only the first worker of a trial scores it"
             return self.evaluator.evaluate(sae, training_steps=steps)
 
         def on_event(event: Progress | Rung) -> bool:
@@ -180,7 +190,7 @@ class Worker:
             record = artifacts.write(run.spec, event)
             return bool(ray.get(self.broker.rung.remote(number, record)))
 
-        run.train(evaluate, on_event)
+        run.train(evaluate, on_event, before_scoring=lambda: self.evaluator)
 
 
 def _device(use_gpu: bool) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from raysae.analysis.statistics import bootstrap_interval
 from raysae.config import RunConfig
 from raysae.regularizers import REGISTRY
 from raysae.training.schedules import Constant
@@ -23,7 +24,6 @@ FRESH = 500_000
 """Seeds of a confirmation start here, above the number of any trial."""
 
 BASELINES = ("none", "fixed_orthogonal")
-RESAMPLES = 10_000
 COLUMNS = {
     "candidate": "trial of the search that was trained again",
     "baseline": "what it is compared with: same budget, sparsity and seeds",
@@ -130,14 +130,6 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean over resamples of `values` (n,), seeded."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _score(record: dict[str, Any]) -> tuple[bool, float]:

@@ -175,7 +175,7 @@ def _harvest(config: RunConfig, run_dir: Path, broker: Any) -> None:
 
     try:
         assert config.hook is not None
-        handle = harvest(
+        handle, cache_ready = harvest(
             config.world,
             config.hook,
             config.resources.store_dtype,
@@ -184,6 +184,8 @@ def _harvest(config: RunConfig, run_dir: Path, broker: Any) -> None:
         )
         # Nested, the reference reaches the broker unopened: opening it would import torch there.
         ray.get(broker.set_store.remote([ray.put(handle)]))
+        if cache_ready is not None:
+            ray.get(cache_ready)
     except Exception as error:
         (run_dir / "harvest_error.log").write_text(str(error), encoding="utf-8")
         ray.get(broker.pool_failed.remote(f"harvest failed: {last_line(error)}"))

@@ -128,7 +128,8 @@ def _print_leaderboard(
 def _print_runs(console: Console, trials: pd.DataFrame) -> None:
     table = Table(
         title="Runs: mean ± standard deviation over seeds",
-        caption="score: on the half of the questions that a search sees; held-out: on the other",
+        caption="score: on the half of the questions that a search sees; held-out: on the other; "
+        "− baseline: held-out, seed by seed, with its bootstrap interval",
         title_justify="left",
         caption_justify="left",
         box=None,
@@ -136,7 +137,8 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
     )
     table.add_column("run", overflow="fold")
     columns = (
-        "seeds", "score", "held-out", "L2 loss", "sparsity", "loss", "L0", "EV", "dead", "steps",
+        "seeds", "score", "held-out", "− baseline", "L2 loss", "sparsity", "loss", "L0", "EV",
+        "dead", "steps",
     )  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -147,6 +149,7 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
             f"{row['seeds']}",
             _spread(row, "score", 3),
             _spread(row, "heldout_score", 3),
+            _interval(row),
             _spread(row, "l2_loss", 2),
             _spread(row, "sparsity_loss", 2),
             _spread(row, "loss", 2),
@@ -177,6 +180,13 @@ def _say(console: Console, text: str, style: str = "") -> None:
 def _spread(row: pd.Series[Any], figure: str, digits: int) -> str:
     mean, spread = row[figure], row[f"{figure}_std"]
     return f"{mean:.{digits}f}" + ("" if pd.isna(spread) else f" ± {spread:.{digits}f}")
+
+
+def _interval(row: pd.Series[Any]) -> str:
+    if pd.isna(row.get("difference")):
+        return ""
+    low, high = row["difference_low"], row["difference_high"]
+    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _count(correct: float, total: float) -> str:

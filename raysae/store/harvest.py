@@ -54,8 +54,11 @@ def harvest(
     *,
     evaluation_cache: bool,
     tasks_at_a_time: int = 1,
-) -> StoreHandle:
-    """Submit the harvest tasks, wait for them, and return the store's handle.
+) -> tuple[StoreHandle, ObjectRef | None]:
+    """Submit the harvest tasks, wait for the activations, and return the store's handle.
+
+    The evaluation cache may still be on its way, so that training begins without it. The second
+    value is there when the cache is, and raises what its task raised; None without a cache.
 
     Args:
         world_name: as in `raysae.worlds.load_world`.
@@ -82,15 +85,14 @@ def harvest(
         refs: Any = _evaluation_cache.options(num_returns=2).remote(world_name, hook_name)
         ready, cache = refs
     sums = ray.get([refs[1] for refs in returns])
-    if ready is not None:
-        ray.get(ready)  # raises what the task raised, without fetching the cache itself
     labels = [name == "forget" for name, _, _ in pieces]
-    return StoreHandle(
+    handle = StoreHandle(
         chunks=tuple(refs[0] for refs in returns),
         is_forget=np.repeat(labels, [part["rows"] for part in sums]),
         evaluation_cache=cache,
         **add_up(sums),
     )
+    return handle, ready
 
 
 @lru_cache(maxsize=1)

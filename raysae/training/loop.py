@@ -194,13 +194,20 @@ class TrialRun:
         self.step += 1
         return output.losses
 
-    def train(self, evaluate: Evaluate, on_event: OnEvent) -> None:
+    def train(
+        self,
+        evaluate: Evaluate,
+        on_event: OnEvent,
+        before_scoring: Callable[[], object] = lambda: None,
+    ) -> None:
         """Train to the end, or until told to stop.
 
         Args:
             evaluate: (SAE in raw units, training steps so far) → its unlearning result.
             on_event: told of every row of the curves and every rung; False ends the trial. Both are
                 called on rank 0 of a data-parallel trial only, whose word is passed on.
+            before_scoring: called before `evaluate`, on rank 0; its time counts neither as training
+                nor as scoring.
 
         Raises:
             TrainingDivergedError: the loss became NaN or infinite, or exploded.
@@ -228,6 +235,7 @@ class TrialRun:
                 train_seconds += time.perf_counter() - started
                 rung = None
                 if self.collective.rank == 0:
+                    before_scoring()
                     rung = self._score(evaluate, metrics, train_seconds)
                 # Before anyone is told: a checkpoint taken there must start the next rates at 0.
                 self.firing.reset_rates()

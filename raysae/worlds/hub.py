@@ -59,8 +59,8 @@ def load(name: str) -> World:
         except Exception as error:  # hub, file system and parser raise dozens of types
             raise ConnectionError(
                 f"world {name!r} needs {what}, which is neither in the Hugging Face cache nor to "
-                f"be had from the hub ({type(error).__name__}); it takes a network, an account that "
-                "was granted access (HF_TOKEN), and HF_HUB_OFFLINE unset"
+                f"be had from the hub ({type(error).__name__}); it takes a network, an account "
+                "that was granted access (HF_TOKEN), and HF_HUB_OFFLINE unset"
             ) from error
 
     patterns = ["*.json", "*.safetensors", "tokenizer.model"]
