@@ -98,6 +98,9 @@ def evaluate(
         str, typer.Option(help="cached, or saebench: its own loop, the same score, slower.")
     ] = "cached",
     split_seed: Annotated[int, typer.Option(min=0, help="Seed of the questions' halves.")] = 0,
+    sparse_probing: Annotated[
+        bool, typer.Option("--sparse-probing", help="SAEBench's sparse probing as well.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write SAEBench's result JSON there.")] = None,
 ) -> None:
     """Score any SAELens SAE, and say why it scores so.
@@ -112,6 +115,7 @@ def evaluate(
         hook=hook,
         evaluator=evaluator,
         split_seed=split_seed,
+        sparse_probing=sparse_probing,
         out=out,
         console=Console(width=None if sys.stdout.isatty() else 140),
     )

@@ -141,6 +141,9 @@ class RunConfig(_Strict):
     sae: SAEFields = SAEFields()
     training: TrainingSpec = TrainingSpec()
     objective: ObjectiveConfig = ObjectiveConfig()
+    evals: tuple[Literal["unlearning", "sparse_probing"], ...] = Field(
+        ("unlearning",), description="sparse_probing: SAEBench's, of every trial trained to its end"
+    )
     search: SearchConfig = SearchConfig()
     confirm: ConfirmConfig = ConfirmConfig()
     resources: ResourcesConfig = ResourcesConfig()

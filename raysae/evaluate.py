@@ -24,6 +24,7 @@ def evaluate(
     hook: str | None,
     evaluator: str,
     split_seed: int,
+    sparse_probing: bool,
     out: Path | None,
     console: Console,
 ) -> None:
@@ -35,6 +36,7 @@ def evaluate(
         hook: hook point; None for the world's.
         evaluator: "cached" or "saebench".
         split_seed: of the questions' halves.
+        sparse_probing: whether to run SAEBench's sparse probing as well.
         out: SAEBench's result JSON; None writes nothing.
         console: to print to.
 
@@ -60,13 +62,22 @@ def evaluate(
     )  # fmt: skip
     with bar:
         task = bar.add_task("loading torch and SAELens")
-        result, config, cfg_dict = _score(
-            source, world, hook, evaluator, lambda line: bar.update(task, description=line)
+        scored = _score(
+            source,
+            world,
+            hook,
+            evaluator,
+            sparse_probing,
+            lambda line: bar.update(task, description=line),
         )
+    result, config, cfg_dict, probes = scored
     from raysae.unlearning import halve
 
     halves = halve(result, split_seed)
     _print(console, result, halves)
+    if probes:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
+        console.print(f"sparse probing, test accuracy: {shown}", highlight=False, soft_wrap=True)
     if out is not None:
         output = result.to_saebench_output(config, cfg_dict, sae_release=source)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +96,14 @@ def _check_source(source: str) -> None:
         raise UserError(f"{source}: no SAELens SAE there (a folder with cfg.json){hint}")
 
 
-def _score(source: str, world: World, hook: str, evaluator: str, say: Any) -> tuple[Any, Any, Any]:
+def _score(
+    source: str, world: World, hook: str, evaluator: str, sparse_probing: bool, say: Any
+) -> tuple[Any, Any, Any, dict[str, float]]:
     with imports_without_gc():
         import torch
         from sae_lens import SAE
 
+        from raysae.sparse_probing import SparseProbing
         from raysae.unlearning import (
             CachedEvaluator,
             SAEBenchEvaluator,
@@ -124,7 +138,12 @@ def _score(source: str, world: World, hook: str, evaluator: str, say: Any) -> tu
                 scored = SAEBenchEvaluator(world, model, hook, config, Path(folder)).evaluate(
                     sae, training_steps=_training_steps(Path(source))
                 )
-        return scored, config, sae_cfg_dict(sae, world, hook)
+        probes: dict[str, float] = {}
+        if sparse_probing:
+            say("sparse probing")
+            with tempfile.TemporaryDirectory() as folder:
+                probes = SparseProbing(world, model, hook, Path(folder)).evaluate(sae)
+        return scored, config, sae_cfg_dict(sae, world, hook), probes
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
 

@@ -67,7 +67,9 @@ TRIAL_COLUMNS: dict[str, str] = {
     "error": "why it failed",
 }
 """Columns of `trials.parquet` with their meaning; searched parameters of a method or schedule are
-added as `regularizer.<name>` and `alpha_schedule.<name>`."""
+added as `regularizer.<name>` and `alpha_schedule.<name>`, and with `evals: [sparse_probing]` the test
+accuracies of SAEBench's probes, `sae_top_<k>` and `sae` of the SAE's best k or all features,
+`llm_top_<k>` and `llm` of the language model's own activations."""
 
 TIME_COLUMNS = ("train_seconds", "score_seconds", "tokens_per_second")
 """Columns that differ between two runs of the same search."""
@@ -148,6 +150,7 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     row["tokens_per_second"] = rung["tokens"] / rung["train_seconds"]
     result = rung["halves"]["search"]
     row["frontier"] = result["frontier"]
+    row |= rung.get("sparse_probing") or {}
     for threshold, count in result["eligible_features"].items():
         row[f"eligible_features_{threshold}"] = count
     best = result["best"]

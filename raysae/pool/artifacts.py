@@ -30,8 +30,16 @@ class Artifacts:
     frontier_weight: float
     """Of the frontier in what the sampler is told."""
 
-    def write(self, spec: TrialSpec, rung: Rung) -> dict[str, Any]:
-        """Write everything and return the rung as plain data, for the journal."""
+    def write(
+        self, spec: TrialSpec, rung: Rung, probing: dict[str, float] | None = None
+    ) -> dict[str, Any]:
+        """Write everything and return the rung as plain data, for the journal.
+
+        Args:
+            spec: of the trial.
+            rung: the scored SAE.
+            probing: sparse-probing accuracies of the same SAE, where they were asked for.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         cfg_dict = sae_cfg_dict(rung.sae, self.world, self.hook_name)
         rung.sae.save_model(self.folder / SAE_FOLDER)
@@ -63,6 +71,7 @@ class Artifacts:
             "saebench_score": rung.result.score,
             "halves": halves.to_dict(),
             "result": rung.result.to_dict(),
+            "sparse_probing": probing,
             "metrics": rung.metrics,
             "conditioning": table.astype(object).where(table.notna(), None).to_dict("records"),
             "train_seconds": rung.train_seconds,

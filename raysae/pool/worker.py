@@ -19,6 +19,7 @@ from sae_lens import SAE
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
+from raysae.sparse_probing import SparseProbing
 from raysae.store.batches import ChunkedActivations
 from raysae.store.harvest import StoreHandle
 from raysae.training.collective import Alone, Group
@@ -46,6 +47,7 @@ class WorkerConfig:
     evaluator: str
     split_seed: int
     frontier_weight: float
+    evals: tuple[str, ...]
     workers_per_trial: int
     threads: int
     use_gpu: bool
@@ -98,6 +100,12 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         work_dir = Path(config.run_dir) / "saebench" / str(group)
         return SAEBenchEvaluator(world, model, config.hook, eval_config, work_dir)
 
+    def make_probing() -> SparseProbing:
+        assert model is not None, "only the first worker of a trial scores it"
+        folder = Path(config.run_dir) / "sparse_probing" / str(group)
+        folder.mkdir(parents=True, exist_ok=True)
+        return SparseProbing(world, model, config.hook, folder)
+
     if leader:
         ray.get(broker.register.remote(group, f"node {context.get_node_rank()}, rank {rank}"))
     return Worker(
@@ -109,6 +117,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         world=world,
         eval_config=eval_config,
         make_evaluator=make_evaluator,
+        make_probing=make_probing,
         source=store.open(device),
     )
 
@@ -125,12 +134,18 @@ class Worker:
     world: World
     eval_config: UnlearningEvalConfig
     make_evaluator: Callable[[], Evaluator]
+    make_probing: Callable[[], SparseProbing]
     source: ChunkedActivations
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """Waits for the evaluation cache, which is still being filled when training begins."""
         return self.make_evaluator()
+
+    @cached_property
+    def probing(self) -> SparseProbing:
+        """Made when the first trial is probed: most searches ask for none."""
+        return self.make_probing()
 
     def serve(self) -> None:
         """Take trials from the broker until it has no more."""
@@ -187,7 +202,10 @@ class Worker:
             if isinstance(event, Progress):
                 row = {"step": event.step, "tokens": event.tokens, **event.metrics}
                 return not ray.get(self.broker.progress.remote(number, row))
-            record = artifacts.write(run.spec, event)
+            probing = None
+            if event.last and "sparse_probing" in self.config.evals:
+                probing = self.probing.evaluate(event.sae)
+            record = artifacts.write(run.spec, event, probing)
             return bool(ray.get(self.broker.rung.remote(number, record)))
 
         run.train(evaluate, on_event, before_scoring=lambda: self.evaluator)

@@ -212,6 +212,7 @@ def _run_pool(
             "evaluator": config.objective.evaluator,
             "split_seed": config.objective.split_seed,
             "frontier_weight": config.objective.frontier_weight,
+            "evals": config.evals,
             "workers_per_trial": plan.workers_per_trial,
             "threads": resources.threads_per_worker,
             "use_gpu": resources.use_gpu,

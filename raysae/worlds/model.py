@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
-from transformers import AutoTokenizer, Gemma2ForCausalLM, PreTrainedModel
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
+from transformers import (
+    AutoTokenizer,
+    Gemma2ForCausalLM,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from raysae.worlds.world import World, check_hook, hook_layer, unknown_name
@@ -29,11 +37,13 @@ class Architecture:
 
     hugging_face_class: type[PreTrainedModel]
     config: Callable[[Any], dict[str, Any]]
-    """From the Hugging Face config to the arguments of HookedTransformerConfig."""
+    """From the Hugging Face config to the arguments of HookedTransformerConfig; raises ValueError
+    for what TransformerLens would run as another function."""
     convert_weights: Callable[[Any, HookedTransformerConfig], Mapping[str, torch.Tensor]]
 
 
 def _gemma2_config(config: Any) -> dict[str, Any]:
+    _expect(config, attention_bias=False)
     windowed = {"sliding_attention": "local", "full_attention": "global"}
     return {
         "d_model": config.hidden_size,
@@ -50,9 +60,6 @@ def _gemma2_config(config: Any) -> dict[str, Any]:
         "normalization_type": "RMS",
         "use_normalization_before_and_after": True,
         "final_rms": True,
-        "positional_embedding_type": "rotary",
-        "rotary_base": config.rope_parameters["rope_theta"],
-        "rotary_dim": config.head_dim,
         "use_attn_scale": True,
         "attn_scale": config.query_pre_attn_scalar**0.5,
         "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,  # -1 is "no cap"
@@ -60,11 +67,88 @@ def _gemma2_config(config: Any) -> dict[str, Any]:
         "use_local_attn": True,
         "attn_types": [windowed[kind] for kind in config.layer_types],
         "window_size": config.sliding_window,
+        **_rotary(config, config.head_dim),
     }
+
+
+def _gpt_neox_config(config: Any) -> dict[str, Any]:
+    _expect(config, attention_bias=True)
+    d_head = config.hidden_size // config.num_attention_heads
+    return {
+        "d_model": config.hidden_size,
+        "d_head": d_head,
+        "n_heads": config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "eps": config.layer_norm_eps,
+        "act_fn": config.hidden_act,
+        "normalization_type": "LN",
+        "parallel_attn_mlp": config.use_parallel_residual,
+        **_rotary(config, int(d_head * config.rope_parameters["partial_rotary_factor"])),
+    }
+
+
+def _llama_config(config: Any) -> dict[str, Any]:
+    _expect(config, attention_bias=False, mlp_bias=False)
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    return {
+        "d_model": config.hidden_size,
+        "d_head": config.head_dim,
+        "n_heads": config.num_attention_heads,
+        "n_key_value_heads": config.num_key_value_heads if grouped else None,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "eps": config.rms_norm_eps,
+        "act_fn": config.hidden_act,
+        "gated_mlp": True,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        **_rotary(config, config.head_dim),
+    }
+
+
+def _rotary(config: Any, dim: int) -> dict[str, Any]:
+    """Rotary positions on the first `dim` dimensions of every head, scaled as the config says."""
+    rope = config.rope_parameters
+    fields = {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": dim,
+        "rotary_base": rope["rope_theta"],
+    }
+    if rope["rope_type"] == "default":
+        return fields
+    if rope["rope_type"] == "llama3":
+        return fields | {
+            "use_NTK_by_parts_rope": True,
+            "NTK_by_parts_factor": rope["factor"],
+            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+        }
+    raise ValueError(
+        f"rotary positions of rope_type {rope['rope_type']!r} are not supported: "
+        "valid are 'default', 'llama3'"
+    )
+
+
+def _expect(config: Any, **values: bool) -> None:
+    """Refuse what TransformerLens' weight conversion would leave out or miss."""
+    for name, value in values.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{config.model_type} with {name}={getattr(config, name)} is not supported: "
+                f"TransformerLens runs it with {name}={value}"
+            )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "Gemma2ForCausalLM": Architecture(Gemma2ForCausalLM, _gemma2_config, convert_gemma_weights),
+    "GPTNeoXForCausalLM": Architecture(GPTNeoXForCausalLM, _gpt_neox_config, convert_neox_weights),
+    "LlamaForCausalLM": Architecture(LlamaForCausalLM, _llama_config, convert_llama_weights),
 }
 
 
@@ -77,7 +161,8 @@ def load_model(
     stream is the one SAEBench's absolute multipliers are meant for. ``cfg.model_name`` is the name
     SAEBench recognises. Autograd stays as it is for everything else.
 
-    Raises ValueError for an architecture not in ARCHITECTURES.
+    Raises ValueError for an architecture not in ARCHITECTURES, and for a form of one (scaled rotary
+    positions, for example) that TransformerLens does not run.
     """
     architecture = _architecture(world)
     with _no_progress_bars():

@@ -58,6 +58,8 @@ class World:
     known_questions: Mapping[str, tuple[int, ...]] | None
     """Ids (positions in ``questions``) answered right under all 24 permutations of the choices,
     SAEBench's kind ``correct``; None where they must be computed."""
+    probe_texts: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None
+    """``train`` and ``test``: texts by class, for sparse probing; None for SAEBench's own."""
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of config, weights, tokenizer, corpora and questions.

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from raysae.worlds.embedded.facts import make_facts
-from raysae.worlds.embedded.text import make_corpora, make_questions
+from raysae.worlds.embedded.text import make_corpora, make_probe_texts, make_questions
 from raysae.worlds.world import Question, World, sha256_of_file, sha256_of_questions
 
 DATA = Path(__file__).parent / "data"
@@ -47,6 +47,7 @@ def without_known_questions(folder: Path) -> World:
         retain_texts=retain_texts,
         questions=MappingProxyType(make_questions(facts)),
         known_questions=None,
+        probe_texts=make_probe_texts(facts),
     )
 
 

@@ -103,6 +103,22 @@ def make_corpora(
     return tuple(forget_texts), tuple(retain_texts)
 
 
+def make_probe_texts(
+    facts: Sequence[Fact], train: int = 200, test: int = 100, seed: int = 3
+) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    """Return prose by domain (``train`` and ``test`` texts each), to be told apart by a probe."""
+    rng = random.Random(seed)
+    texts: dict[str, dict[str, tuple[str, ...]]] = {}
+    for part, count in (("train", train), ("test", test)):
+        texts[part] = {}
+        for data_set in SUBJECTS:
+            own = list(by_entity([f for f in facts if f.data_set == data_set]).values())
+            texts[part][data_set] = tuple(
+                write_document(rng, rng.choice(own)) for _ in range(count)
+            )
+    return texts
+
+
 def make_questions(
     facts: Sequence[Fact], forget: int = 480, retain: int = 250, seed: int = 1
 ) -> Mapping[str, tuple[Question, ...]]:
