@@ -67,8 +67,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "error": "why it failed",
 }
 """Columns of `trials.parquet` with their meaning; searched parameters of a method or schedule are
-added as `regularizer.<name>` and `alpha_schedule.<name>`, and with `evals: [sparse_probing]` the test
-accuracies of SAEBench's probes, `sae_top_<k>` and `sae` of the SAE's best k or all features,
+added as `regularizer.<name>` and `alpha_schedule.<name>`, and with `evals: [sparse_probing]` the
+test accuracies of SAEBench's probes, `sae_top_<k>` and `sae` of the SAE's best k or all features,
 `llm_top_<k>` and `llm` of the language model's own activations."""
 
 TIME_COLUMNS = ("train_seconds", "score_seconds", "tokens_per_second")
