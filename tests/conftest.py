@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 from raysae.store.batches import ChunkedActivations  # noqa: E402
 from raysae.training.spec import SPARSITY_FIELD, TrialSpec  # noqa: E402
+from raysae.worlds.world import FORGET_SET, RETAIN_SETS  # noqa: E402
 
 SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
 
@@ -80,6 +81,8 @@ def make_spec() -> Callable[..., TrialSpec]:
         rungs: tuple[int, ...] | None = None,
         number: int = 0,
         seed: int = 3,
+        run: str = "",
+        stage: str = "search",
         **training: Any,
     ) -> TrialSpec:
         field = SPARSITY_FIELD[architecture]
@@ -87,6 +90,8 @@ def make_spec() -> Callable[..., TrialSpec]:
         return TrialSpec(
             number=number,
             seed=seed,
+            run=run,
+            stage=stage,
             sae={"architecture": architecture, "d_sae": d_sae, field: value},
             training={"tokens": steps * batch_size, "batch_size": batch_size} | training,
             regularizer={"name": regularizer} | (parameters or {}),
@@ -100,37 +105,28 @@ def make_spec() -> Callable[..., TrialSpec]:
 
 @pytest.fixture
 def fake_result() -> Callable[..., Any]:
-    """A real `UnlearningResult` with trivial values, for tests that score nothing."""
-    from raysae.unlearning import Intervention, UnlearningResult, UnlearningStatus
+    """The `UnlearningResult` of made-up answers, for tests that score nothing.
+
+    100 questions to forget and 40 to retain, known without an intervention. The one intervention
+    clamps two features: the first `100 · score` questions to forget go wrong, none to retain.
+    """
+    from raysae.unlearning.grid import GridPoint
+    from raysae.unlearning.result import UnlearningResult, make_result
 
     def make(score: float = 0.25, d_sae: int = 32) -> UnlearningResult:
-        best = Intervention(
-            retain_threshold=0.01,
-            n_features=10,
-            n_features_used=2,
-            features=(0, 1),
-            multiplier=100,
-            forget_correct=15,
-            forget_total=20,
-            retain_correct=40,
-            retain_total=40,
-        )
-        return UnlearningResult(
-            score=score,
-            status=UnlearningStatus.ok,
-            cause="made up",
-            eligible_features={0.001: 1, 0.01: 2},
-            interventions=(best,),
-            best=best,
-            baseline_forget_correct=20,
-            baseline_forget_total=20,
-            baseline_retain_correct=40,
-            baseline_retain_total=40,
+        baseline = {FORGET_SET: np.ones(100, dtype=bool)}
+        baseline |= {name: np.ones(10, dtype=bool) for name in RETAIN_SETS}
+        is_correct = {name: right[None].copy() for name, right in baseline.items()}
+        is_correct[FORGET_SET][0, : round(100 * score)] = False
+        return make_result(
             evaluator="cached",
-            forget_sparsity=np.zeros(d_sae),
+            score=score,
+            grid=[GridPoint(0.01, 10, 100, (0, 1))],
+            is_correct=is_correct,
+            baseline=baseline,
+            forget_sparsity=np.full(d_sae, 0.5),
             retain_sparsity=np.zeros(d_sae),
-            is_correct={},
-            baseline={},
+            eligible={0.001: 1, 0.01: 2},
         )
 
     return make

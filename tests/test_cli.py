@@ -121,7 +121,7 @@ def test_bad_input_ends_with_one_message_before_ray_is_imported(
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--space", "orht"], ["--space orht", "valid: orth.yaml"]),
+        (["--space", "orht"], ["--space orht", "valid: alpha.yaml, "]),
         (["--set", "training.tokens=-1"], ["training.tokens", "greater than or equal to 1", "-1"]),
         (["--set", "search.num_samples=-1"], ["search.num_samples", "-1"]),
         (["--set", "training.tokens"], ["--set training.tokens: must be key=value"]),
@@ -221,7 +221,7 @@ def test_options_override_set_which_overrides_smoke_which_overrides_the_file(com
     assert (by_set.search.num_samples, by_set.search.seed) == (5, 7)
     assert (by_option.search.num_samples, by_option.search.seed) == (6, 8)
     assert (plain.resources.workers, plain.search.max_concurrent) == (2, 1)
-    assert plain.training.tokens == 1_179_648
+    assert plain.training.tokens == 786_432
 
 
 def test_a_search_in_which_every_trial_failed_ends_with_1_and_the_first_reason(

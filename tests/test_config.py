@@ -19,6 +19,7 @@ from raysae.config import (
     rungs,
 )
 from raysae.errors import UserError
+from raysae.regularizers import REGISTRY
 from raysae.training.spec import TrainingSpec, TrialSpec, config_hash
 
 ORTH = Path(__file__).parent.parent / "search_spaces" / "orth.yaml"
@@ -52,13 +53,13 @@ def sampled(config: RunConfig, n: int = 40) -> list[dict[str, Any]]:
 # --- Good input -----------------------------------------------------------------------------------
 
 
-def test_the_default_space_has_enough_trials_and_the_baseline():
+def test_the_default_space_has_enough_trials_and_every_method():
     config = load_config(ORTH)
     assert config.search.num_samples >= 24
     assert config.objective.baseline == "none"
-    assert {"none", "fixed_orthogonal", "grouped"} <= config.space.regularizer.keys()
+    assert config.space.regularizer.keys() == REGISTRY.keys()
     assert (config.world, config.objective.metric) == ("embedded", "unlearning_score")
-    assert config.training.steps == 1152
+    assert config.training.steps == 768
 
 
 def test_every_sample_of_the_default_space_is_a_trial():
@@ -78,11 +79,8 @@ def test_a_trial_spec_follows_from_number_seed_and_sample_alone():
 
 def test_trials_and_searches_have_seeds_of_their_own():
     values = sampled(load_config(ORTH), 1)[0]
-    seeds = {
-        load_config(ORTH, {"search.seed": seed}).trial_spec(number, values).seed
-        for seed in range(3)
-        for number in range(100)
-    }
+    searches = [load_config(ORTH, {"search.seed": seed}) for seed in range(3)]
+    seeds = {search.trial_spec(n, values).seed for search in searches for n in range(100)}
     assert len(seeds) == 300
 
 
@@ -97,9 +95,9 @@ def test_a_trial_spec_survives_the_way_through_plain_data():
         assert again.to_dict() == spec.to_dict()
 
 
-def test_the_hash_is_that_of_everything_but_the_number(make_spec):
+def test_the_hash_is_that_of_everything_but_the_names(make_spec):
     spec = make_spec(number=1)
-    same = config_hash(make_spec(number=2).to_dict())
+    same = config_hash(make_spec(number=2, run="trial 1", stage="confirmation").to_dict())
     assert config_hash(spec.to_dict()) == same
     others = [make_spec(seed=4), make_spec(alpha=2.0), make_spec(d_sae=33), make_spec(lr=0.5)]
     assert len({same, *(config_hash(other.to_dict()) for other in others)}) == 5
@@ -167,16 +165,22 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
     ("overrides", "parts"),
     [
         ({"world": "embeded"}, ["world:", "'embeded'", "valid: embedded", "mean 'embedded'?"]),
-        ({"sae.architecture": "topkk"}, ["sae.architecture:", "'topkk'", "'topk' or 'batchtopk'"]),
+        ({"sae.architecture": "topkk"}, ["sae.architecture:", "'topkk'", "'standard', 'gated', "]),
+        ({"sae.architecture": "topkk"}, ["'topk', 'batchtopk' or 'matryoshka_batchtopk'"]),
         ({"training.tokens": "many"}, ["training.tokens:", "valid integer", "'many'"]),
         ({"training.tokens": -5}, ["training.tokens:", "greater than or equal to 1", "-5"]),
         ({"training.tokens": 100}, ["tokens 100", "batch_size 1024", "0 steps"]),
         ({"training.lr": 0}, ["training.lr:", "greater than 0", "got 0"]),
         ({"search.num_samples": 0}, ["search.num_samples:", "greater than or equal to 1", "got 0"]),
-        ({"search.sampler": "grid"}, ["search.sampler:", "'tpe' or 'random'", "'grid'"]),
+        ({"search.sampler": "gird"}, ["search.sampler:", "'tpe', 'random' or 'grid'", "'gird'"]),
         ({"search.scheduler.name": "pbt"}, ["search.scheduler.name:", "'asha' or 'none'", "'pbt'"]),
         ({"objective.evaluator": "fast"}, ["objective.evaluator:", "'cached' or 'saebench'"]),
         ({"objective.baseline": "non"}, ["objective.baseline", "'non'", "mean 'none'?"]),
+        ({"objective.split_seed": -1}, ["objective.split_seed:", "greater than or equal to 0"]),
+        ({"objective.frontier_weight": -1}, ["objective.frontier_weight:", "got -1"]),
+        ({"search.seeds": 0}, ["search.seeds:", "greater than or equal to 1", "got 0"]),
+        ({"confirm.top": -1}, ["confirm.top:", "greater than or equal to 0", "got -1"]),
+        ({"confirm.seeds": 1}, ["confirm.seeds:", "greater than or equal to 2", "got 1"]),
         ({"resources.workers": 0}, ["resources.workers:", "greater than or equal to 1", "got 0"]),
         ({"sae": None}, ["sae:", "got None"]),
         ({"space.alpha": {"float": [3, 1]}}, ["space.alpha:", "low 3 is not below high 1"]),
@@ -190,7 +194,7 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
         ),
         (
             {"space.regularizer.grouped.group_update_period": {"int": [20, 5000]}},
-            ["group_update_period 5000", "longer than the run", "1152 steps"],
+            ["group_update_period 5000", "longer than the run", "768 steps"],
         ),
         ({"space.regularizer.grouped.n_groups": 513}, ["n_groups 513", "d_sae 512"]),
         ({"space.sae.k": {"int": [3, 600]}}, ["k 600", "d_sae 512"]),
@@ -199,8 +203,14 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
         ({"sae.architecture": "standard"}, ["'standard' needs 'l1_coefficient'"]),
         ({"space.sae.dsae": 3}, ["space.sae", "'dsae'", "valid: architecture,", "mean 'd_sae'?"]),
         ({"space.training.lrr": 3}, ["space.training", "'lrr'", "mean 'lr'?"]),
-        ({"training.tokns": 3}, ["training:", "unknown key 'tokns'", "valid:", "mean 'tokens'?"]),
-        ({"searhc": 3}, ["unknown key 'searhc'", "valid: hook, objective,", "mean 'search'?"]),
+        (
+            {"training.tokns": 3},
+            ["training.tokns:", "key 'tokns'", "valid:", "mean 'tokens'?"],
+        ),
+        (
+            {"searhc": 3},
+            ["key 'searhc'", "valid: confirm, ", "mean 'search'?"],
+        ),
         ({"search.scheduler.grace": 3}, ["unknown key 'grace'", "mean 'grace_fraction'?"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -234,7 +244,7 @@ def test_a_bad_value_is_answered_with_its_line(overrides: dict, key: str, compla
         ("space: !!python/object:os.system {}\n", "mine.yaml:1:"),
         ("", "is empty"),
         ("- a\n", "a mapping with a 'space' section; this is list"),
-        ("world: embedded\n", "space: is missing"),
+        ("world: embedded\n", "needs either a 'space' to search or the 'runs' of a study"),
         ("space: 3\n", "mine.yaml:1: space: "),
         ("space: {}\n", "space.regularizer: is missing"),
     ],
@@ -283,7 +293,8 @@ def test_an_unknown_space_is_answered_with_those_that_exist(name: str):
     with pytest.raises(UserError) as caught:
         find_space(name)
     assert name in str(caught.value)
-    assert "valid: orth.yaml" in str(caught.value)
+    files = sorted(path.name for path in ORTH.parent.glob("*.yaml"))
+    assert f"valid: {', '.join(files)}" in str(caught.value)
 
 
 def test_a_misspelt_space_is_answered_with_the_nearest_one():

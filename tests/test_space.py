@@ -17,12 +17,28 @@ from raysae.space import SearchSpace
 from raysae.training.schedules import SCHEDULES
 
 ORTH = Path(__file__).parent.parent / "search_spaces" / "orth.yaml"
-N_SAMPLES = 200
+N_SAMPLES = 400
+REGROUP = {
+    "adaptive_orthogonal",
+    "grouped",
+    "hierarchical",
+    "ortsae_chunked",
+    "subspace_clustered",
+    "task_masked",
+}
+CLAMPS = ("min_factor", "max_factor")
+SCHEDULE_PARAMETERS = {
+    "constant": set(),
+    "linear_warmup": {"warmup_fraction"},
+    "linear_decay": {"end_factor"},
+    "cosine": {"end_factor"},
+    "dynamic": {"target"},
+}
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """200 configurations of orth.yaml, each with the parameters that Optuna was asked for."""
+    """Configurations of orth.yaml, each with the parameters that Optuna was asked for."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = load_config(ORTH).space
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -70,7 +86,7 @@ def test_the_update_period_is_searched_for_methods_that_regroup_only(samples):
     for config, asked in samples:
         method = config["regularizer"]["name"]
         regroups = "group_update_period" in REGISTRY[method].searchable
-        assert regroups == (method in ("adaptive_orthogonal", "grouped"))
+        assert regroups == (method in REGROUP)
         assert ("group_update_period" in config["regularizer"]) == regroups
         assert any(name.endswith("group_update_period") for name in asked) == regroups
 
@@ -85,8 +101,7 @@ def test_a_schedules_parameters_are_searched_with_that_schedule_only(samples):
     for config, asked in samples:
         schedule = dict(config["alpha_schedule"])
         name = schedule.pop("name")
-        parameters = {"linear_warmup": {"warmup_fraction"}, "cosine": {"end_factor"}}
-        expected = parameters.get(name, set())
+        expected = SCHEDULE_PARAMETERS[name]
         assert schedule.keys() == expected
         found = {p for p in asked for s in SCHEDULES if p.startswith(f"{s}.")}
         assert found == {f"{name}.{parameter}" for parameter in expected}
@@ -181,13 +196,27 @@ def test_a_branch_that_makes_no_sense_is_refused(regularizer: dict, message: str
     ("schedule", "message"),
     [
         ({"cosin": None}, "Did you mean 'cosine'?"),
-        ({"cosin": None}, "valid: constant, cosine, linear_warmup"),
+        ({"cosin": None}, "valid: constant, cosine, dynamic, linear_decay, linear_warmup"),
         ({"cosine": {"end_factr": 0.1}}, "Did you mean 'end_factor'?"),
         ({"cosine": {"end_factor": {"float": [0, 1.5]}}}, "cosine.end_factor = 1.5:"),
         ({"constant": {"end_factor": 0.1}}, "'constant' has no parameter 'end_factor'"),
+        ({"dynamic": {"min_factor": 20}}, "dynamic: min_factor 20 is above max_factor 10"),
+        (
+            {"dynamic": {"min_factor": [0.1, 5], "max_factor": [1, 10]}},
+            "dynamic: min_factor 5 is above max_factor 1",
+        ),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(schedule: dict, message: str):
     with pytest.raises(ValidationError) as caught:
         space(alpha_schedule=schedule)
     assert message in str(caught.value)
+
+
+def test_parameters_of_a_branch_are_judged_together_not_one_by_one():
+    """A lower clamp above the default upper one is right where the upper one is raised with it."""
+    found = space(alpha_schedule={"dynamic": {"min_factor": 20, "max_factor": [30, 40]}})
+    for config in ask(found):
+        if config["regularizer"]["name"] != "none":
+            schedule = SCHEDULES["dynamic"](**{k: config["alpha_schedule"][k] for k in CLAMPS})
+            assert (schedule.min_factor, schedule.max_factor) in [(20, 30), (20, 40)]

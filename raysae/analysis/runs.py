@@ -32,15 +32,15 @@ def runs_table(trials: pd.DataFrame) -> pd.DataFrame:
         bootstrap over seeds, and `ahead`, the number of seeds in which it is positive.
     """
     named = trials[trials["run"] != ""]
-    done_all = named[named["state"] != "failed"]
+    done_all = named[named["state"] == "finished"]
     baseline = named.loc[named["regularizer"] == BASELINE, "run"].head(1)
     rows = []
     for run, group in named.groupby("run", sort=False):
-        done = group[group["state"] != "failed"]
+        done = group[group["state"] == "finished"]
         row: dict[str, object] = {
             "run": run,
             "seeds": len(done),
-            "failed": len(group) - len(done),
+            "failed": int((group["state"] == "failed").sum()),
             "training_steps": done["training_steps"].min() if len(done) else 0,
         }
         for figure in FIGURES:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -78,7 +79,7 @@ class Rung:
     last: bool
     result: UnlearningResult
     sae: SAE
-    forget_rate: Tensor  # (d_sae,) firing rates in training since the last rung
+    forget_rate: Tensor  # (d_sae,) firing rates over the second half of the way to this rung
     retain_rate: Tensor
     groups: Tensor | None  # (d_sae,) group labels of the regularizer, if it has any
     metrics: dict[str, float]
@@ -214,7 +215,9 @@ class TrialRun:
         """
         spec = self.spec
         total, batch_size = spec.training.steps, spec.training.batch_size
-        rung_steps = {math.ceil(tokens / batch_size) for tokens in spec.rungs}
+        rung_steps = [math.ceil(tokens / batch_size) for tokens in spec.rungs]
+        # Rates belong to the SAE as it is scored, not to what it was at the beginning.
+        rates_start = {(a + b) // 2 for a, b in pairwise([0, *rung_steps])}
         log_every = max(1, total // CURVE_POINTS)
         train_seconds, started = 0.0, time.perf_counter()
         sums: dict[str, Tensor] = {}
@@ -224,6 +227,8 @@ class TrialRun:
             for name, value in self.advance().items():
                 sums[name] = sums[name] + value if name in sums else value
             since += 1
+            if self.step in rates_start:
+                self.firing.reset_rates()
             at_rung = self.step in rung_steps
             if at_rung or self.step % log_every == 0 or self.step == total:
                 metrics = self._metrics(sums, since)
@@ -237,8 +242,6 @@ class TrialRun:
                 if self.collective.rank == 0:
                     before_scoring()
                     rung = self._score(evaluate, metrics, train_seconds)
-                # Before anyone is told: a checkpoint taken there must start the next rates at 0.
-                self.firing.reset_rates()
                 if not self._tell(on_event, rung):
                     return
                 started = time.perf_counter()

@@ -123,7 +123,8 @@ class UnlearningResult:
         among the interventions that keep at least r (0 where none does). Unlike the score it has no
         cliff at 0.99: an SAE that just misses the gate is told from one that separates nothing.
         """
-        levels = np.linspace(FRONTIER_FROM, 1.0, FRONTIER_LEVELS)
+        # Not quite the decimals, so that an accuracy of exactly 0.94 keeps 0.94.
+        levels = np.linspace(FRONTIER_FROM, 1.0, FRONTIER_LEVELS) - 1e-9
         losses = [
             max(
                 (1 - i.forget_accuracy for i in self.interventions if i.retain_accuracy >= level),

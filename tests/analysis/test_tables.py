@@ -21,6 +21,7 @@ from raysae.analysis.tables import (
 )
 from raysae.search.journal import ended_trials
 from raysae.training.spec import TrialSpec, config_hash
+from raysae.unlearning import Halves
 
 Record = dict[str, Any]
 
@@ -53,14 +54,20 @@ def rung_record(fake_result: Callable[..., Any]) -> Callable[..., Record]:
             step=step,
             baseline_draws=2,
         )
+        search, heldout = fake_result(score), fake_result(0.2)
+        (transferred,) = heldout.interventions
         return {
             "step": step,
             "tokens": 64 * step,
             "last": last,
+            "objective": score,
             "score": score,
             "status": "ok",
             "cause": "made up",
-            "result": fake_result(score).to_dict(),
+            "heldout_score": 0.2,
+            "saebench_score": 0.225,
+            "halves": Halves(search, heldout, transferred).to_dict(),
+            "result": fake_result(0.225).to_dict(),
             "metrics": metrics(step),
             "conditioning": json.loads(table.to_json(orient="records")),
             "train_seconds": 2.0,
@@ -162,16 +169,23 @@ def test_the_result_of_the_last_rung_reached_is_in_its_row(trials: pd.DataFrame)
     finished = trials.loc[0]
     expected = {
         "state": "finished",
+        "stage": "search",
+        "run": "",
         "score": 0.25,
+        "heldout_score": 0.2,
+        "saebench_score": 0.225,
+        "frontier": 0.25,  # at no cost: the same loss at every retain accuracy
         "status": "ok",
         "training_steps": 24,
         "tokens": 1536,
         "forget_accuracy": 0.75,
         "retain_accuracy": 1.0,
-        "forget_correct": 15,
-        "forget_total": 20,
+        "forget_correct": 75,
+        "forget_total": 100,
         "retain_correct": 40,
         "retain_total": 40,
+        "heldout_forget_accuracy": 0.8,
+        "heldout_retain_accuracy": 1.0,
         "best_retain_threshold": 0.01,
         "best_n_features": 2,
         "best_multiplier": 100,
@@ -204,7 +218,8 @@ def test_conditioning_of_the_whole_decoder_is_in_the_row(trials: pd.DataFrame):
 
 def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):
     failed = trials.loc[2]
-    assert (failed["state"], failed["status"], failed["score"]) == ("failed", "failed", 0.0)
+    assert (failed["state"], failed["status"]) == ("failed", "failed")
+    assert failed[["score", "heldout_score", "saebench_score"]].eq(0.0).all()
     assert failed["error"] == failed["cause"] == "TrainingDivergedError: loss is nan"
     assert (failed["training_steps"], failed["tokens"]) == (0, 0)
     assert failed["regularizer"] == "fixed_orthogonal"
@@ -213,10 +228,33 @@ def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):
 
 def test_a_trial_without_an_intervention_has_a_score_and_no_accuracies(make_spec, rung_record):
     rung = rung_record(0, 24, 0.0, last=True)
-    rung["result"] |= {"best": None, "eligible_features": {"0.001": 0, "0.01": 0}}
+    nothing = {"best": None, "eligible_features": {"0.001": 0, "0.01": 0}}
+    rung["halves"]["search"] |= nothing
+    rung["halves"]["transferred"] = None
     row = trials_table([end_record(make_spec(), "finished", rung, 24)]).loc[0]
     assert (row["score"], row["eligible_features_0.01"], row["l0"]) == (0.0, 0, 4.0)
-    assert row[["forget_accuracy", "best_multiplier"]].isna().all()
+    names = ["forget_accuracy", "best_multiplier", "heldout_forget_accuracy"]
+    assert row[names].isna().all()
+
+
+def test_what_the_search_saw_and_what_it_did_not_are_told_apart(make_spec, rung_record):
+    """Counts of the best intervention are the search half's, the transferred ones the other's."""
+    rung = rung_record(0, 24, 0.4, last=True)
+    row = trials_table([end_record(make_spec(), "finished", rung, 24)]).loc[0]
+    assert (row["score"], row["frontier"], row["forget_correct"]) == (0.4, pytest.approx(0.4), 60)
+    assert (row["heldout_score"], row["heldout_forget_accuracy"]) == (0.2, 0.8)
+    assert row["saebench_score"] == 0.225
+
+
+def test_runs_and_stages_are_in_their_rows(make_spec):
+    specs = [
+        make_spec(number=0, run="a study's run"),
+        make_spec(number=1, run="trial 0", stage="confirmation"),
+    ]
+    trials = trials_table([end_record(spec, "failed", {}, 0, "x") for spec in specs])
+    assert list(trials["run"]) == ["a study's run", "trial 0"]
+    assert list(trials["stage"]) == ["search", "confirmation"]
+    assert trials["config_hash"].nunique() == 1  # names decide no numbers
 
 
 def test_equal_configurations_have_equal_hashes(records, trials: pd.DataFrame):
@@ -281,6 +319,7 @@ def test_a_search_without_results_still_writes_tables(which: str, records, tmp_p
         ended = []
     write_tables(tmp_path, [], ended)
     assert len(pd.read_parquet(tmp_path / "trials.parquet")) == len(ended)
-    assert list(pd.read_csv(tmp_path / "trials.csv").columns[:3]) == ["trial", "state", "score"]
+    columns = pd.read_csv(tmp_path / "trials.csv").columns
+    assert list(columns[: len(TRIAL_COLUMNS)]) == list(TRIAL_COLUMNS)
     assert {"trial", "step", "tokens", "loss"} <= set(pd.read_csv(tmp_path / "curves.csv").columns)
     assert pd.read_parquet(tmp_path / "conditioning.parquet").empty

@@ -440,6 +440,33 @@ def test_closing_ends_the_wait_for_a_store_that_will_not_come(play):
     play(scenario)
 
 
+# --- One worker's imports at a time ---------------------------------------------------------------
+
+
+def test_the_others_wait_until_one_worker_has_started(play):
+    async def scenario(broker: BrokerState) -> None:
+        others = [await waiting(broker.first_worker()) for _ in range(3)]
+        await broker.register(1, "0:1")  # says nothing about imports
+        await broker.submit(0, SPEC)
+        assert not any(task.done() for task in others)
+        await broker.starting()
+        await soon(asyncio.gather(*others))
+        await soon(broker.first_worker())  # one that comes later need not wait
+        await broker.starting()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("end", ["close", "pool_failed"])
+def test_nobody_waits_for_a_first_worker_that_will_not_come(end: str, play):
+    async def scenario(broker: BrokerState) -> None:
+        others = [await waiting(broker.first_worker()) for _ in range(2)]
+        await (broker.close() if end == "close" else broker.pool_failed("no more GPUs"))
+        await soon(asyncio.gather(*others))
+
+    play(scenario)
+
+
 # --- The journal, and the display -----------------------------------------------------------------
 
 

@@ -207,13 +207,15 @@ def test_a_rung_inside_a_step_is_scored_after_that_step(make_spec, make_store, f
     assert [r.step for r in rungs(train(run, fake_result))] == [9, 24]
 
 
-def test_rates_at_a_rung_are_those_since_the_last_rung(make_spec, make_store, fake_result):
+def test_rates_at_a_rung_are_those_of_the_second_half_of_the_way_there(make_spec, make_store, fake_result):
     spec, store = make_spec(rungs=(8 * 64, 24 * 64)), make_store()
     found = rungs(train(TrialRun(spec, store), fake_result))
     again = TrialRun(spec, store)
-    for rung, steps in zip(found, (8, 16), strict=True):
+    for rung, (unseen, steps) in zip(found, ((4, 4), (8, 8)), strict=True):
         fired = torch.zeros(2, 32)
         tokens = torch.zeros(2)
+        for _ in range(unseen):
+            again.advance()
         for _ in range(steps):
             batch, is_forget = store.batch(spec.seed, again.step, 64)
             with torch.no_grad():

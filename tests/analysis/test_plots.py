@@ -1,0 +1,82 @@
+"""A study's figures: five files, none of them blank, whatever became of the seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from raysae.analysis import plots
+from raysae.analysis.plots import plot_study
+
+NAMES = ["unlearning_score", "l2_loss", "sparsity_loss", "loss", "training_curves"]
+FIGURES = ("loss", "l2_loss", "sparsity_loss", "l0", "explained_variance", "penalty")
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "DPI", 30)
+
+
+def study(runs: int, seeds: int, failed: tuple[int, ...] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trials and curves of a study; failed trials have no figures and a curve of one step."""
+    rng = np.random.default_rng(0)
+    trials: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    for number in range(runs * seeds):
+        ok = number not in failed
+        figures = {name: float(rng.random()) if ok else np.nan for name in FIGURES}
+        trials.append(
+            {
+                "trial": number,
+                "run": f"run {number % runs}",
+                "state": "finished" if ok else "failed",
+                "score": float(rng.random()) if ok else 0.0,
+                "heldout_score": float(rng.random()) if ok else 0.0,
+            }
+            | figures
+        )
+        for step in range(0, 50 if ok else 10, 10):
+            values = {name: 100 * float(rng.random()) / (1 + step) for name in FIGURES}
+            curves.append({"trial": number, "step": step, "tokens": 64 * step} | values)
+    return pd.DataFrame(trials), pd.DataFrame(curves)
+
+
+def assert_drawn(paths: list[Path], folder: Path) -> None:
+    assert paths == [folder / f"{name}.png" for name in NAMES]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in paths)
+    for path in paths:
+        image = imread(path)[..., :3]
+        assert (image.min(axis=-1) < 0.9).sum() > 100, f"{path.name} is blank"
+
+
+@pytest.mark.parametrize(
+    ("runs", "seeds", "failed"),
+    [(3, 2, (0, 3, 5)), (9, 2, ())],
+    ids=["a failed run and a failed seed", "more runs than colours"],
+)
+def test_a_study_has_five_figures(runs: int, seeds: int, failed: tuple[int, ...], tmp_path: Path):
+    folder = tmp_path / "new" / "figures"
+    assert_drawn(plot_study(*study(runs, seeds, failed), folder), folder)
+
+
+def test_a_single_seed_leaves_its_mark_and_trials_of_no_run_leave_none(tmp_path: Path):
+    trials, curves = study(1, 1)
+    other = pd.DataFrame([{"trial": 9, "run": "", "state": "finished", "score": 1e9}])
+    before = plot_study(trials, curves, tmp_path / "before")
+    assert_drawn(before, tmp_path / "before")
+    moved = pd.concat([trials.assign(l2_loss=3.0), other])
+    after = plot_study(moved, curves, tmp_path / "after")
+    pairs = zip(before, after, strict=True)
+    changed = [a.stem for a, b in pairs if not np.array_equal(imread(a), imread(b))]
+    assert changed == ["l2_loss"]
+
+
+def test_a_study_of_failed_trials_has_no_figures(tmp_path: Path):
+    folder = tmp_path / "figures"
+    assert plot_study(*study(1, 2, failed=(0, 1)), folder) == []
+    assert not folder.exists()

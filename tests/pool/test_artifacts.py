@@ -1,0 +1,105 @@
+"""What a rung leaves in the journal and on disk: what the sampler is told, and what it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sae_lens import SAE
+
+from raysae.pool.artifacts import Artifacts
+from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
+from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.spec import TrialSpec
+from raysae.unlearning import default_eval_config, split_questions
+from raysae.unlearning.grid import GridPoint
+from raysae.unlearning.result import UnlearningResult, make_result
+from raysae.unlearning.scoring import unlearning_score
+from raysae.worlds import load_world
+from raysae.worlds.world import FORGET_SET, RETAIN_SETS
+
+SPLIT_SEED = 11
+
+
+def lopsided() -> UnlearningResult:
+    """One intervention: 6 of 10 questions to forget go wrong on the search half, 1 on the other.
+
+    Of 400 questions to retain 2 are lost, both in the search half: it keeps 99 % of its 200.
+    """
+    counts = {FORGET_SET: 20} | dict.fromkeys(RETAIN_SETS, 100)
+    chosen = split_questions(counts, SPLIT_SEED)
+    right = {name: np.ones((1, n), dtype=bool) for name, n in counts.items()}
+    right[FORGET_SET][0, np.flatnonzero(chosen[FORGET_SET])[:6]] = False
+    right[FORGET_SET][0, np.flatnonzero(~chosen[FORGET_SET])[:1]] = False
+    right[RETAIN_SETS[0]][0, np.flatnonzero(chosen[RETAIN_SETS[0]])[:2]] = False
+    return make_result(
+        evaluator="cached",
+        score=unlearning_score(right),
+        grid=[GridPoint(0.01, 10, 100, (0, 1))],
+        is_correct=right,
+        baseline={name: np.ones(n, dtype=bool) for name, n in counts.items()},
+        forget_sparsity=np.full(32, 0.5),
+        retain_sparsity=np.zeros(32),
+        eligible={0.001: 1, 0.01: 2},
+    )
+
+
+@pytest.fixture
+def write(make_spec, make_store, tmp_path: Path) -> Callable[[float], tuple[TrialSpec, Any]]:
+    """Train for two steps and write the rung; its record."""
+
+    def make(frontier_weight: float) -> tuple[TrialSpec, dict[str, Any]]:
+        world = load_world("embedded")
+        artifacts = Artifacts(
+            folder=tmp_path / "trial",
+            world=world,
+            hook_name=world.default_hook_name,
+            eval_config=default_eval_config(world),
+            split_seed=SPLIT_SEED,
+            frontier_weight=frontier_weight,
+        )
+        spec = make_spec(steps=2, number=5)
+        events: list[Progress | Rung] = []
+        run = TrialRun(spec, make_store(d_in=128))
+        run.train(lambda *_: lopsided(), lambda event: events.append(event) or True)
+        (rung,) = (event for event in events if isinstance(event, Rung))
+        return spec, artifacts.write(spec, rung)
+
+    return make
+
+
+def test_the_sampler_is_told_the_search_half_and_the_other_is_beside_it(write):
+    _, record = write(0.0)
+    assert record["objective"] == record["score"] == pytest.approx(0.6)
+    assert record["heldout_score"] == pytest.approx(0.1)
+    assert record["saebench_score"] == pytest.approx(7 / 20)
+    assert record["status"] == "ok"
+    assert "4 of 10 forget questions" in record["cause"]
+    assert record["halves"]["search"]["score"] == pytest.approx(0.6)
+    assert record["halves"]["transferred"]["forget_correct"] == 9
+    assert record["result"]["score"] == pytest.approx(7 / 20)
+
+
+def test_the_frontier_adds_to_what_the_sampler_is_told_and_not_to_the_score(write):
+    _, record = write(0.5)
+    # 0.99 of the retain questions are kept: 91 of the 101 levels from 0.9 to 1
+    assert record["objective"] == pytest.approx(0.6 + 0.5 * 0.6 * 91 / 101)
+    assert record["score"] == pytest.approx(0.6)
+
+
+def test_a_record_is_plain_data_and_the_folder_holds_the_trial(write, tmp_path: Path):
+    spec, record = write(0.0)
+    text = json.dumps(record, allow_nan=False)
+    assert json.dumps(json.loads(text)) == text
+    folder = tmp_path / "trial"
+    about = json.loads((folder / TRIAL_FILE).read_text())
+    assert TrialSpec(**about["spec"]) == spec
+    assert (about["training_steps"], about["tokens"]) == (record["step"], record["tokens"])
+    result = json.loads((folder / RESULT_FILE).read_text())
+    score = result["eval_result_metrics"]["unlearning"]["unlearning_score"]
+    assert score == pytest.approx(7 / 20)  # SAEBench's own, on all questions
+    assert SAE.load_from_disk(folder / SAE_FOLDER).W_dec.shape == (32, 128)

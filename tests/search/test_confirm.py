@@ -1,0 +1,300 @@
+"""The confirmation: who is trained again, beside what, with which seeds, and what it proves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysae.config import RunConfig
+from raysae.search.confirm import COLUMNS, bootstrap_interval, confirmation_trials, verdicts
+from raysae.training.spec import TrialSpec
+
+Record = dict[str, Any]
+
+
+def config(top: int = 2, seeds: int = 3, seed: int = 0) -> RunConfig:
+    return RunConfig(
+        sae={"k": 4},
+        space={"regularizer": {"none": None}},
+        search={"seed": seed},
+        confirm={"top": top, "seeds": seeds},
+    )
+
+
+def record(
+    spec: TrialSpec, score: float, state: str = "finished", heldout: float | None = None
+) -> Record:
+    """The journal's `end` record of a trial."""
+    scores = {"score": score, "heldout_score": score if heldout is None else heldout}
+    rung = {} if state == "failed" else scores
+    return {"trial": spec.number, "state": state, "spec": spec.to_dict(), "rung": rung, "error": ""}
+
+
+def runs(specs: list[TrialSpec]) -> list[str]:
+    return list(dict.fromkeys(spec.run for spec in specs))
+
+
+def of_run(specs: list[TrialSpec], start: str) -> list[TrialSpec]:
+    return [spec for spec in specs if spec.run.startswith(start)]
+
+
+@pytest.fixture
+def grouped(make_spec) -> Callable[..., TrialSpec]:
+    """A trial with the method `grouped`; keywords as for `make_spec`."""
+
+    def make(number: int, **kwargs: Any) -> TrialSpec:
+        parameters = {"group_update_period": 7, "n_groups": 3}
+        return make_spec(regularizer="grouped", parameters=parameters, number=number, **kwargs)
+
+    return make
+
+
+# --- Who is trained again -------------------------------------------------------------------------
+
+
+def test_the_best_trials_that_were_trained_to_the_end_are_trained_again(grouped):
+    states = ["finished", "stopped", "failed", "finished", "finished"]
+    scores = [0.3, 0.9, 0.0, 0.4, 0.5]
+    ended = [record(grouped(i), scores[i], states[i]) for i in range(5)]
+    assert [r for r in runs(confirmation_trials(config(), ended)) if "trial" in r] == [
+        "trial 4",
+        "trial 3",
+    ]
+    again = of_run(confirmation_trials(config(), ended), "trial 4")
+    assert {spec.regularizer for spec in again} == {grouped(4).regularizer}
+    assert {spec.alpha for spec in again} == {1.0}
+
+
+@pytest.mark.parametrize("top", [1, 3, 9])
+def test_as_many_are_trained_again_as_asked_for_and_there_are(top: int, grouped):
+    ended = [record(grouped(i), i / 10) for i in range(4)]
+    specs = confirmation_trials(config(top=top), ended)
+    assert len(runs(of_run(specs, "trial "))) == min(top, 4)
+
+
+def test_nothing_is_trained_again_where_nothing_ended_well_or_none_is_asked_for(grouped):
+    assert confirmation_trials(config(), []) == []
+    ended = [record(grouped(0), 0.3, "stopped"), record(grouped(1), 0.0, "failed")]
+    assert confirmation_trials(config(), ended) == []
+    assert confirmation_trials(config(top=0), [record(grouped(0), 0.3)]) == []
+
+
+def test_numbers_go_on_after_the_searchs(grouped):
+    ended = [record(grouped(number), 0.1) for number in (0, 1, 6)]
+    numbers = [spec.number for spec in confirmation_trials(config(), ended)]
+    assert numbers == list(range(7, 7 + len(numbers)))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_seeds_are_fresh_and_shared_by_candidates_and_baselines(seed: int, grouped):
+    search = config(seeds=4, seed=seed)
+    ended = [record(grouped(i, seed=search.seed_of(i)), i / 10) for i in range(3)]
+    specs = confirmation_trials(search, ended)
+    seeds = {run: [spec.seed for spec in specs if spec.run == run] for run in runs(specs)}
+    (shared,) = {tuple(s) for s in seeds.values()}
+    assert len(seeds) == 4
+    assert len(set(shared)) == 4
+    assert not set(shared) & {search.seed_of(number) for number in range(20_000)}
+
+
+def test_another_search_is_confirmed_with_other_seeds(grouped):
+    ended = [record(grouped(0), 0.1)]
+    first, second = (
+        {spec.seed for spec in confirmation_trials(config(seed=seed), ended)} for seed in (0, 1)
+    )
+    assert not first & second
+
+
+# --- Beside what ----------------------------------------------------------------------------------
+
+
+def test_baselines_have_the_candidates_sae_and_training(grouped):
+    candidate = grouped(0, sparsity=6, d_sae=48, lr=0.02, rungs=(512, 1536))
+    specs = confirmation_trials(config(), [record(candidate, 0.4)])
+    assert {spec.regularizer.name for spec in specs} == {"grouped", "none", "fixed_orthogonal"}
+    assert len(specs) == 9
+    for spec in specs:
+        assert (spec.sae, spec.training) == (candidate.sae, candidate.training)
+        assert spec.rungs == (1536,)
+        assert spec.stage == "confirmation"
+        assert TrialSpec(**spec.to_dict()) == spec
+
+
+def test_candidates_of_equal_budget_share_their_baselines(grouped):
+    ended = [record(grouped(i, alpha=i + 1.0), 0.4) for i in range(2)]
+    specs = confirmation_trials(config(), ended)
+    assert len(specs) == 3 * 4
+    assert len({(spec.run, spec.seed) for spec in specs}) == len(specs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sparsity": 5}, {"d_sae": 48}, {"lr": 0.02}, {"steps": 30}, {"batch_size": 32}],
+    ids=lambda change: next(iter(change)),
+)
+def test_candidates_of_unequal_budget_have_baselines_of_their_own(change: dict, grouped):
+    candidates = [grouped(0), grouped(1, **change)]
+    specs = confirmation_trials(config(), [record(spec, 0.4) for spec in candidates])
+    assert len(specs) == 3 * 6
+    for method in ("none", "fixed_orthogonal"):
+        baselines = [spec for spec in specs if spec.regularizer.name == method]
+        budgets = [(spec.sae, spec.training) for spec in baselines]
+        assert {budgets.count((c.sae, c.training)) for c in candidates} == {3}
+
+
+@pytest.mark.parametrize("method", ["none", "fixed_orthogonal"])
+def test_a_method_is_not_its_own_baseline(method: str, make_spec):
+    specs = confirmation_trials(config(), [record(make_spec(regularizer=method), 0.4)])
+    (other,) = {"none", "fixed_orthogonal"} - {method}
+    assert sorted(spec.regularizer.name for spec in specs) == sorted(3 * [method, other])
+
+
+def test_the_fixed_orthogonal_baseline_has_the_alpha_that_did_best_in_the_search(
+    make_spec, grouped
+):
+    def fixed(number: int, alpha: float, schedule: str = "constant") -> TrialSpec:
+        return make_spec("topk", "fixed_orthogonal", number=number, alpha=alpha, schedule=schedule)
+
+    ended = [
+        record(grouped(0), 0.9),
+        record(fixed(1, 0.1), 0.3),
+        record(fixed(2, 0.5, "cosine"), 0.4),
+        record(fixed(3, 7.0), 0.6, "stopped"),
+        record(fixed(4, 30.0), 0.0, "failed"),
+    ]
+
+    def baseline(ended: list[Record]) -> tuple[float, str]:
+        specs = of_run(confirmation_trials(config(top=1), ended), "fixed_orthogonal")
+        ((alpha, schedule),) = {(spec.alpha, spec.alpha_schedule.name) for spec in specs}
+        return alpha, schedule
+
+    assert baseline(ended) == (0.5, "cosine")
+    assert baseline([ended[0], ended[3], ended[4]]) == (7.0, "constant")
+    assert baseline([ended[0], ended[4]]) == (1.0, "constant")
+    assert baseline(ended[:1]) == (1.0, "constant")
+
+
+# --- What follows ---------------------------------------------------------------------------------
+
+
+def confirmed(ended: list[Record], scores: dict[str, list[float]], top: int = 2) -> list[Record]:
+    """`ended`, and its confirmation's records with held-out scores by start of the run's name."""
+    specs = confirmation_trials(config(top=top), ended)
+    found = list(ended)
+    for start, values in scores.items():
+        mine = of_run(specs, start)
+        found += [record(s, 0.99, heldout=v) for s, v in zip(mine, values, strict=True)]
+    assert len(found) == len(ended) + len(specs)
+    return found
+
+
+def test_a_verdict_compares_seed_by_seed_on_the_held_out_half(grouped):
+    scores = {
+        "trial 0": [0.5, 0.6, 0.4],
+        "none": [0.2, 0.3, 0.3],
+        "fixed_orthogonal": [0.5, 0.4, 0.6],
+    }
+    table = verdicts(confirmed([record(grouped(0), 0.7)], scores))
+    assert list(table.columns) == list(COLUMNS)
+    none, fixed = table.to_dict("records")
+    for row, baseline, mean, difference, low, high, wins in (
+        (none, "none", 0.8 / 3, 0.7 / 3, 0.1, 0.3, 3),
+        (fixed, "fixed_orthogonal", 0.5, 0.0, -0.2, 0.2, 1),
+    ):
+        assert (row["candidate"], row["baseline"], row["seeds"]) == (0, baseline, 3)
+        assert row["candidate_heldout"] == pytest.approx(0.5)
+        assert row["baseline_heldout"] == pytest.approx(mean)
+        assert row["difference"] == pytest.approx(difference)
+        # of three differences an interval of 95 % reaches from the smallest to the largest:
+        # one in 27 resamples, 3.7 %, holds either three times
+        assert (row["low"], row["high"]) == pytest.approx((low, high))
+        assert row["wins"] == wins
+    assert (none["beats"], fixed["beats"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "beats"), [([0.4, 0.4, 0.4], True), ([0.4, 0.4, 0.5], False), ([0.6] * 3, False)]
+)
+def test_one_beats_another_where_the_whole_interval_is_above_0(baseline, beats: bool, grouped):
+    scores = {"trial 0": [0.5] * 3, "none": baseline, "fixed_orthogonal": baseline}
+    table = verdicts(confirmed([record(grouped(0), 0.7)], scores))
+    assert table["beats"].tolist() == [beats, beats]
+    assert (table["low"] > 0).tolist() == [beats, beats]
+
+
+def test_seeds_that_one_side_failed_to_train_are_left_out(grouped):
+    scores = {"trial 0": [0.5, 0.9, 0.7], "none": [0.1, 0.2, 0.3], "fixed_orthogonal": [0.0] * 3}
+    ended = confirmed([record(grouped(0), 0.7)], scores)
+    lost = [r for r in ended if r["spec"]["run"] == "trial 0"][1]
+    lost |= {"state": "failed", "rung": {}}
+    row = verdicts(ended).iloc[0]
+    assert (row["seeds"], row["wins"]) == (2, 2)
+    assert row["candidate_heldout"] == pytest.approx(0.6)
+    assert row["baseline_heldout"] == pytest.approx(0.2)
+
+
+def test_without_a_confirmation_there_is_no_verdict(grouped):
+    for ended in ([], [record(grouped(0), 0.4), record(grouped(1), 0.0, "failed")]):
+        table = verdicts(ended)
+        assert table.empty
+        assert list(table.columns) == list(COLUMNS)
+
+
+def test_every_candidate_is_compared_with_the_baselines_of_its_own_budget(grouped):
+    ended = [record(grouped(0), 0.8), record(grouped(1, sparsity=6), 0.7)]
+    scores = {
+        "trial 0": [0.5] * 3,
+        "trial 1": [0.5] * 3,
+        "none beside topk k=4": [0.4] * 3,
+        "none beside topk k=6": [0.3] * 3,
+        "fixed_orthogonal beside topk k=4": [0.2] * 3,
+        "fixed_orthogonal beside topk k=6": [0.1] * 3,
+    }
+    table = verdicts(confirmed(ended, scores)).set_index(["candidate", "baseline"])
+    expected = {
+        (0, "none"): 0.4,
+        (0, "fixed_orthogonal"): 0.2,
+        (1, "none"): 0.3,
+        (1, "fixed_orthogonal"): 0.1,
+    }
+    assert table["baseline_heldout"].to_dict() == pytest.approx(expected)
+
+
+def test_a_candidate_is_not_compared_with_its_own_method_beside_another(make_spec, grouped):
+    ended = [record(grouped(0), 0.8), record(make_spec(number=1), 0.7)]  # equal budgets
+    scores = {
+        "trial 0": [0.5] * 3,
+        "trial 1": [0.4] * 3,
+        "none": [0.4] * 3,
+        "fixed_orthogonal": [0.2] * 3,
+    }
+    table = verdicts(confirmed(ended, scores))
+    assert list(zip(table["candidate"], table["baseline"], strict=True)) == [
+        (0, "none"),
+        (0, "fixed_orthogonal"),
+        (1, "fixed_orthogonal"),
+    ]
+
+
+# --- The interval ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.3, 0.2], [-0.5, 0.5, 0.0], [0.2, 0.2, 0.2], [0, 0, 1]])
+def test_the_interval_of_three_values_is_that_of_all_resamples(values: list[float]):
+    means = [np.mean(resample) for resample in itertools.product(values, repeat=3)]
+    exact = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+    assert bootstrap_interval(np.array(values)) == pytest.approx(tuple(exact))
+
+
+def test_the_interval_of_five_values_is_near_that_of_all_resamples():
+    values = np.array([0.1, 0.35, 0.2, -0.05, 0.6])
+    means = [np.mean(resample) for resample in itertools.product(values, repeat=5)]
+    exact = np.quantile(means, [0.025, 0.975])
+    found = bootstrap_interval(values)
+    assert found == pytest.approx(tuple(exact), abs=0.02)
+    assert values.min() < found[0] < values.mean() < found[1] < values.max()
+    assert bootstrap_interval(values) == found
