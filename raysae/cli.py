@@ -76,7 +76,7 @@ def search(
         check_address(address)
     fetch_world(config)
     # Without a terminal there is no width to fit into.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     outcome = run_search(
         config,
         make_run_dir(out, path.stem),
@@ -117,7 +117,7 @@ def evaluate(
         split_seed=split_seed,
         sparse_probing=sparse_probing,
         out=out,
-        console=Console(width=None if sys.stdout.isatty() else 140),
+        console=Console(width=None if sys.stdout.isatty() else 180),
     )
 
 

@@ -142,7 +142,7 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
     )  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why 0")
+    table.add_column("why 0", no_wrap=True)
     for _, row in runs_table(trials).iterrows():
         table.add_row(
             Text(str(row["run"])),
