@@ -12,7 +12,10 @@ change an answer:
 - all columns of the unembedding but the answers'.
 
 Sums are taken in another order than in SAEBench, which rounds in the last digits of float32; an
-answer could differ only where two letters' logits agree to about six digits.
+answer could differ only where two letters' logits agree to about six digits. In bfloat16 that is
+two to three digits, and SAEBench rounds the residual stream once more on its way through the SAE's
+reconstruction: features and sparsities are still equal, but a few answers of a thousand differ,
+where the two best letters are within the rounding, about a dozen units of bfloat16.
 """
 
 from __future__ import annotations

@@ -207,7 +207,9 @@ def test_a_rung_inside_a_step_is_scored_after_that_step(make_spec, make_store, f
     assert [r.step for r in rungs(train(run, fake_result))] == [9, 24]
 
 
-def test_rates_at_a_rung_are_those_of_the_second_half_of_the_way_there(make_spec, make_store, fake_result):
+def test_rates_at_a_rung_are_those_of_the_second_half_of_the_way(
+    make_spec, make_store, fake_result
+):
     spec, store = make_spec(rungs=(8 * 64, 24 * 64)), make_store()
     found = rungs(train(TrialRun(spec, store), fake_result))
     again = TrialRun(spec, store)

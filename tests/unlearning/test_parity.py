@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sae_lens import SAE
+from tiny_models import gpt_neox, llama, with_random_model
+from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from unlearning_bench import Bench
+from transformers import PreTrainedConfig
+from unlearning_bench import Bench, make_bench, sae_maker
 
 from raysae.unlearning import SAEBenchEvaluator, UnlearningResult
 from raysae.unlearning.gemma_layers import GemmaLayersAfter
 from raysae.unlearning.layers_after import LayersAfter, select
+from raysae.worlds import World
 
 
 def assert_equal(fast: UnlearningResult, slow: UnlearningResult) -> None:
@@ -27,7 +33,7 @@ def assert_equal(fast: UnlearningResult, slow: UnlearningResult) -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "random"])
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "batchtopk"])
 def test_every_answer_equals_saebench(
     bench: Bench, reference: SAEBenchEvaluator, sae_of: Any, architecture: str, trained: bool
 ) -> None:
@@ -38,9 +44,102 @@ def test_every_answer_equals_saebench(
     assert_equal(fast, slow)
 
 
-def test_some_answers_change_so_that_parity_means_something(bench: Bench, sae_of: Any) -> None:
-    result = bench.cached().evaluate(sae_of("topk", True), training_steps=1)
-    assert any((~right).any() for right in result.is_correct.values())
+def changed_answers(result: UnlearningResult) -> float:
+    """Share of the answers that an intervention turns from right to wrong or back."""
+    turned = [right != result.baseline[name] for name, right in result.is_correct.items()]
+    return float(np.concatenate(turned, axis=1).mean())
+
+
+def assert_parity(bench: Bench, sae: SAE[Any], **changes: Any) -> None:
+    fast = bench.cached(**changes).evaluate(sae, training_steps=1)
+    assert changed_answers(fast) > 0.02
+    assert_equal(fast, bench.saebench(**changes).evaluate(sae, training_steps=1))
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_later_hooks(smaller_world: World, tmp_path: Path, layer: int) -> None:
+    bench = make_bench(smaller_world, tmp_path, f"blocks.{layer}.hook_resid_post")
+    assert_parity(bench, sae_maker(bench.corpus_rows(), steps=100)("topk", True))
+
+
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        (gpt_neox(), 0),
+        (gpt_neox(), 1),
+        (gpt_neox(use_parallel_residual=False, tie_word_embeddings=True), 0),
+        (llama(), 0),
+        (llama(), 1),
+        (llama(num_key_value_heads=4, tie_word_embeddings=True), 1),
+    ],
+    ids=["neox-0", "neox-1", "neox-sequential-0", "llama-grouped-0", "llama-grouped-1", "llama-1"],
+)
+def test_other_architectures(
+    smaller_world: World, tmp_path: Path, config: PreTrainedConfig, layer: int
+) -> None:
+    """Random models: what they answer means nothing, and changes when features are clamped.
+
+    Features that fire on up to a tenth of the retain tokens are clamped: many more answers change.
+    """
+    world = with_random_model(smaller_world, tmp_path / "model", config)
+    bench = make_bench(world, tmp_path, f"blocks.{layer}.hook_resid_post")
+    assert type(bench.cached().layers) is LayersAfter
+    sae_of = sae_maker(bench.corpus_rows(), steps=100)
+    for sae in (sae_of("standard", False), sae_of("topk", True)):
+        assert_parity(bench, sae, retain_thresholds=[0.01, 0.1])
+
+
+def answer_logits(bench: Bench, evaluator: SAEBenchEvaluator, sae: SAE[Any]) -> tuple[Any, Tensor]:
+    """SAEBench's result, and its logits of the four letters: (interventions, questions, 4)."""
+    cfg, pad, found = bench.model.cfg, bench.model.tokenizer.pad_token_id, []
+
+    def listen(_model: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        if output.shape[-1] == cfg.d_vocab:  # else the corpora, which stop at the hook
+            last = (inputs[0] != pad).sum(dim=1) - 1
+            found.append(output[torch.arange(len(last)), last][:, bench.cache.answer_tokens])
+
+    evaluator.prepare()
+    listening = bench.model.register_forward_hook(listen)
+    result = evaluator.evaluate(sae, training_steps=1)
+    listening.remove()
+    logits = torch.cat(found).float()
+    return result, logits.reshape(len(result.interventions), -1, 2, 4).amax(dim=2)
+
+
+def test_in_bfloat16_only_near_ties_differ(smaller_world: World, tmp_path: Path) -> None:
+    """The evaluators round at different places, and neither is nearer to float32 than the other.
+
+    Features and sparsities are equal; an answer differs only where SAEBench's own two best letters
+    are within what rounding moves them by, up to a dozen units of bfloat16.
+    """
+    bench = make_bench(smaller_world, tmp_path, dtype="bfloat16")
+    changes = {"multipliers": [50, 200]}
+    sae = sae_maker(bench.corpus_rows(), steps=100)("topk", True)
+    fast = bench.cached(**changes).evaluate(sae, training_steps=1)
+    slow, logits = answer_logits(bench, bench.saebench(**changes), sae)
+    right = bench.cache.is_right(logits.argmax(dim=-1).numpy())
+    assert all(np.array_equal(right[name], slow.is_correct[name]) for name in right)
+
+    assert np.array_equal(fast.forget_sparsity, slow.forget_sparsity)
+    assert np.array_equal(fast.retain_sparsity, slow.retain_sparsity)
+    assert [i.features for i in fast.interventions] == [i.features for i in slow.interventions]
+    assert changed_answers(slow) > 0.05
+    best, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
+    unit = torch.exp2(best.abs().log2().floor() - 7)  # eight significant bits
+    near_tie = (best - second <= 16 * unit).numpy()
+    assert near_tie.mean() < 0.15
+    differs = np.concatenate([fast.is_correct[n] != slow.is_correct[n] for n in right], axis=1)
+    assert not (differs & ~near_tie).any()
+    assert differs.mean() < 0.02
+    assert fast.score == slow.score
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "batchtopk"])
+def test_some_answers_change_so_that_parity_means_something(
+    bench: Bench, sae_of: Any, architecture: str
+) -> None:
+    result = bench.cached().evaluate(sae_of(architecture, True), training_steps=1)
+    assert changed_answers(result) > 0.02
 
 
 def test_fewer_eligible_features_than_requested(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,28 @@ from sae_lens import (
     TopKSAE,
     TopKSAEConfig,
 )
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from raysae.training.saes import export_sae, make_training_sae
+from raysae.training.spec import SAESpec
 from raysae.unlearning import (
     CachedEvaluator,
     EvaluationCache,
     SAEBenchEvaluator,
+    build_cache,
     default_eval_config,
 )
+from raysae.unlearning.cache import as_tensor
 from raysae.worlds import World
+from raysae.worlds.model import load_model
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS
 
 D_SAE = 256
+
+GetSAE = Callable[[str, bool], SAE[Any]]
+"""(architecture, trained) → SAE."""
 
 
 def cut(world: World, n_forget: int, n_retain: int, n_texts: int) -> World:
@@ -65,13 +77,51 @@ class Bench:
 
     def cached(self, **changes: Any) -> CachedEvaluator:
         """The fast evaluator; `changes` alter the configuration (not what the cache holds)."""
-        config = default_eval_config(self.world, **changes)
+        config = replace(self.config, **changes)
         cache = replace(self.cache, config=self.cache.config | changes)
         return CachedEvaluator(self.world, self.model, cache, config)
 
     def saebench(self, **changes: Any) -> SAEBenchEvaluator:
-        config = default_eval_config(self.world, **changes)
+        config = replace(self.config, **changes)
         return SAEBenchEvaluator(self.world, self.model, self.hook_name, config, self.work_dir)
+
+    def corpus_rows(self) -> Tensor:
+        """float32 (tokens, d_model) of both corpora at the hook."""
+        cache = self.cache
+        return torch.cat(
+            [as_tensor(c.resid[c.counts], cache.dtype, "cpu") for c in (cache.forget, cache.retain)]
+        ).float()
+
+
+def make_bench(
+    world: World, work_dir: Path, hook_name: str | None = None, dtype: str = "float32"
+) -> Bench:
+    """The model of `world` and its cache at a hook, by default the world's own."""
+    world = replace(world, default_hook_name=hook_name or world.default_hook_name)
+    model = load_model(world, dtype=getattr(torch, dtype))
+    config = default_eval_config(world, llm_dtype=dtype)
+    cache = build_cache(world, model, world.default_hook_name, config)
+    return Bench(world, model, config, cache, work_dir)
+
+
+def sae_maker(rows: Tensor, steps: int = 300) -> GetSAE:
+    """Inference SAEs for these activations, untrained or trained by `steps`, once per kind."""
+    weights: dict[tuple[bool, bool], dict[str, Tensor]] = {}
+    batchtopk = functools.cache(functools.partial(batchtopk_sae, rows, steps=steps))
+
+    def get(architecture: str, trained: bool) -> SAE[Any]:
+        if architecture == "batchtopk":
+            return deepcopy(batchtopk(trained=trained))
+        key = (architecture == "topk", trained)
+        if key not in weights:
+            topk = 4 if key[0] else None
+            with torch.enable_grad():
+                weights[key] = (
+                    train(rows, topk=topk, steps=steps) if trained else random_weights(rows)
+                )
+        return make_sae(architecture, weights[key])
+
+    return get
 
 
 def make_sae(architecture: str, weights: dict[str, Tensor], k: int = 4) -> SAE[Any]:
@@ -106,7 +156,7 @@ def random_weights(rows: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return {"W_enc": W_dec.T.clone(), "W_dec": W_dec, "b_enc": b_enc, "b_dec": rows.mean(0)}
 
 
-def train(rows: Tensor, *, topk: int | None, steps: int = 300) -> dict[str, Tensor]:
+def train(rows: Tensor, *, topk: int | None, steps: int) -> dict[str, Tensor]:
     """Adam on squared error, with an L1 penalty or the k largest activations."""
     generator = torch.Generator().manual_seed(1)
     scale = rows.pow(2).mean().sqrt()
@@ -127,3 +177,31 @@ def train(rows: Tensor, *, topk: int | None, steps: int = 300) -> dict[str, Tens
         optimizer.step()
     trained = {name: p.detach() for name, p in params.items()}
     return trained | {"b_enc": trained["b_enc"] * scale, "b_dec": trained["b_dec"] * scale}
+
+
+def batchtopk_sae(rows: Tensor, *, trained: bool, steps: int) -> SAE[Any]:
+    """As SAELens saves a BatchTopK SAE: a JumpReLU SAE with the threshold found in training.
+
+    Without training the steps look for the threshold only.
+    """
+    generator = torch.Generator().manual_seed(1)
+    scale = float(rows.pow(2).mean().rsqrt())
+    spec = SAESpec(architecture="batchtopk", d_sae=D_SAE, k=4)
+    sae = make_training_sae(spec, rows.shape[1], seed=0, b_dec=scale * rows.mean(0))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-3 if trained else 0.0)
+    for step in range(steps):
+        x = scale * rows[torch.randint(len(rows), (256,), generator=generator)]
+        with torch.enable_grad():
+            output = sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=x,
+                    coefficients={},
+                    dead_neuron_mask=None,
+                    n_training_steps=step,
+                    is_logging_step=False,
+                )
+            )
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    return export_sae(sae, scale)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from tiny_models import gpt_neox, llama, with_random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from raysae.worlds import World, load_world
 from raysae.worlds.model import check_hook, hook_layer, load_model
@@ -23,7 +24,7 @@ def model(world):
 
 
 def hugging_face_logits(folder, tokens):
-    source = Gemma2ForCausalLM.from_pretrained(
+    source = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
@@ -63,6 +64,60 @@ def test_other_shapes_of_gemma2_load_as_well(world, tmp_path):
         torch.testing.assert_close(
             other(tokens), hugging_face_logits(tmp_path, tokens), atol=1e-4, rtol=1e-4
         )
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        gpt_neox(use_parallel_residual=True, tie_word_embeddings=False),
+        gpt_neox(use_parallel_residual=True, tie_word_embeddings=True),
+        gpt_neox(use_parallel_residual=False, tie_word_embeddings=False),
+        gpt_neox(use_parallel_residual=False, tie_word_embeddings=True),
+        gpt_neox(rotary_pct=1.0, rotary_emb_base=500, hidden_act="gelu_new"),
+        llama(num_key_value_heads=4, tie_word_embeddings=False),
+        llama(num_key_value_heads=4, tie_word_embeddings=True),
+        llama(num_key_value_heads=2, tie_word_embeddings=False),
+        llama(num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-2),
+        llama(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+        llama(rope_parameters=LLAMA3),
+    ],
+    ids=[
+        "neox-parallel", "neox-parallel-tied", "neox-sequential", "neox-sequential-tied",
+        "neox-all-rotary", "llama", "llama-tied", "llama-grouped", "llama-one-key-tied",
+        "llama-wide-heads", "llama-scaled-rotary",
+    ],
+)  # fmt: skip
+def test_gpt_neox_and_llama_equal_hugging_faces_own(world, tmp_path, config):
+    other = load_model(with_random_model(world, tmp_path, config, std=0.2))
+    tokens = torch.randint(6, 232, (4, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = other(tokens).log_softmax(-1)
+    expected = hugging_face_logits(tmp_path, tokens).log_softmax(-1)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+            r"rope_type 'linear'.*'default', 'llama3'",
+        ),
+        (llama(attention_bias=True), "llama with attention_bias=True"),
+        (llama(mlp_bias=True), "llama with mlp_bias=True"),
+        (gpt_neox(attention_bias=False), "gpt_neox with attention_bias=False"),
+    ],
+)
+def test_what_transformer_lens_does_not_run_is_refused(world, tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(with_random_model(world, tmp_path, config))
 
 
 def test_model_is_frozen_and_autograd_left_on(world):
