@@ -18,6 +18,7 @@ def test_two_workers_train_one_trial_together(tmp_path):
         "training.batch_size": 64,
         "search.num_samples": 2,
         "search.scheduler.name": "none",
+        "confirm.top": 0,
         "resources.workers": 2,
         "resources.workers_per_trial": 2,
     }

@@ -25,6 +25,7 @@ from raysae.unlearning import (
     SAEBenchEvaluator,
     build_cache,
     default_eval_config,
+    halve,
 )
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
@@ -45,7 +46,12 @@ def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
     out = tmp_path_factory.mktemp("search") / "run"
-    done = run(out)
+    options = [
+        *("--set", "confirm.top=1"),
+        *("--set", "confirm.seeds=2"),
+        *("--set", "evals=[unlearning, sparse_probing]"),
+    ]
+    done = run(out, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -63,13 +69,39 @@ def model(world):
 
 def test_every_trial_was_trained_and_explained(search):
     trials = pd.read_parquet(search[0] / "trials.parquet")
-    assert len(trials) == 3
+    assert (trials["stage"] == "search").sum() == 3
     assert (trials["training_steps"] == 512).all()
     assert (trials["state"] == "finished").all()
     assert (trials["cause"].str.len() > 0).all()
     assert trials["score"].nunique() > 1
     assert trials.loc[0, "regularizer"] == "none"
     assert set(TRIAL_COLUMNS) <= set(trials.columns)
+
+
+def test_the_best_is_confirmed_beside_the_baselines_with_fresh_seeds(search):
+    trials = pd.read_parquet(search[0] / "trials.parquet")
+    searched = trials[trials["stage"] == "search"]
+    confirmed = trials[trials["stage"] == "confirmation"]
+    best = searched.sort_values("score", ascending=False, kind="stable").iloc[0]
+    candidate = confirmed[confirmed["run"] == f"trial {best['trial']}"]
+    assert len(candidate) == 2 and set(candidate["regularizer"]) == {best["regularizer"]}
+    assert not set(confirmed["seed"]) & set(searched["seed"])
+    baselines = {"none", "fixed_orthogonal"} - {best["regularizer"]}
+    assert baselines <= set(confirmed["regularizer"])
+    assert set(confirmed["k"]) == {best["k"]}
+    verdicts = pd.read_csv(search[0] / "confirmation.csv")
+    assert set(verdicts["baseline"]) == baselines
+    for _, row in verdicts.iterrows():
+        others = confirmed[confirmed["run"].str.startswith(f"{row['baseline']} beside")]
+        difference = candidate["heldout_score"].mean() - others["heldout_score"].mean()
+        assert row["difference"] == pytest.approx(difference)
+    assert "Confirmation: trial" in search[1]
+
+
+def test_every_finished_trial_was_probed(search):
+    trials = pd.read_parquet(search[0] / "trials.parquet")
+    assert trials["sae_top_1"].between(0.5, 1.0).all()
+    assert trials["llm_top_1"].nunique() == 1
 
 
 def test_the_run_folder_holds_what_the_readme_promises(search):
@@ -127,7 +159,10 @@ def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model)
     )
     rung = events[-1]
     assert isinstance(rung, Rung)
-    assert rung.result.score == record["rung"]["score"]
+    assert rung.result.score == record["rung"]["saebench_score"]
+    halves = halve(rung.result, 0)
+    assert halves.search.score == record["rung"]["score"]
+    assert halves.heldout.score == record["rung"]["heldout_score"]
     assert rung.result.to_dict() == record["rung"]["result"]
     assert rung.metrics == record["rung"]["metrics"]
     curve = [e.metrics["loss"] for e in events if isinstance(e, Progress)]
