@@ -350,8 +350,12 @@ def _intervention_to_dict(intervention: Intervention) -> dict[str, Any]:
     return asdict(intervention) | {
         "features": list(intervention.features),
         "forget_accuracy": intervention.forget_accuracy,
-        "forget_interval": wilson_interval(intervention.forget_correct, intervention.forget_total),
+        "forget_interval": list(
+            wilson_interval(intervention.forget_correct, intervention.forget_total)
+        ),
         "retain_accuracy": intervention.retain_accuracy,
-        "retain_interval": wilson_interval(intervention.retain_correct, intervention.retain_total),
+        "retain_interval": list(
+            wilson_interval(intervention.retain_correct, intervention.retain_total)
+        ),
         "passes_gate": intervention.passes_gate,
     }
