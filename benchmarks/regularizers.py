@@ -102,7 +102,8 @@ def added(method: Regularizer, view: StepView, base: float, period: int, repeats
     (d_sae, d_in), device = view.W_dec.shape, view.W_dec.device
     state = method.init_state(d_in, d_sae, device)
     with torch.no_grad():
-        looks = sum(bool(method.statistics(view, state, i)) for i in range(period))
+        row = StepView(view.W_dec, view.acts[:1], view.is_forget[:1], view.error[:1])
+        looks = sum(bool(method.statistics(row, state, i)) for i in range(period))
         statistics = method.statistics(view, state, 0)
         look = seconds(lambda: method.statistics(view, state, 0), repeats, device)
         plain = seconds(lambda: method.update(state, statistics, view.W_dec, 1), repeats, device)
