@@ -26,7 +26,7 @@ from raysae.worlds.embedded.language_model import (
 from raysae.worlds.embedded.text import CorpusConfig, exam_prompt, make_corpora
 from raysae.worlds.embedded.tokenizer import make_tokenizer
 from raysae.worlds.model import load_model
-from raysae.worlds.world import FORGET_SET, RETAIN_SETS, sha256_of_file
+from raysae.worlds.world import FORGET_SET, RETAIN_SETS, WORLDS, sha256_of_file
 
 PERMUTATIONS = list(permutations(range(4)))
 
@@ -52,7 +52,7 @@ def hugging_face_model():
 
 
 def test_unknown_world_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="'embeded': valid are 'embedded'; did you mean"):
+    with pytest.raises(ValueError, match="'embeded': valid are 'embedded', .*; did you mean"):
         load_world("embeded")
 
 
@@ -335,3 +335,10 @@ def test_rescaling_keeps_the_function_and_scales_every_layer(hugging_face_model,
     torch.testing.assert_close(after.logits, before.logits, atol=1e-3, rtol=0)
     for ours, theirs in zip(after.hidden_states[:-1], before.hidden_states[:-1], strict=True):
         torch.testing.assert_close(ours, 3.0 * theirs, atol=1e-2, rtol=1e-3)
+
+
+def test_what_is_known_before_loading_is_what_the_model_says(world: World) -> None:
+    entry, config = WORLDS["embedded"], json.loads((world.model_path / "config.json").read_text())
+    assert entry.n_layers == config["num_hidden_layers"]
+    assert entry.d_model == config["hidden_size"]
+    assert entry.default_hook_name == world.default_hook_name
