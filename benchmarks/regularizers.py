@@ -107,6 +107,7 @@ def added(method: Regularizer, view: StepView, base: float, period: int, repeats
         statistics = method.statistics(view, state, 0)
         look = seconds(lambda: method.statistics(view, state, 0), repeats, device)
         plain = seconds(lambda: method.update(state, statistics, view.W_dec, 1), repeats, device)
+        method.update(state, statistics, view.W_dec, 0)  # imports scikit-learn where it is used
         started = time.perf_counter()
         method.update(state, statistics, view.W_dec, 0)
         update = time.perf_counter() - started

@@ -52,7 +52,7 @@ def hugging_face_model():
 
 
 def test_unknown_world_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="'embeded': valid are 'embedded', .*; did you mean"):
+    with pytest.raises(ValueError, match=r"'embeded': valid are 'embedded', .*; did you mean"):
         load_world("embeded")
 
 
