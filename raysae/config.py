@@ -171,6 +171,11 @@ class RunConfig(_Strict):
                 raise _located(error, ("runs", name)) from None
         if self.space is None:
             return self
+        if self.is_search and self.search.seeds > 1:
+            raise ValueError(
+                f"search.seeds {self.search.seeds}: seeds belong to a grid or to the runs of a "
+                "study; a sampler's best are trained again with confirm.seeds"
+            )
         baseline = self.objective.baseline
         if baseline not in self.space.regularizer:
             raise ValueError(

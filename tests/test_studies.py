@@ -259,8 +259,13 @@ def test_a_grid_of_a_range_is_refused_with_the_parameters_name(
 
 
 def test_a_search_has_the_number_of_trials_it_says_and_none_of_them_fixed():
-    config = load_config(ORTH, {"search.num_samples": 31, "search.seeds": 5})
+    config = load_config(ORTH, {"search.num_samples": 31})
     assert (config.is_search, config.num_trials, config.fixed_trials()) == (True, 31, [])
+
+
+def test_seeds_of_a_search_are_refused_because_a_sampler_would_ignore_them():
+    with pytest.raises(UserError, match=r"search.seeds 5: seeds belong to a grid"):
+        load_config(ORTH, {"search.seeds": 5})
 
 
 # --- The files that come with the package ---------------------------------------------------------
