@@ -6,13 +6,16 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
-from raysae.config import RunConfig, load_config
+from raysae.config import SPACES_FOLDER, RunConfig, load_config
 from raysae.errors import UserError
 from raysae.regularizers import REGISTRY
+from raysae.search.plan import describe_plan
+from raysae.search.run import fetch_world, resolve
 from raysae.training.spec import SPARSITY_FIELD, Architecture
 
 FILES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
@@ -357,3 +360,24 @@ def test_a_searched_architecture_is_refused_wherever_it_stands_in_the_list(posit
     }
     with pytest.raises(UserError, match="gradient_disentangled cannot work on matryoshka"):
         load(yaml.safe_dump(content))
+
+
+def test_the_gemma_study_is_planned_without_its_model():
+    config = resolve(load_config(SPACES_FOLDER / "seed_gemma-2-2b.yaml"))
+    plan = "\n".join(describe_plan(config))
+    for words in (
+        "36 trials: 12 runs with 3 seeds each",
+        "26 layers, d_in 2304; SAEs at blocks.19.hook_resid_post, 20 of 26 layers",
+        f"{2 * 2304 * 2304 + 2304 + 2304:,} parameters",
+        "10,000 steps of 4096",
+        "4,608 bytes a token",
+    ):
+        assert words in plan
+
+
+def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatch):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", Mock(side_effect=OSError("no network"))
+    )
+    with pytest.raises(UserError, match=r"world: .*needs google/gemma-2-2b-it.*HF_TOKEN"):
+        fetch_world(load_config(SPACES_FOLDER / "seed_gemma-2-2b.yaml"))
