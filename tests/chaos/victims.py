@@ -27,11 +27,11 @@ PROCESSES = {
 class Search:
     """`run_search.py` with some options, its output in a file beside the run folder."""
 
-    def __init__(self, out: Path, *options: str) -> None:
+    def __init__(self, out: Path, *options: str, **variables: str) -> None:
         self.out = out
         self.log = out.with_suffix(".log")
         command = [sys.executable, str(ROOT / "run_search.py"), *options]
-        environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT), **variables}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=out.parent, env=environment, stdout=log, stderr=log
