@@ -131,6 +131,11 @@ class ResourcesConfig(_Strict):
     threads_per_worker: int = Field(1, ge=1)
     use_gpu: bool = False
     store_dtype: Literal["float32", "bfloat16"] = "float32"
+    cache: str | None = Field(
+        "auto",
+        description="folder that keeps activations for the next search; auto: $RAYSAE_CACHE, or "
+        "raysae in the user's cache folder; null: none",
+    )
 
 
 class RunConfig(_Strict):

@@ -133,7 +133,7 @@ def run_search(
     background: list[threading.Thread] = []
     try:
         background.append(_background(_run_pool, config, plan, namespace, run_dir, broker))
-        background.append(_background(_harvest, config, run_dir, broker))
+        background.append(_background(_harvest, config, run_dir, broker, console))
         from raysae.search.confirm import confirmation_trials
         from raysae.search.live import LiveDisplay
         from raysae.search.tune import run_tune
@@ -167,25 +167,31 @@ def _background(target: Any, *args: Any) -> threading.Thread:
     return thread
 
 
-def _harvest(config: RunConfig, run_dir: Path, broker: Any) -> None:
+def _harvest(config: RunConfig, run_dir: Path, broker: Any, console: Console) -> None:
     """Fill the store and publish it; if that fails, no trial can run."""
     import ray
 
+    from raysae.store.cache import cache_folder
     from raysae.store.harvest import harvest
+
+    def say(lines: list[str]) -> None:
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     try:
         assert config.hook is not None
-        handle, cache_ready = harvest(
+        harvested = harvest(
             config.world,
-            config.hook,
+            [config.hook],
             config.resources.store_dtype,
             evaluation_cache=config.objective.evaluator == "cached",
             tasks_at_a_time=cluster.HARVEST_CPUS,
+            cache=cache_folder(config.resources.cache),
         )
         # Nested, the reference reaches the broker unopened: opening it would import torch there.
-        ray.get(broker.set_store.remote([ray.put(handle)]))
-        if cache_ready is not None:
-            ray.get(cache_ready)
+        ray.get(broker.set_store.remote([ray.put(harvested.stores[config.hook])]))
+        say(harvested.lines)
+        say(harvested.finish())
     except Exception as error:
         (run_dir / "harvest_error.log").write_text(str(error), encoding="utf-8")
         ray.get(broker.pool_failed.remote(f"harvest failed: {last_line(error)}"))

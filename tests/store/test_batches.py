@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raysae.store.batches import ChunkedActivations, batch_rows
+from raysae.store.batches import ChunkedActivations
+from raysae.store.rows import batch_rows
 from raysae.training.loop import TrialRun
 
 N_ROWS, BATCH = 103, 10
