@@ -62,17 +62,17 @@ def mixed_batch_rows(
     """
     n_forget = round(forget_share * batch_size)
     parts = []
-    for name, rows, wanted, stream in (
+    for name, corpus, wanted, stream in (
         ("forget", forget, n_forget, _FORGET),
         ("retain", retain, batch_size - n_forget, _RETAIN),
     ):
-        if wanted > len(rows):
+        if wanted > len(corpus):
             raise ValueError(
                 f"forget_share {forget_share:g} of batch_size {batch_size} asks for {wanted} "
-                f"{name} rows a batch; the store has {len(rows)}"
+                f"{name} rows a batch; the store has {len(corpus)}"
             )
         if wanted:
-            parts.append(rows[_cut(len(rows), step, wanted, seed, stream)])
+            parts.append(corpus[_cut(len(corpus), step, wanted, seed, stream)])
     order = np.random.default_rng([seed, step, _ORDER]).permutation(batch_size)
     rows: np.ndarray = np.concatenate(parts)[order[rank::size]]
     return rows
