@@ -206,8 +206,10 @@ class Harvest:
                 refs = task.remote(self._world.name, names, piece, self._dtype)
                 running.append((piece, names, refs))
             piece, names, (rest, *refs) = running.popleft()
+            # The chunks are looked at, too: one that found no room is an error of its own.
+            described, *_ = ray.get([rest, *refs])
             for name, ref, (origin, moments, sha256, nbytes) in zip(
-                names, refs, ray.get(rest), strict=True
+                names, refs, described, strict=True
             ):
                 held = HeldChunk(ref, ray.put(origin), sha256)
                 self._held[name, piece] = _Held(held, moments, nbytes, None)
