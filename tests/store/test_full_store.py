@@ -13,7 +13,12 @@ from raysae.store.files import checksum
 from raysae.store.handle import HeldChunk, StoreHandle
 
 ROWS, WIDTH = 16_384, 256  # 16 MiB a chunk
-QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+QUIET = {
+    "address": "local",
+    "include_dashboard": False,
+    "log_to_driver": False,
+    "logging_level": "ERROR",
+}
 
 
 @ray.remote
@@ -50,7 +55,7 @@ import ray
 from raysae.store.harvest import StoreFullError, harvest
 # Ray takes its disk for full when more than 0.1 percent of it are in use.
 ray.init(
-    num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False,
+    "local", num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False,
     _system_config={"local_fs_capacity_threshold": 0.001, "local_fs_monitor_interval_ms": 10},
 )
 hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]

@@ -23,7 +23,12 @@ from raysae.worlds import load_world
 from raysae.worlds.model import load_model
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
-QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+QUIET = {
+    "address": "local",
+    "include_dashboard": False,
+    "log_to_driver": False,
+    "logging_level": "ERROR",
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +113,7 @@ import sys
 import ray
 from pathlib import Path
 from raysae.store.harvest import harvest
-ray.init(num_cpus=0, object_store_memory=300 << 20, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=0, object_store_memory=300 << 20, include_dashboard=False)
 hook = "blocks.0.hook_resid_post"
 store = harvest(
     "embedded", [hook], "float32", evaluation_cache=False, cache=Path(sys.argv[1])
