@@ -65,7 +65,6 @@ def measure_pool(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def trainer_worker(settings: dict[str, Any]) -> None:
     """The documented pattern's training function: one trial, then the process ends."""
-    import ray
     import torch
 
     from raysae.training.loop import Progress, Rung, TrialRun
@@ -76,7 +75,7 @@ def trainer_worker(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     world, store = load_world(settings["world"]), settings["store"]
-    cache = ray.get(store.evaluation_cache)
+    cache = store.open_evaluation_cache()
     evaluator = CachedEvaluator(world, load_model(world), cache, default_eval_config(world))
 
     def on_event(event: Progress | Rung) -> bool:
@@ -107,8 +106,9 @@ def measure_trainers(
     from raysae.store.harvest import harvest
 
     assert config.hook is not None
-    store, ready = harvest(config.world, config.hook, "float32", evaluation_cache=True)
-    ray.get(ready)
+    harvested = harvest(config.world, [config.hook], "float32", evaluation_cache=True)
+    harvested.finish()
+    store = harvested.stores[config.hook]
 
     def trial(point: dict[str, Any]) -> None:
         result = folder / f"result_{point['spec']['number']}.json"

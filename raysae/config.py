@@ -134,6 +134,11 @@ class ResourcesConfig(_Strict):
     checkpoint_seconds: float = Field(
         10.0, ge=0, description="a trial in flight is saved so often, or less if that takes long"
     )
+    cache: str | None = Field(
+        "auto",
+        description="folder that keeps activations for the next search; auto: $RAYSAE_CACHE, or "
+        "raysae in the user's cache folder; null: none",
+    )
 
 
 class RunConfig(_Strict):

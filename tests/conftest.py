@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,14 @@ from raysae.training.spec import SPARSITY_FIELD, TrialSpec  # noqa: E402
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS  # noqa: E402
 
 SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Searches of the tests share a cache of their own, and leave the user's alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYSAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

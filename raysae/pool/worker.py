@@ -23,7 +23,7 @@ from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.pool.jobs import HaltedError
 from raysae.sparse_probing import SparseProbing
 from raysae.store.batches import ChunkedActivations
-from raysae.store.harvest import StoreHandle
+from raysae.store.handle import StoreHandle
 from raysae.training.checkpoint import Checkpoints
 from raysae.training.collective import Alone, Group
 from raysae.training.loop import Progress, Rung, TrainingDivergedError, TrialRun
@@ -101,7 +101,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     def make_evaluator() -> Evaluator:
         assert model is not None, "only the first worker of a trial scores it"
         if store.evaluation_cache is not None:
-            return CachedEvaluator(world, model, ray.get(store.evaluation_cache), eval_config)
+            return CachedEvaluator(world, model, store.open_evaluation_cache(), eval_config)
         work_dir = Path(config.run_dir) / "saebench" / str(group)
         return SAEBenchEvaluator(world, model, config.hook, eval_config, work_dir)
 

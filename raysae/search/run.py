@@ -166,7 +166,7 @@ def run_search(
             _write_about(config, run_dir, plan, world, started)
             broker = _start_broker(run_dir, namespace)
             threads = [_background(_run_pool, config, plan, namespace, run_dir, broker)]
-            store = _Store(config, broker)
+            store = _Store(config, broker, console)
             threads.append(_background(store.fill))
             from raysae.search.live import LiveDisplay
 
@@ -300,32 +300,38 @@ def _background(target: Any, *args: Any) -> threading.Thread:
 class _Store:
     """Fills the activation store and publishes it, again where a broker is restarted."""
 
-    def __init__(self, config: RunConfig, broker: Any) -> None:
-        self._config, self._broker = config, broker
+    def __init__(self, config: RunConfig, broker: Any, console: Console) -> None:
+        self._config, self._broker, self._console = config, broker, console
         self._handle: Any = None
 
     def fill(self) -> None:
-        """Harvest and publish; if that fails, no trial can run."""
+        """Harvest or find again, and publish; if that fails, no trial can run."""
         import ray
 
+        from raysae.store.cache import cache_folder
         from raysae.store.harvest import harvest
 
         config = self._config
         try:
             assert config.hook is not None
-            handle, cache_ready = harvest(
+            harvested = harvest(
                 config.world,
-                config.hook,
+                [config.hook],
                 config.resources.store_dtype,
                 evaluation_cache=config.objective.evaluator == "cached",
                 tasks_at_a_time=cluster.HARVEST_CPUS,
+                cache=cache_folder(config.resources.cache),
             )
-            self._handle = ray.put(handle)
+            self._handle = ray.put(harvested.stores[config.hook])
             self.publish()
-            if cache_ready is not None:
-                ray.get(cache_ready)
+            self._say(harvested.lines)
+            self._say(harvested.finish())
         except Exception as error:
             ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
+
+    def _say(self, lines: list[str]) -> None:
+        for line in lines:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def publish(self) -> None:
         """Tell the broker where the store is, once it is there."""

@@ -31,8 +31,10 @@ from raysae.space import FloatRange, IntRange, Parameter
 from raysae.training.spec import TrialSpec
 
 METRIC, MODE = "objective", "max"
-CLIENT_CPUS = 0.001
-"""Tune wants a trial to hold something; the pool's workers hold the CPUs that do the work."""
+CLIENT = {"CPU": 0, "memory": 1}
+"""Tune wants a trial to hold something: a byte. The CPUs are the pool's, which do the work; a pool
+that shrinks with its cluster counts on all of them.
+"""
 CLIENT_FAILURES = 20
 
 
@@ -98,7 +100,7 @@ def run_tune(
     if trials is not None:
         chosen["spec"] = tune.grid_search([spec.to_dict() for spec in trials])
     tuner = tune.Tuner(
-        tune.with_resources(trial_client, {"CPU": CLIENT_CPUS}),
+        tune.with_resources(trial_client, CLIENT),
         param_space=None if trials is None else chosen,
         tune_config=tune.TuneConfig(
             metric=METRIC,

@@ -1,16 +1,18 @@
-"""Tokens → residual-stream activations → chunks and their sums, without Ray."""
+"""Tokens → residual-stream activations → chunks, without Ray."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
 from sae_bench.sae_bench_utils.dataset_utils import tokenize_and_concat_dataset
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from raysae.store.batches import CORPORA, ChunkedActivations, StoreDtype, add_up
+from raysae.store.batches import ChunkedActivations
+from raysae.store.chunks import CORPORA, Chunk, Moments, StoreDtype, add_up
 from raysae.worlds.world import World, hook_layer
 
 SEQUENCES_PER_FORWARD = 64
@@ -26,40 +28,52 @@ def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarra
 
 
 @torch.no_grad()
-def harvest_chunk(
-    model: HookedTransformer, tokens: np.ndarray, hook_name: str, dtype: StoreDtype
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Activations at the hook of all tokens but BOS, PAD and EOS, and their sums.
+def harvest_chunks(
+    model: HookedTransformer,
+    tokens: np.ndarray,
+    hook_names: Sequence[str],
+    dtype: StoreDtype,
+    *,
+    first: int = 0,
+) -> list[Chunk]:
+    """Activations of all tokens but BOS, PAD and EOS, a chunk for each hook.
 
     Args:
-        model: run up to the hook's layer only.
+        model: run on its own device, up to the last hook's layer only.
         tokens: (sequences, seq_len).
-        hook_name: e.g. "blocks.0.hook_resid_post".
-        dtype: of the chunk; bfloat16 is held as int16, which numpy has.
-
-    Returns:
-        (rows, d_in), and float64 sums over the rows: count, x, ‖x‖, ‖x‖², bytes.
+        hook_names: e.g. ["blocks.0.hook_resid_post"].
+        dtype: of the chunks.
+        first: number of the first sequence in its corpus.
     """
-    rows = []
+    stop_at = max(hook_layer(name) for name in hook_names) + 1
+    found: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+    masks = []
     for batch in torch.from_numpy(tokens).split(SEQUENCES_PER_FORWARD):
+        batch = batch.to(model.cfg.device)
         _, cache = model.run_with_cache(
-            batch, stop_at_layer=hook_layer(hook_name) + 1, names_filter=hook_name
+            batch, stop_at_layer=stop_at, names_filter=lambda name: name in found
         )
-        rows.append(cache[hook_name][get_bos_pad_eos_mask(batch, model.tokenizer)])
-    acts = torch.cat(rows)
-    exact = acts.double()
-    if dtype == "bfloat16":
-        chunk = acts.to(torch.bfloat16).view(torch.int16).numpy()
-    else:
-        chunk = acts.float().numpy()
-    sums = {
-        "rows": len(acts),
-        "x": exact.sum(0).numpy(),
-        "norm": float(exact.norm(dim=1).sum()),
-        "norm2": float(exact.pow(2).sum()),
-        "bytes": chunk.nbytes,
+        masks.append(get_bos_pad_eos_mask(batch, model.tokenizer))
+        for name, rows in found.items():
+            rows.append(cache[name][masks[-1]])
+    kept = torch.cat(masks).flatten().nonzero().flatten().cpu().numpy()
+    origin = {
+        "tokens": tokens.flatten()[kept].astype(np.int32),
+        "positions": (kept + first * tokens.shape[1]).astype(np.int32),
     }
-    return chunk, sums
+    chunks = []
+    for rows in found.values():
+        acts = torch.cat(rows)
+        exact = acts.double()
+        moments = Moments(
+            rows=len(acts),
+            x=exact.sum(0).cpu().numpy(),
+            norm=float(exact.norm(dim=1).sum()),
+            norm2=float(exact.pow(2).sum()),
+        )
+        values = acts.float() if dtype == "float32" else acts.to(torch.bfloat16).view(torch.int16)
+        chunks.append(Chunk(values.cpu().numpy(), **origin, moments=moments))
+    return chunks
 
 
 def local_store(
@@ -67,10 +81,7 @@ def local_store(
 ) -> ChunkedActivations:
     """The store of a world in this process's own memory: what a search shares through Ray."""
     tokens = corpus_tokens(world, model)
-    parts = [harvest_chunk(model, tokens[name], hook_name, dtype) for name in CORPORA]
-    facts = add_up([sums for _, sums in parts])
-    chunks = [chunk for chunk, _ in parts]
-    labels = np.repeat([name == "forget" for name in CORPORA], [len(c) for c in chunks])
-    return ChunkedActivations(
-        chunks, labels, scale=facts["scale"], mean=facts["mean"], variance=facts["variance"]
-    )
+    chunks = [harvest_chunks(model, tokens[name], [hook_name], dtype)[0] for name in CORPORA]
+    labels = np.repeat([name == "forget" for name in CORPORA], [len(c.tokens) for c in chunks])
+    moments = add_up(CORPORA, [chunk.moments for chunk in chunks])
+    return ChunkedActivations.with_moments([c.activations for c in chunks], labels, moments)

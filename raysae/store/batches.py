@@ -1,57 +1,90 @@
-"""Which rows make up a batch: a pure function of (seed, step), the same on every machine."""
+"""Batches from read-only chunks: gathered from shared memory, or from a copy on the device."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-StoreDtype = Literal["float32", "bfloat16"]
-CORPORA = ("forget", "retain")
+from raysae.store.chunks import Moments
+from raysae.store.rows import batch_rows, mixed_batch_rows
+
+BLOCK_BYTES = 1 << 20
+"""Rows are gathered, converted and put into the batch in blocks that stay in a core's cache."""
+
+_Request = tuple[int, int, int, int, int]
 
 
-def batch_rows(
-    n_rows: int, seed: int, step: int, batch_size: int, rank: int = 0, size: int = 1
-) -> np.ndarray:
-    """Row numbers of this worker's share of the batch of one step.
+class _Rows(Protocol):
+    """All rows of the store, wherever they lie."""
 
-    An epoch is a seeded permutation of all rows, cut into whole batches (the remainder, less than a
-    batch, is left out of that epoch); every epoch has its own permutation. Rank r takes positions
-    r, r + size, … of the batch, so the workers of a trial together see what one worker would.
+    n_rows: int
+    d_in: int
 
-    Args:
-        n_rows: rows in the store; at least `batch_size`.
-        seed, step: of the trial, and its training step from 0.
-        batch_size: rows of the whole batch.
-        rank, size: the worker's place in its trial.
-
-    Returns:
-        int64 (⌈(batch_size − rank) / size⌉,)
-
-    Raises:
-        ValueError: a batch is larger than the store.
-    """
-    if batch_size > n_rows:
-        raise ValueError(f"batch_size {batch_size} is larger than the store ({n_rows} rows)")
-    epoch, position = divmod(step, n_rows // batch_size)
-    order = _permutation(n_rows, seed, epoch)
-    return order[position * batch_size + rank : (position + 1) * batch_size : size]
+    def take(self, rows: np.ndarray, scale: float) -> Tensor:
+        """Those rows · scale, float32 (len(rows), d_in), on the device."""
+        ...
 
 
-@lru_cache(maxsize=4)
-def _permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-    order.setflags(write=False)
-    return order
+class _SharedRows:
+    """Rows in chunks of host memory: Ray's shared memory, or files that are mapped."""
+
+    def __init__(self, chunks: list[np.ndarray], device: torch.device) -> None:
+        self._chunks, self._device = chunks, device
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        self.n_rows, self.d_in = int(self._starts[-1]), int(chunks[0].shape[1])
+
+    def take(self, rows: np.ndarray, scale: float) -> Tensor:
+        pinned = self._device.type == "cuda"
+        out = torch.empty(len(rows), self.d_in, pin_memory=pinned)
+        placed = out.numpy()
+        chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(chunk_of, kind="stable")
+        local = (rows - self._starts[chunk_of])[order]
+        ends = np.cumsum(np.bincount(chunk_of, minlength=len(self._chunks)))
+        per_block = max(1, BLOCK_BYTES // (4 * self.d_in))
+        block = np.empty((per_block, self.d_in), self._chunks[0].dtype)
+        begin = 0
+        for chunk, end in zip(self._chunks, ends.tolist(), strict=True):
+            for start in range(begin, end, per_block):
+                stop = min(start + per_block, end)
+                # numpy reads the chunk: torch knows no read-only memory. "clip" saves a copy.
+                values = block[: stop - start]
+                np.take(chunk, local[start:stop], axis=0, out=values, mode="clip")
+                placed[order[start:stop]] = _as_float(values).mul_(scale).numpy()
+            begin = end
+        return out.to(self._device, non_blocking=pinned)
+
+
+class _ResidentRows:
+    """A copy of all rows on the device, made once."""
+
+    def __init__(self, chunks: list[np.ndarray], device: torch.device) -> None:
+        self.n_rows, self.d_in = sum(map(len, chunks)), int(chunks[0].shape[1])
+        dtype = torch.bfloat16 if chunks[0].dtype == np.int16 else torch.float32
+        self._rows = torch.empty(self.n_rows, self.d_in, dtype=dtype, device=device)
+        start = 0
+        for chunk in chunks:
+            part = torch.tensor(chunk)
+            self._rows[start : start + len(chunk)] = (
+                part.view(torch.bfloat16) if part.dtype == torch.int16 else part
+            )
+            start += len(chunk)
+
+    def take(self, rows: np.ndarray, scale: float) -> Tensor:
+        wanted = torch.from_numpy(rows).to(self._rows.device)
+        return self._rows.index_select(0, wanted).float().mul_(scale)
 
 
 class ChunkedActivations:
     """Batches from read-only chunks; implements `raysae.training.loop.ActivationSource`.
 
-    Chunks stay where they are (shared memory of the node); only the rows of a batch are copied.
+    Chunks stay where they are, and only the rows of a batch are copied; or all of them are copied
+    to the device once. The batches are the same, bit for bit.
     """
 
     def __init__(
@@ -62,7 +95,10 @@ class ChunkedActivations:
         scale: float,
         mean: np.ndarray,
         variance: float,
+        moments: Mapping[str, Moments] | None = None,
         device: str = "cpu",
+        resident: bool = False,
+        prefetch: bool = False,
     ) -> None:
         """
         Args:
@@ -71,15 +107,67 @@ class ChunkedActivations:
             scale: factor on the raw activations.
             mean: of the raw activations (d_in,).
             variance: E‖x − mean‖² of the raw activations.
+            moments: of each corpus, as `add_up` gives them; needed for `with_forget_share` only.
+            resident: copy all rows to the device now.
+            prefetch: gather the batch of the following step in a thread while this one is used.
         """
-        self._chunks = chunks
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
-        self._is_forget = is_forget
         self._device = torch.device(device)
-        self.n_rows = int(self._starts[-1])
-        if len(is_forget) != self.n_rows:
-            raise ValueError(f"{len(is_forget)} labels for {self.n_rows} rows")
-        self.d_in = int(chunks[0].shape[1])
+        rows: _Rows = (_ResidentRows if resident else _SharedRows)(chunks, self._device)
+        if len(is_forget) != rows.n_rows:
+            raise ValueError(f"{len(is_forget)} labels for {rows.n_rows} rows")
+        self._chunks, self._rows = chunks, rows
+        self._is_forget, self._moments = is_forget, moments
+        self.n_rows, self.d_in = rows.n_rows, rows.d_in
+        self._set_units(scale, mean, variance)
+        self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
+        self._thread = ThreadPoolExecutor(1, "prefetch") if prefetch else None
+        self._ahead: tuple[_Request, Future[tuple[Tensor, Tensor]]] | None = None
+
+    @classmethod
+    def with_moments(
+        cls,
+        chunks: list[np.ndarray],
+        is_forget: np.ndarray,
+        moments: Mapping[str, Moments],
+        *,
+        device: str = "cpu",
+        resident: bool = False,
+        prefetch: bool = False,
+    ) -> ChunkedActivations:
+        """Scale, mean and variance from the moments of all rows."""
+        total = moments["all"]
+        return cls(
+            chunks,
+            is_forget,
+            scale=total.scale,
+            mean=total.mean,
+            variance=total.variance,
+            moments=moments,
+            device=device,
+            resident=resident,
+            prefetch=prefetch,
+        )
+
+    def with_forget_share(self, forget_share: float) -> ChunkedActivations:
+        """The same rows, with this share of forget rows in every batch, see `mixed_batch_rows`.
+
+        Scale, mean and variance become those of the mixture.
+        """
+        if self._moments is None:
+            raise ValueError("a forget_share needs the moments of both corpora")
+        other: ChunkedActivations = object.__new__(type(self))
+        vars(other).update(vars(self))
+        forget, retain = (
+            np.flatnonzero(self._is_forget == wanted).astype(np.int32) for wanted in (True, False)
+        )
+        other._mixed, other._ahead = (forget, retain, forget_share), None
+        mixture = self._moments["forget"].weighted(forget_share) + self._moments["retain"].weighted(
+            1 - forget_share
+        )
+        other._set_units(mixture.scale, mixture.mean, mixture.variance)
+        return other
+
+    def _set_units(self, scale: float, mean: np.ndarray, variance: float) -> None:
         self.scale = scale
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self._device) * scale
         self.variance = variance * scale**2
@@ -88,31 +176,30 @@ class ChunkedActivations:
         self, seed: int, step: int, batch_size: int, rank: int = 0, size: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Scaled float32 activations (rows, d_in) and is_forget (rows,) on the device."""
-        rows = batch_rows(self.n_rows, seed, step, batch_size, rank, size)
-        chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
-        out = torch.empty(len(rows), self.d_in)
-        for index in np.unique(chunk_of):
-            mask = chunk_of == index
-            values = torch.from_numpy(self._chunks[index][rows[mask] - self._starts[index]])
-            if values.dtype == torch.int16:
-                values = values.view(torch.bfloat16)
-            out[torch.from_numpy(mask)] = values.float()
+        if self._thread is None:
+            return self._make(seed, step, batch_size, rank, size)
+        request = (seed, step, batch_size, rank, size)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == request:
+            made = ahead[1].result()
+        else:
+            made = self._make(*request)
+        following = (seed, step + 1, batch_size, rank, size)
+        self._ahead = (following, self._thread.submit(self._make, *following))
+        return made
+
+    def _make(
+        self, seed: int, step: int, batch_size: int, rank: int, size: int
+    ) -> tuple[Tensor, Tensor]:
+        if self._mixed is None:
+            rows = batch_rows(self.n_rows, seed, step, batch_size, rank, size)
+        else:
+            rows = mixed_batch_rows(*self._mixed, seed, step, batch_size, rank, size)
         labels = torch.from_numpy(self._is_forget[rows])
-        return (out * self.scale).to(self._device), labels.to(self._device)
+        return self._rows.take(rows, self.scale), labels.to(self._device)
 
 
-def add_up(sums: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over several chunks → rows, bytes, `scale` = √d_in / E‖x‖, mean (d_in,), variance.
-
-    The variance is E‖x − mean‖², in raw units.
-    """
-    total = {key: sum(part[key] for part in sums) for key in sums[0]}
-    rows = int(total["rows"])
-    mean = total["x"] / rows
-    return {
-        "rows": rows,
-        "bytes": int(total["bytes"]),
-        "scale": float(len(mean) ** 0.5 / (total["norm"] / rows)),
-        "mean": mean.astype(np.float32),
-        "variance": float(total["norm2"] / rows - (mean**2).sum()),
-    }
+def _as_float(values: np.ndarray) -> Tensor:
+    """float32, in the same memory if that is what it holds."""
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16).float() if tensor.dtype == torch.int16 else tensor

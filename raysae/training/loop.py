@@ -60,6 +60,10 @@ class ActivationSource(Protocol):
         """Rows `rank::size` of the batch of that step: activations and is_forget."""
         ...
 
+    def with_forget_share(self, forget_share: float) -> ActivationSource:
+        """The same rows, with this share of forget rows in every batch."""
+        ...
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -104,6 +108,8 @@ class TrialRun:
         device: str = "cpu",
         collective: Alone | None = None,
     ) -> None:
+        if spec.training.forget_share is not None:
+            source = source.with_forget_share(spec.training.forget_share)
         self.spec, self.source = spec, source
         self.collective = collective or Alone()
         self.device = torch.device(device)

@@ -88,6 +88,9 @@ class TrainingSpec(_Frozen):
 
     tokens: int = Field(2_048_000, ge=1, description="activation rows seen in training")
     batch_size: int = Field(1024, ge=1, description="rows a step, over all workers of the trial")
+    forget_share: float | None = Field(
+        None, gt=0, lt=1, description="of the rows of every batch; null: as in the corpora"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of Adam")
     lr_warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     lr_decay: float = Field(0.3, ge=0, lt=1, description="share of the steps, linear to 0")

@@ -11,7 +11,7 @@ counted by one evaluator and not by the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from raysae.worlds.world import FORGET_SET, World, hook_layer
 
 ANSWERS = ("A", "B", "C", "D", " A", " B", " C", " D")
 """SAEBench's answer tokens for gemma-2-{2b,9b}-it; letter i is the better of i and i+4."""
+
+_PARTS = ("forget", "retain", "prompts")
 
 Progress = Callable[[str], None]
 
@@ -75,7 +77,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationCache:
-    """What every SAE of one world, model and hook shares; picklable, numpy arrays and plain types.
+    """What every SAE of one world, model and hook shares; numpy arrays and plain types.
 
     Arrays may be read-only, as an object store hands them out: readers never write into them.
     bfloat16 arrays are stored as their int16 bits, numpy having no such type; see `as_tensor`.
@@ -108,6 +110,36 @@ class EvaluationCache:
         parts = (self.forget, self.retain, self.prompts)
         values = [value for part in parts for value in vars(part).values()]
         return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+
+    def to_plain(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays by name, and the rest as JSON knows it: to be kept without pickle."""
+        arrays: dict[str, np.ndarray] = {}
+        facts: dict[str, Any] = {}
+        for owner, part in (("", self), *((name, getattr(self, name)) for name in _PARTS)):
+            for name, value in vars(part).items():
+                if isinstance(value, np.ndarray):
+                    arrays[f"{owner}.{name}"] = value
+                elif name not in _PARTS:
+                    facts[f"{owner}.{name}"] = value
+        return arrays, facts
+
+    @classmethod
+    def from_plain(
+        cls, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+    ) -> EvaluationCache:
+        """What `to_plain` was called on; the arrays are not copied."""
+        fields: dict[str, dict[str, Any]] = {owner: {} for owner in ("", *_PARTS)}
+        for key, value in {**arrays, **facts}.items():
+            owner, name = key.split(".")
+            fields[owner][name] = value
+        for owner, name in (("", "answer_tokens"), ("prompts", "datasets"), ("prompts", "offsets")):
+            fields[owner][name] = tuple(fields[owner][name])  # JSON has lists only
+        return cls(
+            **fields[""],
+            forget=Corpus(**fields["forget"]),
+            retain=Corpus(**fields["retain"]),
+            prompts=Prompts(**fields["prompts"]),
+        )
 
     def is_right(self, letters: np.ndarray) -> dict[str, np.ndarray]:
         """Letters (..., prompts) → by data set, bool (..., questions)."""

@@ -67,16 +67,24 @@ class World:
         Depends on contents only, never on where the world lies, so that results of different
         machines can be compared. Raises FileNotFoundError if the folder holds no weights.
         """
-        if not any(self.model_path.glob("*.safetensors")):
-            raise FileNotFoundError(f"no *.safetensors weights in {self.model_path}")
-        digest = hashlib.sha256()
-        for path in _files_that_define_the_model(self.model_path):
-            digest.update(f"{path.name}\0{sha256_of_file(path)}\0".encode())
+        digest = self._digest_of_model()
         digest.update(sha256_of_texts(self.forget_texts).encode())
         digest.update(sha256_of_texts(self.retain_texts).encode())
         digest.update(sha256_of_questions(self.questions).encode())
         digest.update(f"{self.saebench_model_name}\0{self.seq_len}".encode())
         return digest.hexdigest()
+
+    def model_fingerprint(self) -> str:
+        """Return the sha256 (hex) of config, weights and tokenizer alone; raises as above."""
+        return self._digest_of_model().hexdigest()
+
+    def _digest_of_model(self) -> hashlib._Hash:
+        if not any(self.model_path.glob("*.safetensors")):
+            raise FileNotFoundError(f"no *.safetensors weights in {self.model_path}")
+        digest = hashlib.sha256()
+        for path in _files_that_define_the_model(self.model_path):
+            digest.update(f"{path.name}\0{sha256_of_file(path)}\0".encode())
+        return digest
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from raysae.store.batches import ChunkedActivations, batch_rows
+from raysae.store import batches
+from raysae.store.batches import ChunkedActivations
+from raysae.store.chunks import Moments
+from raysae.store.rows import batch_rows, mixed_batch_rows
 from raysae.training.loop import TrialRun
+from raysae.training.spec import TrainingSpec
 
 N_ROWS, BATCH = 103, 10
 STEPS_IN_EPOCH = N_ROWS // BATCH
@@ -135,3 +139,150 @@ def test_as_many_labels_as_rows_are_needed():
         ChunkedActivations(
             [np.zeros((4, 2), np.float32)], np.zeros(3, bool), scale=1, mean=np.zeros(2), variance=1
         )
+
+
+def with_moments(rows: np.ndarray, is_forget: np.ndarray, **kwargs) -> ChunkedActivations:
+    """A store of three chunks that knows the moments of its corpora."""
+
+    def moments(part: np.ndarray) -> Moments:
+        exact = part.astype(np.float64)
+        norms = np.linalg.norm(exact, axis=1)
+        return Moments(len(part), exact.sum(0), norms.sum(), (norms**2).sum())
+
+    by_name = {
+        "all": moments(rows),
+        "forget": moments(rows[is_forget]),
+        "retain": moments(rows[~is_forget]),
+    }
+    chunks = np.split(rows, [len(rows) // 5, len(rows) // 2])
+    return ChunkedActivations.with_moments(chunks, is_forget, by_name, **kwargs)
+
+
+def test_the_batches_of_published_runs_are_unchanged():
+    epoch, position = divmod(23, STEPS_IN_EPOCH)
+    order = np.random.default_rng([5, epoch]).permutation(N_ROWS)
+    wanted = order[position * BATCH : (position + 1) * BATCH]
+    np.testing.assert_array_equal(batch_rows(N_ROWS, 5, 23, BATCH), wanted)
+
+
+def test_neighbours_in_a_batch_are_as_unrelated_as_in_a_full_shuffle():
+    rows = np.concatenate([batch_rows(100_000, 0, step, 4096) for step in range(24)])
+    shuffled = np.random.default_rng(1).permutation(100_000)[: len(rows)]
+    for order in (rows, shuffled):  # 4 standard deviations of a sample correlation around 0
+        correlation = np.corrcoef(order[:-1], order[1:])[0, 1]
+        assert abs(correlation) < 4 / np.sqrt(len(rows))
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+def test_blocks_do_not_change_a_batch(block: int, monkeypatch, make_store, sparse_rows):
+    monkeypatch.setattr(batches, "BLOCK_BYTES", block)
+    store, rows = make_store(), sparse_rows()
+    batch, _ = store.batch(2, 1, 100)
+    wanted = torch.from_numpy(rows[batch_rows(len(rows), 2, 1, 100)]) * store.scale
+    assert torch.equal(batch, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", [{"resident": True}, {"prefetch": True}])
+def test_a_copy_on_the_device_and_a_look_ahead_change_no_batch(dtype: str, how, sparse_rows):
+    rows = sparse_rows() if dtype == "float32" else as_bfloat16(sparse_rows())
+    chunks, labels = np.array_split(rows, 4), np.arange(len(rows)) % 3 == 0
+    units = {"scale": 0.37, "mean": np.zeros(16), "variance": 1.0}
+    plain = ChunkedActivations(chunks, labels, **units)
+    other = ChunkedActivations(chunks, labels, **units, **how)
+    # In order, again, backwards, of another trial, of another rank, over the end of an epoch.
+    for request in [(0, 0), (0, 1), (0, 1), (0, 0), (7, 3), (0, 2, 1, 2), (0, 3, 1, 2), (0, 11)]:
+        seed, step, *rank = request
+        for ours, theirs in zip(
+            other.batch(seed, step, 100, *rank), plain.batch(seed, step, 100, *rank), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", [{}, {"resident": True}, {"prefetch": True}])
+def test_batches_on_a_gpu_are_those_of_the_cpu(dtype: str, how, sparse_rows):
+    rows = sparse_rows() if dtype == "float32" else as_bfloat16(sparse_rows())
+    chunks, labels = np.array_split(rows, 4), np.arange(len(rows)) % 3 == 0
+    units = {"scale": 0.37, "mean": np.zeros(16), "variance": 1.0}
+    plain = ChunkedActivations(chunks, labels, **units)
+    other = ChunkedActivations(chunks, labels, **units, device="cuda", **how)
+    for step in range(12):
+        for ours, theirs in zip(other.batch(0, step, 100), plain.batch(0, step, 100), strict=True):
+            assert ours.is_cuda
+            assert torch.equal(ours.cpu(), theirs)
+
+
+FORGET, RETAIN = np.arange(0, 120, 4), np.setdiff1d(np.arange(120), np.arange(0, 120, 4))
+
+
+def mixed(step: int, *args: int, share: float = 0.5, seed: int = 3) -> np.ndarray:
+    return mixed_batch_rows(FORGET, RETAIN, share, seed, step, 20, *args)
+
+
+@pytest.mark.parametrize(("share", "n_forget"), [(0.5, 10), (0.1, 2), (0.33, 7), (0.01, 0)])
+def test_every_batch_has_the_set_share_of_forget_rows(share: float, n_forget: int):
+    for step in range(8):
+        rows = mixed(step, share=share)
+        assert len(set(rows.tolist())) == 20
+        assert np.isin(rows, FORGET).sum() == n_forget
+
+
+def test_each_corpus_comes_as_a_whole_before_any_of_it_comes_again():
+    rows = np.concatenate([mixed(step) for step in range(9)])  # 30 forget rows: 3 steps an epoch
+    forget, retain = rows[np.isin(rows, FORGET)], rows[np.isin(rows, RETAIN)]
+    for epoch in forget.reshape(3, 30):
+        np.testing.assert_array_equal(np.sort(epoch), FORGET)
+    np.testing.assert_array_equal(np.sort(retain), RETAIN)
+    assert not np.array_equal(forget[:30], forget[30:60])
+
+
+def test_a_mixed_batch_depends_on_seed_and_step_alone_and_ranks_part_it():
+    first = [mixed(step) for step in range(6)]
+    for step in reversed(range(6)):
+        np.testing.assert_array_equal(mixed(step), first[step])
+        for rank in range(3):
+            np.testing.assert_array_equal(mixed(step, rank, 3), first[step][rank::3])
+    assert not np.array_equal(mixed(0, seed=4), first[0])
+    # Both corpora reach every rank: they are mixed, not one after the other or in turns.
+    by_rank = np.array([[np.isin(part[r::2], FORGET).sum() for r in (0, 1)] for part in first])
+    assert (by_rank > 0).all()
+
+
+def test_a_share_that_a_corpus_cannot_fill_is_an_error_that_names_both():
+    with pytest.raises(ValueError, match=r"asks for 36 forget rows a batch; the store has 30"):
+        mixed_batch_rows(FORGET, RETAIN, 0.9, 0, 0, 40)
+
+
+def test_a_store_with_a_share_has_the_units_of_its_mixture(sparse_rows):
+    rows, is_forget = sparse_rows().astype(np.float64), np.arange(512) % 4 == 0
+    rows[is_forget] += 3
+    store = with_moments(rows.astype(np.float32), is_forget).with_forget_share(0.6)
+    weight = np.where(is_forget, 0.6 / is_forget.sum(), 0.4 / (~is_forget).sum())
+    scale = np.sqrt(16) / (weight @ np.linalg.norm(rows, axis=1))
+    mean = weight @ rows
+    assert store.scale == pytest.approx(scale, rel=1e-6)
+    np.testing.assert_allclose(store.mean.numpy(), mean * scale, rtol=1e-5)
+    variance = weight @ ((rows - mean) ** 2).sum(1) * scale**2
+    assert store.variance == pytest.approx(variance, rel=1e-6)
+
+
+def test_a_trial_trains_on_the_share_that_it_asks_for(make_spec, sparse_rows):
+    store = with_moments(sparse_rows(), np.arange(512) % 4 == 0, prefetch=True)
+    run = TrialRun(make_spec(batch_size=50, forget_share=0.6), store)
+    _, is_forget = run.source.batch(0, 0, 50)
+    assert int(is_forget.sum()) == 30
+    for _ in range(3):
+        run.advance()
+    # The store itself, which other trials use, stays as it is.
+    np.testing.assert_array_equal(store.batch(0, 0, 50)[1], batch_rows(512, 0, 0, 50) % 4 == 0)
+    b_dec = TrialRun(make_spec(forget_share=0.6), store).sae.b_dec
+    assert torch.equal(b_dec.detach(), run.source.mean)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
+def test_a_share_is_between_none_and_all(share: float):
+    with pytest.raises(ValueError, match="forget_share"):
+        TrainingSpec(forget_share=share)

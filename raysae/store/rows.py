@@ -1,0 +1,94 @@
+"""Which rows make up a batch: a pure function of (seed, step), the same on every machine."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+_FORGET, _RETAIN, _ORDER = 1, 2, 3
+"""Streams of a trial's seed beside the one of whole-store batches. SeedSequence pads with zeros, so
+a stream 0 would be that one."""
+
+
+def batch_rows(
+    n_rows: int, seed: int, step: int, batch_size: int, rank: int = 0, size: int = 1
+) -> np.ndarray:
+    """Row numbers of this worker's share of the batch of one step.
+
+    An epoch is a seeded permutation of all rows, cut into whole batches (the remainder, less than a
+    batch, is left out of that epoch); every epoch has its own permutation. Rank r takes positions
+    r, r + size, … of the batch, so the workers of a trial together see what one worker would.
+
+    Args:
+        n_rows: rows in the store; at least `batch_size`.
+        seed, step: of the trial, and its training step from 0.
+        batch_size: rows of the whole batch.
+        rank, size: the worker's place in its trial.
+
+    Returns:
+        int64 (⌈(batch_size − rank) / size⌉,)
+
+    Raises:
+        ValueError: a batch is larger than the store.
+    """
+    if batch_size > n_rows:
+        raise ValueError(f"batch_size {batch_size} is larger than the store ({n_rows} rows)")
+    return _cut(n_rows, step, batch_size, seed)[rank::size]
+
+
+def mixed_batch_rows(
+    forget: np.ndarray,
+    retain: np.ndarray,
+    forget_share: float,
+    seed: int,
+    step: int,
+    batch_size: int,
+    rank: int = 0,
+    size: int = 1,
+) -> np.ndarray:
+    """Like `batch_rows`, with round(forget_share · batch_size) rows of the forget corpus.
+
+    Each corpus has epochs of its own, a permutation of its rows cut into its part of whole batches:
+    no row comes again before the others of its corpus have come (but a remainder, as above). The
+    two parts are mixed by a permutation of the step, so that every rank gets some of both.
+
+    Args:
+        forget, retain: row numbers of the two corpora.
+        forget_share: between 0 and 1.
+
+    Raises:
+        ValueError: a corpus has fewer rows than its part of a batch.
+    """
+    n_forget = round(forget_share * batch_size)
+    parts = []
+    for name, corpus, wanted, stream in (
+        ("forget", forget, n_forget, _FORGET),
+        ("retain", retain, batch_size - n_forget, _RETAIN),
+    ):
+        if wanted > len(corpus):
+            raise ValueError(
+                f"forget_share {forget_share:g} of batch_size {batch_size} asks for {wanted} "
+                f"{name} rows a batch; the store has {len(corpus)}"
+            )
+        if wanted:
+            parts.append(corpus[_cut(len(corpus), step, wanted, seed, stream)])
+    order = np.random.default_rng([seed, step, _ORDER]).permutation(batch_size)
+    rows: np.ndarray = np.concatenate(parts)[order[rank::size]]
+    return rows
+
+
+def _cut(n_rows: int, step: int, batch_size: int, seed: int, *stream: int) -> np.ndarray:
+    epoch, position = divmod(step, n_rows // batch_size)
+    order = _permutation(n_rows, seed, epoch, *stream)
+    rows: np.ndarray = order[position * batch_size : (position + 1) * batch_size].astype(np.int64)
+    return rows
+
+
+@lru_cache(maxsize=2)
+def _permutation(n_rows: int, *seed: int) -> np.ndarray:
+    order: np.ndarray = np.random.default_rng(seed).permutation(n_rows)
+    if n_rows < 2**31:  # half the memory in every worker
+        order = order.astype(np.int32)
+    order.setflags(write=False)
+    return order
