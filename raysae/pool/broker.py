@@ -221,6 +221,14 @@ class BrokerState:
             ],
         }
 
+    async def rows(self, after: dict[int, int]) -> dict[int, list[dict[str, Any]]]:
+        """Rows of the training curves past those steps, by trial; all of a trial without one."""
+        new = {
+            job.number: [row for row in job.curve if row["step"] > after.get(job.number, -1)]
+            for job in self._jobs.values()
+        }
+        return {number: rows for number, rows in new.items() if rows}
+
     # ---- inner
 
     def _fail(self, job: _Job, reason: str) -> None:

@@ -65,6 +65,7 @@ def trial_client(config: dict[str, Any]) -> None:
                     "tokens": event["tokens"],
                     "number": number,
                     "failed": False,
+                    **_figures(event),
                 }
             )
             if event["last"]:
@@ -72,3 +73,10 @@ def trial_client(config: dict[str, Any]) -> None:
             ray.get(broker.proceed.remote(number))
     finally:
         ray.get(broker.cancel.remote(number))
+
+
+def _figures(event: dict[str, Any]) -> dict[str, float]:
+    """What a rung has beside the objective, for experiment trackers."""
+    names = ("score", "heldout_score", "saebench_score", "step")
+    metrics: dict[str, float] = event["metrics"]
+    return {name: event[name] for name in names} | metrics

@@ -19,8 +19,8 @@ from sae_lens import SAE
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
+from raysae.pool.waits import TimedSource
 from raysae.sparse_probing import SparseProbing
-from raysae.store.batches import ChunkedActivations
 from raysae.store.harvest import StoreHandle
 from raysae.training.collective import Alone, Group
 from raysae.training.loop import Progress, Rung, TrainingDivergedError, TrialRun
@@ -118,7 +118,9 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         eval_config=eval_config,
         make_evaluator=make_evaluator,
         make_probing=make_probing,
-        source=store.open(device),
+        source=TimedSource(
+            store.open(device), f"{context.get_node_rank()}/{rank}", {"object_store": store.bytes}
+        ),
     )
 
 
@@ -135,7 +137,7 @@ class Worker:
     eval_config: UnlearningEvalConfig
     make_evaluator: Callable[[], Evaluator]
     make_probing: Callable[[], SparseProbing]
-    source: ChunkedActivations
+    source: TimedSource
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -200,6 +202,7 @@ class Worker:
 
         def on_event(event: Progress | Rung) -> bool:
             if isinstance(event, Progress):
+                self.source.publish()
                 row = {"step": event.step, "tokens": event.tokens, **event.metrics}
                 return not ray.get(self.broker.progress.remote(number, row))
             probing = None

@@ -25,6 +25,7 @@ from raysae.errors import UserError
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
 from raysae.search import cluster
 from raysae.search.journal import JOURNAL, ended_trials, read_journal
+from raysae.search.loggers import check_loggers
 from raysae.worlds.world import WORLDS, World, check_hook, load_world
 
 PACKAGES = (
@@ -68,8 +69,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fill in what the world decides, and check it against the model's own config.
 
     Raises:
-        UserError: the model has no such hook point.
+        UserError: the model has no such hook point, or a logger cannot be used.
     """
+    check_loggers(config.loggers)
     entry = WORLDS[config.world]
     hook = config.hook or entry.default_hook_name
     try:
@@ -135,20 +137,22 @@ def run_search(
         background.append(_background(_run_pool, config, plan, namespace, run_dir, broker))
         background.append(_background(_harvest, config, run_dir, broker))
         from raysae.search.confirm import confirmation_trials
-        from raysae.search.live import LiveDisplay
+        from raysae.search.progress import Expected
         from raysae.search.tune import run_tune
+        from raysae.search.watch import Watch
 
-        with LiveDisplay(
+        with Watch(
             console,
-            lambda: ray.get(broker.snapshot.remote()),
-            config.num_trials,
-            f"{run_dir}   dashboard {dashboard}",
-            started,
-        ) as display:
+            lambda seen: ray.get([broker.snapshot.remote(), broker.rows.remote(seen)]),
+            run_dir,
+            Expected(config.num_trials, config.max_confirmation),
+            dashboard=dashboard,
+            started=started,
+        ) as watch:
             run_tune(config, plan, namespace, run_dir, config.fixed_trials() or None)
             if config.is_search and config.confirm.top:
                 trials = confirmation_trials(config, ended_trials(read_journal(run_dir / JOURNAL)))
-                display.expect(len(trials))
+                watch.confirm(len(trials))
                 if trials:
                     run_tune(config, plan, namespace, run_dir, trials)
         peak = memory.stop()
@@ -300,6 +304,7 @@ def _conclude(
 ) -> SearchOutcome:
     from raysae.analysis.runs import runs_table
     from raysae.analysis.tables import curves_table, trials_table, write_tables
+    from raysae.model_card import write_card
     from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
 
@@ -330,6 +335,7 @@ def _conclude(
     if not finished.empty:
         best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
         copy_best(run_dir, best)
+        write_card(run_dir)
     print_summary(console, trials, ended, confirmation, run_dir, facts)
     failed = trials[trials["state"] == "failed"]
     return SearchOutcome(

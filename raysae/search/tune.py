@@ -18,6 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raysae.config import RunConfig
 from raysae.pool.client import trial_client
 from raysae.search.cluster import Plan
+from raysae.search.loggers import logger_callbacks
 from raysae.space import FloatRange, IntRange, Parameter
 from raysae.training.spec import TrialSpec
 
@@ -78,6 +79,7 @@ def run_tune(
         run_config=tune.RunConfig(
             name="tune-confirmation" if confirmation else "tune",
             storage_path=str(run_dir),
+            callbacks=logger_callbacks(config.loggers, run_dir),
             verbose=0,
         ),
     )
