@@ -164,7 +164,9 @@ def world(
 
 def push(
     run_dir: RunFolder,
-    repo_id: Annotated[str, typer.Argument(help="Repository on the hub: USER/NAME.")],
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the hub: USER/NAME.", metavar="REPO_ID")
+    ],
     public: Annotated[
         bool, typer.Option("--public", help="Of a new repository; private by default.")
     ] = False,

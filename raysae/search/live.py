@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raysae.search.progress import Standing, tokens
+from raysae.search.progress import Standing, is_search, tokens
 
 SPARSITY_FIELDS = ("k", "l1_coefficient", "l0_coefficient")
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
@@ -33,7 +33,7 @@ class View:
     places: tuple[tuple[str, str], ...] = ()
     """Where to look: name and address or folder."""
     by_score: bool = False
-    """The best of those that ended instead of the last."""
+    """The best of the search's trials instead of the last that ended."""
     note: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -105,6 +105,7 @@ class View:
             words = trial["error"] if state == "failed" else describe(trial["spec"])
             status = trial["rung"].get("status")
             words += "" if status in (None, "ok") else f" [{status}]"
+            words += "" if is_search(trial) else " (fresh seed)"
             table.add_row(
                 str(trial["number"]),
                 Text(_activity(trial), style=STYLES.get(state, "")),
@@ -122,6 +123,7 @@ class View:
         """Trials in the order of their rows, as many as there is room for; how many are left."""
         ended = sorted(self.standing.ended, key=lambda trial: -trial["number"])
         if self.by_score:
+            ended = [trial for trial in ended if is_search(trial)]
             ended.sort(key=lambda trial: -(trial["rung"].get("score") or 0.0))
         trials = [*self.standing.running, *ended]
         shown = trials[: max(room, 3)]

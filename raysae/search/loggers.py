@@ -57,6 +57,8 @@ def _wandb(run_dir: Path) -> Any:
 def _mlflow(run_dir: Path) -> Any:
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
+    # Its lines about tables that it makes would go through the display.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     own = f"sqlite:///{run_dir / 'mlflow.db'}"
     return MLflowLoggerCallback(
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", own),

@@ -115,10 +115,11 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         places.append(("dashboard", status["dashboard"]))
     if (run_dir / "tensorboard").is_dir():
         places.append(("curves", f"tensorboard --logdir {short_path(run_dir / 'tensorboard')}"))
+    wall = _read_json(run_dir / "facts.json").get("wall_seconds") if state == "finished" else None
     view = View(
         standing,
         title=run_dir.name,
-        elapsed=(now if alive else last) - started,
+        elapsed=wall or (now if alive else last) - started,
         places=tuple(places),
         by_score=not alive,
         note=state if alive or trials else f"{state} before a trial had ended",

@@ -6,10 +6,13 @@ Written by the search's own process, which is idle while the workers train.
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import hparams
 
 TENSORBOARD = "tensorboard"
@@ -32,7 +35,8 @@ class TensorBoardLog:
         self._folder = run_dir / TENSORBOARD
         self._folder.mkdir(exist_ok=True)
         self._earlier = {path.name for path in self._folder.iterdir()}
-        self._writers: dict[int, SummaryWriter] = {}
+        # Not SummaryWriter, which has a thread and a pipe a run, and no flush that waits for them.
+        self._writers: dict[int, EventsWriter] = {}
         self._closed: set[int] = set()
         self._scored: dict[int, int] = {}
         self.last_step: dict[int, int] = {}
@@ -47,10 +51,8 @@ class TensorBoardLog:
             return
         writer = self._writer(number, spec)
         for row in new:
-            for name, value in row.items():
-                if name not in ("step", "tokens"):
-                    writer.add_scalar(f"train/{name}", value, row["step"])
-            writer.add_scalar("train/tokens", row["tokens"], row["step"])
+            tags = {f"train/{name}": value for name, value in row.items() if name != "step"}
+            _add_scalars(writer, tags, row["step"])
             self.last_step[number] = row["step"]
         writer.flush()
 
@@ -75,7 +77,7 @@ class TensorBoardLog:
             self._scores(writer, number, record["rung"])
         # The summary of its end: `hparams` makes the three that TensorBoard's tab is filled with.
         _, _, ended = hparams({}, {})
-        writer.file_writer.add_summary(ended)
+        _add(writer, ended)
         writer.close()
         del self._writers[number]
         self._closed.add(number)
@@ -86,25 +88,34 @@ class TensorBoardLog:
             writer.close()
         self._writers.clear()
 
-    def _writer(self, number: int, spec: dict[str, Any]) -> SummaryWriter:
+    def _writer(self, number: int, spec: dict[str, Any]) -> EventsWriter:
         if number not in self._writers:
             folder = self._folder / f"{number:04d}"
             if folder.name in self._earlier:
                 shutil.rmtree(folder)
                 self._earlier.discard(folder.name)
-            writer = self._writers[number] = SummaryWriter(str(folder), flush_secs=10)
+            folder.mkdir()
+            writer = self._writers[number] = EventsWriter(str(folder / "events"))
             # Of the three summaries, that of the experiment is left out: it would list the
             # parameters of one trial, and TensorBoard collects those of all by itself.
             _, started, _ = hparams(hyperparameters(spec), {})
-            writer.file_writer.add_summary(started)
+            _add(writer, started)
         return self._writers[number]
 
-    def _scores(self, writer: SummaryWriter, number: int, rung: dict[str, Any]) -> None:
+    def _scores(self, writer: EventsWriter, number: int, rung: dict[str, Any]) -> None:
         if rung["step"] <= self._scored.get(number, -1):  # the end repeats the last rung
             return
         self._scored[number] = rung["step"]
-        for name, tag in SCORES.items():
-            writer.add_scalar(tag, rung[name], rung["step"])
+        _add_scalars(writer, {tag: rung[name] for name, tag in SCORES.items()}, rung["step"])
+
+
+def _add(writer: EventsWriter, summary: Summary, step: int = 0) -> None:
+    writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+
+def _add_scalars(writer: EventsWriter, values: dict[str, float], step: int) -> None:
+    made = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    _add(writer, Summary(value=made), step)
 
 
 def hyperparameters(spec: dict[str, Any]) -> dict[str, bool | float | str]:

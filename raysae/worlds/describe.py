@@ -55,6 +55,7 @@ def describe_world(name: str, examples: int, console: Console) -> None:
             cut = text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")
             say(f"           “{' '.join(cut.split())}”")
     console.print(_questions_table(world.questions, world.known_questions))
+    say("known: answered right under all 24 orders of the choices")
     for subject, questions in world.questions.items():
         for question in questions[:examples]:
             say(f"{subject}: {question.question}")
@@ -77,6 +78,4 @@ def _questions_table(
             "when run" if known is None else f"{len(known[subject])}",
             "to forget" if subject == FORGET_SET else "to retain",
         )
-    table.caption = "known: answered right under all 24 orders of the choices"
-    table.caption_justify = "left"
     return table
