@@ -131,6 +131,17 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
     return plan, f"http://{url}" if url else None
 
 
+def metrics_addresses() -> list[str]:
+    """Where Prometheus finds the metrics of the cluster's nodes; Ray must be up."""
+    import ray
+
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 def _token_hint() -> str:
     """`ray start` asks for the token that it finds; who joins has to say that it has one."""
     variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

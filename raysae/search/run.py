@@ -147,6 +147,7 @@ def run_search(
             run_dir,
             Expected(config.num_trials, config.max_confirmation),
             dashboard=dashboard,
+            metrics=cluster.metrics_addresses(),
             started=started,
         ) as watch:
             run_tune(config, plan, namespace, run_dir, config.fixed_trials() or None)

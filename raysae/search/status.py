@@ -25,7 +25,8 @@ from raysae.search.progress import ENDED, Expected, Standing, from_journal
 
 STATUS_FILE = "status.json"
 SILENT_SECONDS = 30.0
-"""A search on another machine that has not written for so long is taken to be gone."""
+"""After so long without a word a search on another machine is taken to be gone, and one whose trials
+are over to have ended without a summary."""
 
 
 class StatusFile:
@@ -88,7 +89,7 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         UserError: there is no search in that folder.
     """
     now = time.time() if now is None else now
-    if not (run_dir / JOURNAL).is_file() and not (run_dir / "config.yaml").is_file():
+    if not any((run_dir / name).is_file() for name in (JOURNAL, STATUS_FILE)):
         found = sorted(path.parent.name for path in run_dir.glob(f"*/{JOURNAL}"))
         hint = f"; it has the run folders {', '.join(found)}" if found else ""
         raise UserError(
@@ -98,8 +99,9 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
     ended = from_journal(ended_trials(read_journal(run_dir / JOURNAL)))
     status = _read_json(run_dir / STATUS_FILE)
     numbers = {trial["number"] for trial in ended}
-    alive = bool(status) and not status["over"] and _is_alive(status, now)
-    state = "running" if alive else "finished" if _is_finished(run_dir, status) else "stopped"
+    finished = _is_finished(run_dir, status)
+    alive = bool(status) and not finished and _is_alive(status, now)
+    state = "running" if alive else "finished" if finished else "stopped"
     open_trials = [t for t in status.get("trials", []) if t["number"] not in numbers]
     trials = ended + (open_trials if alive else [])
     last = max((trial["ended"] for trial in ended), default=status.get("time", now))
@@ -113,6 +115,7 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
     places = [("folder", short_path(run_dir))]
     if alive and status.get("dashboard"):
         places.append(("dashboard", status["dashboard"]))
+        places += [("metrics", address) for address in status.get("metrics", [])[:1]]
     if (run_dir / "tensorboard").is_dir():
         places.append(("curves", f"tensorboard --logdir {short_path(run_dir / 'tensorboard')}"))
     wall = _read_json(run_dir / "facts.json").get("wall_seconds") if state == "finished" else None
@@ -188,7 +191,12 @@ def _is_finished(run_dir: Path, status: dict[str, Any]) -> bool:
 
 
 def _is_alive(status: dict[str, Any], now: float) -> bool:
-    """Whether the process that writes the file is still there."""
+    """Whether the process that writes the file is still there, and not done with its trials.
+
+    Between its last trial and its summary a search writes tables.
+    """
+    if status["over"] and now - status["time"] > SILENT_SECONDS:
+        return False
     if status["host"] != socket.gethostname():
         return bool(now - status["time"] < SILENT_SECONDS)
     try:

@@ -64,6 +64,7 @@ class Watch:
         expected: Expected,
         *,
         dashboard: str | None,
+        metrics: list[str],
         started: float,
     ) -> None:
         """
@@ -73,6 +74,7 @@ class Watch:
             run_dir: of the search.
             expected: trials that will come.
             dashboard: Ray's address, if it has one.
+            metrics: addresses of the metrics endpoints of Ray's nodes.
             started: when its user started it, seconds since the epoch.
         """
         self._console, self._poll, self._run_dir = console, poll, run_dir
@@ -82,7 +84,7 @@ class Watch:
             ("curves   ", f"tensorboard --logdir {short_path(run_dir / TENSORBOARD)}"),
             ("folder   ", short_path(run_dir)),
         )
-        self._status = StatusFile(run_dir, started, {"dashboard": dashboard})
+        self._status = StatusFile(run_dir, started, {"dashboard": dashboard, "metrics": metrics})
         self._journal = JournalTail(run_dir / JOURNAL)
         self._curves = TensorBoardLog(run_dir)
         self._gauges = SearchGauges(run_dir.name)

@@ -209,8 +209,9 @@ def test_a_summary_of_an_earlier_start_does_not_finish_a_later_one(run_dir, end)
     (run_dir / "facts.json").write_text("{}")
     os.utime(run_dir / "facts.json", (900.0, 900.0))
     file = StatusFile(run_dir, 1000.0, {})
-    file.update(standing(), last=True)
-    assert read_status(run_dir).state == "stopped"
+    file.update(standing(now=1100.0), last=True)
+    assert read_status(run_dir, now=1110.0).state == "running"  # its tables are being written
+    assert read_status(run_dir, now=1200.0).state == "stopped"
 
 
 def test_a_folder_from_before_status_files_takes_its_size_from_the_configuration(run_dir, end):
