@@ -105,6 +105,7 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         # One logical CPU more than the workers take, so that the harvest can run beside them
         # while they start; it is idle afterwards. Logical CPUs are promises, not cores.
         context = ray.init(
+            address="local",  # a cluster that happens to run here is not to be joined unasked
             num_cpus=workers * resources.threads_per_worker + HARVEST_CPUS,
             num_gpus=workers if resources.use_gpu else 0,
             object_store_memory=STORE_BYTES,

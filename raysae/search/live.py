@@ -32,8 +32,8 @@ class View:
     """Seconds since the start."""
     places: tuple[tuple[str, str], ...] = ()
     """Where to look: name and address or folder."""
-    by_score: bool = False
-    """The best of the search's trials instead of the last that ended."""
+    over: bool = False
+    """Show the best of the search's trials instead of the last that ended, and no time left."""
     note: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -69,7 +69,7 @@ class View:
         standing = self.standing
         words = [_clock(self.elapsed)]
         left = standing.seconds_left
-        if left is not None and len(standing.ended) < standing.total:
+        if left is not None and not self.over and len(standing.ended) < standing.total:
             words.append(f"about {_clock(left)} left")
         if standing.tokens_per_second:
             words.append(f"{standing.tokens_per_second:,.0f} tokens/s")
@@ -122,7 +122,7 @@ class View:
     def _rows(self, room: int) -> tuple[list[dict[str, Any]], int]:
         """Trials in the order of their rows, as many as there is room for; how many are left."""
         ended = sorted(self.standing.ended, key=lambda trial: -trial["number"])
-        if self.by_score:
+        if self.over:
             ended = [trial for trial in ended if is_search(trial)]
             ended.sort(key=lambda trial: -(trial["rung"].get("score") or 0.0))
         trials = [*self.standing.running, *ended]

@@ -308,10 +308,12 @@ def _conclude(
     from raysae.model_card import write_card
     from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
+    from raysae.search.tensorboard import write_missing
 
     records = read_journal(run_dir / JOURNAL)
     ended = ended_trials(records)
     write_tables(run_dir, records, ended)
+    write_missing(run_dir, ended)
     trials = trials_table(ended)
     confirmation, study = verdicts(ended), runs_table(trials[trials["stage"] == "search"])
     for name, table in (("confirmation", confirmation), ("runs", study)):

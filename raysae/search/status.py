@@ -25,8 +25,8 @@ from raysae.search.progress import ENDED, Expected, Standing, from_journal
 
 STATUS_FILE = "status.json"
 SILENT_SECONDS = 30.0
-"""After so long without a word a search on another machine is taken to be gone, and one whose trials
-are over to have ended without a summary."""
+"""After so long without a word a search on another machine is taken to be gone, and one whose
+trials are over to have ended without a summary."""
 
 
 class StatusFile:
@@ -124,7 +124,7 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         title=run_dir.name,
         elapsed=wall or (now if alive else last) - started,
         places=tuple(places),
-        by_score=not alive,
+        over=not alive,
         note=state if alive or trials else f"{state} before a trial had ended",
     )
     return RunFolder(view, state, () if alive else tuple(_closing(run_dir, ended)))

@@ -24,11 +24,15 @@ SCORES = {
 """Figures of a rung and the tags they are written under; those of a curve are `train/<name>`."""
 
 
+CLOCK_SECONDS = 0.05
+"""A file's time may lag behind the clock that the journal is written by."""
+
+
 class TensorBoardLog:
     """Writes `RUN_DIR/tensorboard/NNNN`; steps are training steps.
 
-    A trial that ended under an earlier start of the same search keeps its files; one that was cut
-    off then is written anew, from its first step.
+    A trial that was written to its end before keeps its files; one that was cut off is written
+    anew, from its first step.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -68,7 +72,7 @@ class TensorBoardLog:
         number, spec = record["trial"], record["spec"]
         if number in self._closed:
             return
-        if f"{number:04d}" in self._earlier and number not in self._writers:
+        if number not in self._writers and self._is_complete(record):
             self._closed.add(number)
             return
         writer = self._writer(number, spec)
@@ -87,6 +91,14 @@ class TensorBoardLog:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+    def _is_complete(self, record: dict[str, Any]) -> bool:
+        """Whether an earlier start wrote the trial's files when it ended, or later."""
+        folder = self._folder / f"{record['trial']:04d}"
+        if folder.name not in self._earlier:
+            return False
+        written = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+        return bool(written >= record["ended"] - CLOCK_SECONDS)
 
     def _writer(self, number: int, spec: dict[str, Any]) -> EventsWriter:
         if number not in self._writers:
@@ -116,6 +128,18 @@ def _add(writer: EventsWriter, summary: Summary, step: int = 0) -> None:
 def _add_scalars(writer: EventsWriter, values: dict[str, float], step: int) -> None:
     made = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
     _add(writer, Summary(value=made), step)
+
+
+def write_missing(run_dir: Path, ended: list[dict[str, Any]]) -> None:
+    """Write what ended while nobody watched: the last trials of a search that was stopped.
+
+    Args:
+        run_dir: of the search.
+        ended: the journal's `end` records.
+    """
+    log = TensorBoardLog(run_dir)
+    for record in ended:
+        log.end(record)
 
 
 def hyperparameters(spec: dict[str, Any]) -> dict[str, bool | float | str]:

@@ -95,6 +95,13 @@ def test_the_head_has_trials_times_rate_and_best(trial: Trial):
     ]
 
 
+def test_a_search_that_is_over_shows_its_best_trials_and_no_time_left(trial: Trial):
+    trials = [trial(0, "finished", 0.25), trial(1, "finished", 0.5), trial(2, "stopped", 0.375)]
+    lines = drawn(view(*trials, over=True), 120)
+    assert "left" not in lines[1]
+    assert [line.split()[0] for line in lines[4:7]] == ["1", "2", "0"]
+
+
 def test_many_trials_fit_the_height_and_the_best_is_always_there(trial: Trial):
     trials = [trial(n, "finished", 0.9 if n == 3 else 0.1) for n in range(60)]
     trials += [trial(n, "running") for n in range(60, 63)]

@@ -257,3 +257,22 @@ def test_the_command_needs_neither_ray_nor_torch(run_dir, end, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "best  trial 0  0.250" in done.stdout
+
+
+def test_watching_ends_with_the_search(run_dir, end, make_spec, monkeypatch):
+    write_journal(run_dir, end(0, 0.25))
+    StatusFile(run_dir, 1000.0, {}).update(standing(running(make_spec, 1, 768)))
+    looks = iter(range(3))
+
+    def sleep(_: float) -> None:
+        if next(looks) == 2:
+            write_journal(run_dir, end(0, 0.25), end(1, 0.5))
+            facts = {"wall_seconds": 321.0, "busy_share": 0.78, "peak_gib": 2.9}
+            (run_dir / "facts.json").write_text(json.dumps(facts))
+
+    monkeypatch.setattr("raysae.search.status.time.sleep", sleep)
+    out = StringIO()
+    show_status(run_dir, Console(file=out, width=160, force_terminal=True), watch=True)
+    assert next(looks, None) is None
+    assert "1 of 3 trials" in out.getvalue()
+    assert "321 s in all" in out.getvalue().splitlines()[-1]

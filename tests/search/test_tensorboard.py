@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from raysae.search.tensorboard import TensorBoardLog, hyperparameters
+from raysae.search.tensorboard import TensorBoardLog, hyperparameters, write_missing
 
 
 def events(folder: Path) -> list[Event]:
@@ -65,6 +66,7 @@ def spec(make_spec) -> dict[str, Any]:
 def end(spec: dict[str, Any], steps: int, score: float, **changes: Any) -> dict[str, Any]:
     curve = [row(step) for step in range(1, steps + 1)]
     record = {"event": "end", "trial": 0, "state": "finished", "spec": spec, "error": ""}
+    record |= {"ended": time.time()}
     return record | {"rung": rung(steps, score), "curve": curve} | changes
 
 
@@ -130,18 +132,32 @@ def test_a_trial_that_failed_before_its_first_row_is_there_with_its_parameters(t
 
 def test_a_search_started_again_keeps_what_ended_and_writes_the_rest_anew(tmp_path, spec):
     first = TensorBoardLog(tmp_path)
-    first.end(end(spec, 3, 0.4))
+    record = end(spec, 3, 0.4)
+    first.end(record)
     first.curve(1, spec | {"number": 1}, [row(1), row(2)])
     first.close()
     kept = {path.name for path in (tmp_path / "tensorboard" / "0000").iterdir()}
 
     again = TensorBoardLog(tmp_path)
-    again.end(end(spec, 3, 0.4))  # from the journal
+    again.end(record)  # from the journal
     again.curve(1, spec | {"number": 1}, [row(1), row(2), row(3)])
     again.close()
     assert {path.name for path in (tmp_path / "tensorboard" / "0000").iterdir()} == kept
     curve = scalars(tmp_path / "tensorboard" / "0001")["train/loss"]
     assert [step for step, _ in curve] == [1, 2, 3]
+
+
+def test_a_trial_that_ended_after_the_last_look_is_completed(tmp_path, spec):
+    log = TensorBoardLog(tmp_path)
+    log.curve(0, spec, [row(1)])
+    log.close()
+    run = tmp_path / "tensorboard" / "0000"
+    later = end(spec, 3, 0.4, ended=time.time() + 10)
+    write_missing(tmp_path, [later, end(spec | {"number": 1}, 2, 0.2, trial=1)])
+    assert [step for step, _ in scalars(run)["train/loss"]] == [1, 2, 3]
+    assert scalars(run)["score/search"] == [(3, pytest.approx(0.4))]
+    assert len(sessions(run)) == 2
+    assert len(scalars(run.with_name("0001"))["train/loss"]) == 2
 
 
 def test_hyperparameters_are_flat_and_leave_out_what_is_not_set(make_spec):
