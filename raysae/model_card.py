@@ -54,12 +54,15 @@ class _Run:
             r["spec"]["stage"] == "search" and r["state"] != "failed" for r in ended.values()
         )
         self.is_search = self.spec["run"] == ""
-        self.fresh = [
+        # Of a search the confirmation, of a study the run's other seeds.
+        stage, run = ("confirmation", f"trial {self.spec['number']}")
+        if not self.is_search:
+            stage, run = self.spec["stage"], self.spec["run"]
+        self.other_seeds = [
             r["rung"]["heldout_score"]
             for r in ended.values()
-            if r["spec"]["stage"] == "confirmation"
-            and r["spec"]["run"] == f"trial {self.spec['number']}"
-            and r["state"] == "finished"
+            if (r["spec"]["stage"], r["spec"]["run"], r["state"]) == (stage, run, "finished")
+            and r["trial"] != self.spec["number"]
         ]
         self.config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         self.about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
@@ -185,20 +188,26 @@ def _origin(run: _Run) -> str:
             f"It is the best of {run.searched} trials of a search, by its score on the questions "
             "that the search saw."
         )
-    return f"It is the best of {run.searched} runs of a study (run `{run.spec['run']}`)."
+    return f"It is the best of {run.searched} trials of a study (run `{run.spec['run']}`)."
 
 
 def _confirmation(run: _Run) -> list[str]:
-    if not run.fresh:
+    if not run.other_seeds:
         return [
-            "Nobody knows: it was not trained again with fresh seeds. The best of many is "
+            "Nobody knows: it was not trained again with other seeds. The best of many is "
             "flattered by having been picked."
         ]
-    scores = ", ".join(f"{score:.3f}" for score in run.fresh)
-    mean = sum(run.fresh) / len(run.fresh)
+    scores = ", ".join(f"{score:.3f}" for score in run.other_seeds)
+    mean = sum(run.other_seeds) / len(run.other_seeds)
     lines = [
-        f"The same configuration with {len(run.fresh)} fresh seeds, on held-out questions: {scores}"
-        f" (mean {mean:.3f}). Beside baselines with the same budget, sparsity and seeds:",
+        f"The same configuration with {len(run.other_seeds)} other seeds, on held-out questions: "
+        f"{scores} (mean {mean:.3f})."
+    ]
+    if not run.verdicts:
+        return lines
+    lines += [
+        "",
+        "Beside baselines with the same budget, sparsity and seeds:",
         "",
         "| baseline | its mean | difference | 95 % interval | ahead in | |",
         "| --- | --- | --- | --- | --- | --- |",

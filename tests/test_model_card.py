@@ -130,7 +130,7 @@ def test_scores_have_the_intervals_of_their_questions(run_dir: Path):
 
 def test_the_confirmation_is_told_whichever_way_it_went(run_dir: Path):
     text = "\n".join(lines(run_dir))
-    assert "2 fresh seeds, on held-out questions: 0.312, 0.287 (mean 0.300)" in text
+    assert "2 other seeds, on held-out questions: 0.312, 0.287 (mean 0.300)" in text
     assert "| none | 0.200 | +0.100 | [+0.050, +0.150] | 2 of 2 seeds | beats it |" in text
     worse = "| -0.050 | [-0.100, +0.020] | 0 of 2 seeds | is not shown to beat it |"
     assert f"| fixed_orthogonal | 0.350 {worse}" in text
@@ -143,8 +143,23 @@ def test_an_sae_that_was_not_confirmed_says_so(run_dir: Path):
     kept = journal.read_text().splitlines()[:3]
     journal.write_text("\n".join(kept) + "\n")
     text = "\n".join(lines(run_dir))
-    assert "it was not trained again with fresh seeds" in text
+    assert "it was not trained again with other seeds" in text
     assert "beats it" not in text
+
+
+def test_the_best_of_a_study_shows_the_other_seeds_of_its_run(run_dir: Path):
+    journal = run_dir / "journal.jsonl"
+    records = [json.loads(line) for line in journal.read_text().splitlines()][:3]
+    for record, name in zip(records, ("a", "b", "b"), strict=True):
+        record["spec"]["run"] = name
+    journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trial = {"spec": records[1]["spec"], "training_steps": 24}
+    (run_dir / "best" / "trial.json").write_text(json.dumps(trial))
+    (run_dir / "confirmation.csv").unlink()
+    text = "\n".join(lines(run_dir))
+    assert "the best of 3 trials of a study (run `b`)" in text
+    assert "with 1 other seeds, on held-out questions: 0.200 (mean 0.200)" in text
+    assert "Beside baselines" not in text
 
 
 def test_a_world_of_the_hub_names_its_model_and_claims_no_licence(run_dir: Path):
