@@ -155,6 +155,9 @@ class RunConfig(_Strict):
     search: SearchConfig = SearchConfig()
     confirm: ConfirmConfig = ConfirmConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    loggers: tuple[Literal["wandb", "mlflow", "aim"], ...] = Field(
+        (), description="experiment trackers told of every trial, beside TensorBoard"
+    )
     space: SearchSpace | None = Field(None, description="what is searched")
     runs: dict[str, RunEntry] | None = Field(
         None, min_length=1, description="instead of a space: the runs of a study, by name"
@@ -216,6 +219,11 @@ class RunConfig(_Strict):
     def num_trials(self) -> int:
         """Number of trials, those of the confirmation left out."""
         return self.search.num_samples if self.is_search else len(self.fixed_trials())
+
+    @property
+    def max_confirmation(self) -> int:
+        """Trials of the confirmation at most: each of the best, and both baselines beside it."""
+        return self.confirm.seeds * 3 * self.confirm.top if self.is_search else 0
 
     def fixed_trials(self) -> list[TrialSpec]:
         """The trials of a study's runs or of a grid, seed by seed; [] where a sampler chooses them.

@@ -9,6 +9,8 @@ import subprocess
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -28,10 +30,11 @@ from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
 from raysae.search import cluster
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
+from raysae.search.loggers import check_loggers
 from raysae.worlds.world import WORLDS, World, check_hook, load_world
 
 if TYPE_CHECKING:
-    from raysae.search.live import LiveDisplay
+    from raysae.search.watch import Watch
     from raysae.training.spec import TrialSpec
 
 POOL_FAILURES = 50
@@ -80,8 +83,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fill in what the world decides, and check it against the model's own config.
 
     Raises:
-        UserError: the model has no such hook point.
+        UserError: the model has no such hook point, or a logger cannot be used.
     """
+    check_loggers(config.loggers)
     entry = WORLDS[config.world]
     hook = config.hook or entry.default_hook_name
     try:
@@ -168,12 +172,22 @@ def run_search(
             threads = [_background(_run_pool, config, plan, namespace, run_dir, broker)]
             store = _Store(config, broker, console)
             threads.append(_background(store.fill))
-            from raysae.search.live import LiveDisplay
+            from raysae.search.progress import Expected
+            from raysae.search.watch import Watch
 
-            note = f"{run_dir}   dashboard {dashboard}"
-            watch = partial(_watch, broker, store, interruption)
-            with LiveDisplay(console, watch, config.num_trials, note, started) as display:
-                _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, display)
+            with (
+                _guarded(broker, store, interruption),
+                Watch(
+                    console,
+                    partial(_poll, broker),
+                    run_dir,
+                    Expected(config.num_trials, config.max_confirmation),
+                    dashboard=dashboard,
+                    metrics=cluster.metrics_addresses(),
+                    started=started,
+                ) as watch,
+            ):
+                _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, watch)
             peak = memory.stop()
             _close(broker, threads)
         except KeyboardInterrupt:
@@ -215,16 +229,35 @@ def _start_broker(run_dir: Path, session: str) -> Any:
     return Broker.options(**options).remote(str(run_dir / JOURNAL), session)
 
 
-def _watch(broker: Any, store: _Store, interruption: Interruption) -> dict[str, Any]:
-    """The broker's snapshot; gives a restarted broker the store again, and ends a halted search."""
+def _poll(broker: Any, seen: dict[int, int]) -> Any:
+    """What a `Watch` asks the broker for."""
     import ray
 
-    snapshot: dict[str, Any] = ray.get(broker.snapshot.remote())
-    if not snapshot["store_ready"]:
-        store.publish()
-    if snapshot["halted"] and not interruption.reason:
-        interruption.stop(snapshot["halted"])
-    return snapshot
+    return ray.get([broker.snapshot.remote(), broker.rows.remote(seen)])
+
+
+@contextmanager
+def _guarded(broker: Any, store: _Store, interruption: Interruption) -> Iterator[None]:
+    """Give a restarted broker the store again, and end a search that was halted."""
+    import ray
+
+    done = threading.Event()
+
+    def guard() -> None:
+        while not done.wait(1.0):
+            halted, store_ready = ray.get(broker.health.remote())
+            if halted:
+                interruption.stop(halted)
+                return
+            if not store_ready:
+                store.publish()
+
+    thread = _background(guard)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _run_trials(
@@ -235,7 +268,7 @@ def _run_trials(
     broker: Any,
     records: list[dict[str, Any]],
     in_flight: list[int] | None,
-    display: LiveDisplay,
+    watch: Watch,
 ) -> None:
     """The search or the fixed trials, then the confirmation; what has ended before stays so."""
     import ray
@@ -251,7 +284,7 @@ def _run_trials(
     if config.is_search and config.confirm.top:
         ended = ended_trials(read_journal(run_dir / JOURNAL))
         trials = confirmation_trials(config, ended)
-        display.expect(len(trials))
+        watch.confirm(len(trials))
         if trials:
             run(trials)
 
@@ -459,12 +492,15 @@ def _conclude(
 ) -> SearchOutcome:
     from raysae.analysis.runs import runs_table
     from raysae.analysis.tables import curves_table, trials_table, write_tables
+    from raysae.model_card import write_card
     from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
+    from raysae.search.tensorboard import write_missing
 
     records = read_journal(run_dir / JOURNAL)
     ended = ended_trials(records)
     write_tables(run_dir, records, ended)
+    write_missing(run_dir, ended)
     trials = trials_table(ended)
     confirmation, study = verdicts(ended), runs_table(trials[trials["stage"] == "search"])
     for name, table in (("confirmation", confirmation), ("runs", study)):
@@ -491,6 +527,7 @@ def _conclude(
     if not finished.empty:
         best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
         copy_best(run_dir, best)
+        write_card(run_dir)
     print_summary(console, trials, ended, confirmation, run_dir, facts)
     failed = trials[trials["state"] == "failed"]
     return SearchOutcome(

@@ -78,6 +78,13 @@ class StoreHandle:
             prefetch=gpu and not resident,
         )
 
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of the chunks in the object store and of those mapped from the cache on disk."""
+        tiers = {"object_store": 0, "disk": 0}
+        for chunk, array in zip(self.chunks, self.arrays(), strict=True):
+            tiers["disk" if isinstance(chunk.place, Path) else "object_store"] += array.nbytes
+        return tiers
+
     def describe_on(self, device: str) -> str:
         """Where `open` would take batches from, with the sizes that decide it."""
         if not device.startswith("cuda"):
