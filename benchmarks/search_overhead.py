@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from raysae.config import RunConfig, find_space, load_config
-from raysae.search.journal import JOURNAL, ended_trials, read_journal
+from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.search.run import resolve, run_search
 
 SETTINGS = {

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 from rich.console import Console
 
 from raysae.config import RunConfig, find_space, load_config, parse_override
-from raysae.errors import UserError
+from raysae.errors import InterruptedSearchError, UserError
+
+if TYPE_CHECKING:
+    from raysae.search.run import SearchOutcome
 
 SMOKE_OVERRIDES = {
     "training.tokens": 65_536,
@@ -48,11 +51,23 @@ def search(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen, and start nothing.")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with an interrupted search: its run folder. Alone, or --address."),
+    ] = None,
 ) -> None:
     """Search for the regularizer that separates knowledge best.
 
     Example: python run_search.py --space orth.yaml --num-samples 48 --seed 1
     """
+    if resume is not None:
+        given = {"--num-samples": num_samples, "--max-concurrent": max_concurrent, "--seed": seed,
+                 "--out": out, "--set": set_, "--smoke": smoke, "--plan": plan}  # fmt: skip
+        for name, value in given.items():
+            if value:
+                raise UserError(f"{name}: a resumed search keeps its own settings; leave it out")
+        _resume(resume, address)
+        return
     path = find_space(space)
     overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
     overrides |= dict(parse_override(text) for text in set_ or [])
@@ -75,15 +90,38 @@ def search(
     if address is not None:
         check_address(address)
     fetch_world(config)
-    # Without a terminal there is no width to fit into.
-    console = Console(width=None if sys.stdout.isatty() else 180)
     outcome = run_search(
         config,
         make_run_dir(out, path.stem),
-        console,
+        _console(),
         address=address,
         started=psutil.Process().create_time(),  # imports count: their user waits for them
     )
+    _exit_code(outcome)
+
+
+def _resume(run_dir: Path, address: str | None) -> None:
+    """Go on with the search of a run folder."""
+    from raysae.search.cluster import check_address
+    from raysae.search.run import load_run, run_search
+
+    config = load_run(run_dir)
+    if address is not None:
+        check_address(address)
+    started = psutil.Process().create_time()
+    _exit_code(
+        run_search(
+            config, run_dir.absolute(), _console(), address=address, started=started, resume=True
+        )
+    )
+
+
+def _console() -> Console:
+    """Without a terminal there is no width to fit into."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def _exit_code(outcome: SearchOutcome) -> None:
     if outcome.failed == outcome.trials:
         raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
 
@@ -153,5 +191,7 @@ def _run(app: typer.Typer) -> None:
         app()
     except UserError as error:
         sys.exit(_say(str(error), 2))
+    except InterruptedSearchError as error:
+        sys.exit(_say(str(error), error.code))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))

@@ -131,6 +131,9 @@ class ResourcesConfig(_Strict):
     threads_per_worker: int = Field(1, ge=1)
     use_gpu: bool = False
     store_dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_seconds: float = Field(
+        10.0, ge=0, description="a trial in flight is saved so often, or less if that takes long"
+    )
     cache: str | None = Field(
         "auto",
         description="folder that keeps activations for the next search; auto: $RAYSAE_CACHE, or "

@@ -10,6 +10,17 @@ class UserError(Exception):
     """A mistake in the input, said in one message; the command line exits with code 2."""
 
 
+class InterruptedSearchError(Exception):
+    """A search that stopped before its end and can be resumed; the message says how.
+
+    The command line exits with `code`: 130 where somebody asked for it, 1 where it had to.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """A sentence that lists the valid words and names the nearest one to `word`, if any is near."""
     choices = sorted(valid)

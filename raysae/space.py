@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -83,6 +84,10 @@ class Choice(_Strict):
 
     choices: tuple[Scalar, ...] = Field(min_length=1)
 
+    @model_serializer
+    def _as_written(self) -> list[Scalar]:
+        return list(self.choices)
+
     def suggest(self, trial: Suggester, name: str) -> Scalar:
         choice: Scalar = trial.suggest_categorical(name, list(self.choices))
         return choice
@@ -96,6 +101,10 @@ class Fixed(_Strict):
     """A plain value: set, not searched."""
 
     value: Scalar
+
+    @model_serializer
+    def _as_written(self) -> Scalar:
+        return self.value
 
     def suggest(self, trial: Suggester, name: str) -> Scalar:
         return self.value

@@ -2,263 +2,323 @@
 
 Who waits for whom: a trial client waits in `next_event` for its worker; a worker waits in
 `next_job` for a trial, and in `rung` for the client's decision to go on or stop. Nothing else
-blocks. Every result is in the journal, fsynced, before anyone hears of it.
+blocks.
+
+Anybody may be killed at any time, and Ray repeats calls that a death cut off, so every call may
+come twice. What has happened is in the journal, fsynced, before anyone hears of it, and a broker
+that is started anew begins with what it says there: `raysae.pool.jobs`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from raysae.journal import append, cut_partial_line, read_journal
+from raysae.pool.jobs import ENDED, HaltedError, Job, end_record, replay
+
 MAX_ATTEMPTS = 3
-
-
-@dataclass
-class _Job:
-    number: int
-    spec: dict[str, Any]
-    state: str = "waiting"  # waiting, running, finished, stopped, failed
-    worker: int | None = None
-    attempt: int = 0
-    cancelled: bool = False
-    submitted: float = field(default_factory=time.time)
-    progress: dict[str, Any] = field(default_factory=dict)
-    rung: dict[str, Any] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    error: str = ""
-    events: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
-    decision: asyncio.Event = field(default_factory=asyncio.Event)
+"""Workers that a trial may take down at one place, before it is the trial that fails."""
 
 
 class BrokerState:
     """The broker's logic, an ordinary asyncio class; `Broker` is the same as a Ray actor."""
 
-    def __init__(self, journal: str) -> None:
+    def __init__(self, journal: str, session: str = "") -> None:
+        """
+        Args:
+            journal: path; what is there already is gone on with.
+            session: id of the driver's process; a broker that is restarted within a session finds
+                its clients and workers alive, one of a later session finds none.
+        """
         self._journal = Path(journal)
-        self._jobs: dict[int, _Job] = {}
-        self._queue: deque[int] = deque()
+        self._session = session
         self._wake = asyncio.Condition()
-        self._closed = False
+        self._closed = self._pausing = False
+        self._halted = ""
         self._store: Any = None
-        self._store_ready = asyncio.Event()
-        self._pool_error = ""
-        self._some_worker = asyncio.Event()
+        self._some_worker = False
+        self._generation = ""
         self._workers: dict[int, str] = {}
-        self._starts: dict[int, int] = {}
+        cut_partial_line(self._journal)
+        self._jobs = replay(read_journal(self._journal), session)
+        waiting = [job for job in self._jobs.values() if job.state == "waiting"]
+        self._queue = deque(job.number for job in waiting)
+
+    async def _notify(self) -> None:
+        async with self._wake:
+            self._wake.notify_all()
+
+    async def _wait_for(self, predicate: Any) -> None:
+        async with self._wake:
+            await self._wake.wait_for(predicate)
 
     # ---- what everyone shares
 
     async def set_store(self, handle: Any) -> None:
         """Publish the store's handle; workers wait for it in `store`."""
         self._store = handle
-        self._store_ready.set()
+        await self._notify()
 
     async def store(self) -> Any:
-        """The store's handle, as soon as it is there."""
-        await self._store_ready.wait()
+        """The store's handle, as soon as it is there; None when the search is over."""
+        await self._wait_for(lambda: self._store is not None or self._over)
         return self._store
 
     async def close(self) -> None:
         """No more trials: waiting workers get None and leave their loop."""
         self._closed = True
-        self._store_ready.set()
-        self._some_worker.set()
-        async with self._wake:
-            self._wake.notify_all()
+        await self._notify()
 
-    async def pool_failed(self, reason: str) -> None:
-        """The worker pool is gone: every open trial fails, and every later one at once."""
-        self._pool_error = reason
-        self._some_worker.set()
-        for job in list(self._jobs.values()):
-            self._fail(job, reason)
+    async def pause(self, seconds: float) -> bool:
+        """Have the trials in flight saved, to be taken up by a later session.
+
+        True when all of them are; False when that took longer than `seconds`.
+        """
+        self._pausing = True
+        await self._notify()
+        try:
+            await asyncio.wait_for(self._wait_for(lambda: not self._running()), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def halt(self, reason: str) -> None:
+        """The search cannot go on; the driver reads the reason in the snapshot, and stops."""
+        self._halted = self._halted or reason
+        await self._notify()
+
+    async def abandon(self, reason: str) -> None:
+        """Fail every open trial: its client is gone and will not come back."""
+        for job in self._jobs.values():
+            if job.state in ("waiting", "running"):
+                self._fail(job, reason)
+        await self._notify()
+
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._pausing or bool(self._halted)
+
+    def _running(self) -> list[Job]:
+        return [job for job in self._jobs.values() if job.state == "running"]
 
     # ---- trial clients
 
     async def submit(self, number: int, spec: dict[str, Any]) -> None:
-        """Queue a trial. A number that is already known is an error."""
-        if number in self._jobs:
-            raise ValueError(f"trial {number} was submitted before")
-        job = self._jobs[number] = _Job(number, spec)
-        if self._pool_error:
-            self._fail(job, self._pool_error)
+        """Queue a trial, or attach to the one of that number; its spec must then be equal."""
+        job = self._jobs.get(number)
+        if job is not None and job.spec != spec:
+            raise ValueError(f"trial {number} was submitted before, with another spec")
+        if job is None:
+            job = self._jobs[number] = Job(number, spec)
+        if job.state != "dormant":
             return
-        async with self._wake:
-            self._queue.append(number)
-            self._wake.notify_all()
+        self._write("submit", job, spec=spec, session=self._session)
+        job.state, job.attempt = "waiting", 0
+        self._queue.append(number)
+        await self._notify()
 
     async def next_event(self, number: int) -> dict[str, Any]:
-        """The trial's next rung, or its failure; waits for it."""
-        return await self._jobs[number].events.get()
+        """The rung that waits for a decision, or the trial's failure; waits for either.
 
-    async def proceed(self, number: int) -> None:
-        """The trial may train on after the rung it reported."""
-        self._jobs[number].decision.set()
+        Asked again before `proceed`, it says the same again.
+        """
+        job = self._jobs[number]
+        await self._wait_for(lambda: job.undecided or job.state in ("failed", "stopped"))
+        if job.state in ("failed", "stopped"):
+            return {"kind": "failed", "error": job.error}
+        return {"kind": "rung", **job.rung}
+
+    async def proceed(self, number: int, tokens: int) -> None:
+        """The trial may train on after the rung at `tokens`."""
+        job = self._jobs[number]
+        if tokens > job.proceeded and job.state not in ENDED:
+            self._write("proceed", job, tokens=tokens)
+            job.proceeded = tokens
+            await self._notify()
 
     async def cancel(self, number: int) -> None:
-        """Nobody wants more of the trial; a finished one is left as it is."""
+        """Nobody wants more of the trial; a finished one is left as it is.
+
+        While the search pauses this is only its clients' end.
+        """
         job = self._jobs.get(number)
-        if job is None or job.state in ("finished", "failed", "stopped"):
+        if job is None or job.state in (*ENDED, "dormant") or self._over:
             return
-        if job.state == "waiting":
-            self._queue.remove(number)
-        job.cancelled = True
         if job.rung:
             self._end(job, "stopped")
         else:
-            job.error = "cancelled before its first rung"
-            self._end(job, "failed")
-        job.decision.set()
+            self._fail(job, "cancelled before its first rung")
+        await self._notify()
 
     # ---- workers
 
     async def first_worker(self) -> None:
         """Returns as soon as one worker has started, or none will."""
-        await self._some_worker.wait()
+        await self._wait_for(lambda: self._some_worker or self._over)
 
     async def starting(self) -> None:
         """The calling worker has its imports behind it."""
-        self._some_worker.set()
+        self._some_worker = True
+        await self._notify()
 
-    async def register(self, group: int, where: str) -> None:
-        """A worker group starts, or starts again after a crash: its lost trial is queued anew."""
+    async def register(self, group: int, where: str, generation: str = "") -> None:
+        """A worker group is ready.
+
+        Args:
+            group: its index.
+            where: for people.
+            generation: the same for all workers that Ray Train started together. It restarts all
+                of them when one is lost, so with a new generation every older worker is gone, and
+                their trials are queued anew.
+        """
+        self._adopt(generation)
         self._workers[group] = where
-        self._starts[group] = self._starts.get(group, 0) + 1
-        async with self._wake:
-            self._wake.notify_all()
-        for job in list(self._jobs.values()):
-            if job.worker == group and job.state == "running":
-                await self._requeue(job)
+        await self._notify()
 
-    async def _requeue(self, job: _Job) -> None:
-        job.worker, job.curve = None, []
-        if job.attempt >= MAX_ATTEMPTS:
-            self._fail(job, f"its worker died {job.attempt} times")
+    def _adopt(self, generation: str) -> None:
+        if generation == self._generation:
             return
-        job.state = "waiting"
-        async with self._wake:
-            self._queue.appendleft(job.number)
-            self._wake.notify_all()
+        self._generation, self._workers = generation, {}
+        for job in reversed(self._running()):
+            if job.generation == generation:
+                continue
+            if job.attempt >= MAX_ATTEMPTS:
+                self._fail(job, f"its worker died {job.attempt} times at the same place")
+            else:
+                job.state, job.worker = "waiting", None
+                self._queue.appendleft(job.number)
 
-    async def next_job(self, group: int) -> dict[str, Any] | None:
+    async def next_job(self, group: int, generation: str = "") -> dict[str, Any] | None:
         """The next trial's spec, oldest first; None when the search is over.
 
-        A worker that died while it waited here must not be given a trial: once its successor has
-        registered, the old call returns None to nobody.
+        A worker that died while it waited here must not be given a trial: once another generation
+        has registered, the old call returns None to nobody.
         """
-        start = self._starts.get(group, 0)
+        if not self._generation:  # a restarted broker does not know it yet
+            self._adopt(generation)
+            await self._notify()
 
         def outdated() -> bool:
-            return self._starts.get(group, 0) != start
+            return generation != self._generation
 
-        async with self._wake:
-            await self._wake.wait_for(lambda: self._queue or self._closed or outdated())
-            if outdated() or not self._queue:
-                return None
-            job = self._jobs[self._queue.popleft()]
-        job.state, job.worker, job.attempt = "running", group, job.attempt + 1
-        # What the client has heard already must survive a worker's death.
-        job.progress = {"started": time.time(), "reported": job.progress.get("reported", 0)}
+        def mine() -> list[Job]:
+            # It asks, so it has none: the answer to its last call was lost.
+            return [job for job in self._running() if job.worker == group]
+
+        await self._wait_for(lambda: mine() or self._queue or self._over or outdated())
+        if outdated() or self._over:
+            return None
+        if mine():
+            return mine()[0].spec
+        job = self._jobs[self._queue.popleft()]
+        job.state, job.worker, job.generation = "running", group, generation
+        job.attempt += 1
+        job.attempts += 1
+        job.started = job.started or time.time()
+        self._write("start", job, worker=group, generation=generation, attempt=job.attempt)
         return job.spec
 
-    async def progress(self, number: int, row: dict[str, Any]) -> bool:
-        """Record a row of the training curves; True: stop, the trial is cancelled."""
-        job = self._jobs[number]
-        job.curve.append(row)
-        job.progress |= row
-        return job.cancelled
+    async def progress(self, number: int, row: dict[str, Any]) -> str:
+        """Show a row of the training curve; "go", or "stop", or "pause": save the trial and leave.
 
-    async def rung(self, number: int, record: dict[str, Any]) -> bool:
-        """Record a scored rung, tell the client, and wait; True: train on."""
+        A trial that gets further than ever is not one that takes its workers down.
+        """
         job = self._jobs[number]
-        if job.cancelled:
-            return False
-        replayed = job.attempt > 1 and record["tokens"] <= job.progress.get("reported", 0)
-        job.rung = record
-        job.progress["score"] = record["score"]
-        job.progress["reported"] = record["tokens"]
-        self._write({"event": "rung", "trial": number, "time": time.time(), **record})
+        job.progress = row
+        if row["tokens"] > job.furthest:
+            job.furthest, job.attempt = row["tokens"], 1
+        return self._word(job)
+
+    async def rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
+        """Record a scored rung, tell the client, and wait for its decision: as in `progress`.
+
+        A rung that was recorded before, by a worker that died since, is not recorded again.
+
+        Args:
+            number: of the trial.
+            record: of the rung.
+            curve: all rows so far; what the journal keeps of them when the trial ends here.
+        """
+        job = self._jobs[number]
+        if job.state in ENDED:
+            return "stop"
+        tokens = record["tokens"]
+        job.curve = curve
+        if tokens > job.rung.get("tokens", 0):
+            self._write("rung", job, **record, curve=curve)
+            job.rung = record
         if record["last"]:
             self._end(job, "finished")
-        if not replayed:
-            job.decision.clear()
-            job.events.put_nowait({"kind": "rung", **record})
-        if record["last"]:
-            return False
-        if not replayed:
-            await job.decision.wait()
-        return not job.cancelled
+            await self._notify()
+            return "stop"
+        await self._notify()
+        await self._wait_for(
+            lambda: (
+                job.proceeded >= tokens or job.state in ENDED or self._over or job.worker is None
+            )
+        )
+        return self._word(job)
 
-    async def fail(self, number: int, reason: str) -> None:
+    async def paused(self, number: int) -> None:
+        """The worker has saved the trial and left it."""
+        job = self._jobs[number]
+        if job.state == "running":
+            job.state, job.worker = "dormant", None
+            await self._notify()
+
+    async def fail(
+        self, number: int, reason: str, curve: list[dict[str, Any]] | None = None
+    ) -> None:
         """The trial raised; its client and the journal hear why, and the search goes on."""
-        self._fail(self._jobs[number], reason)
+        self._fail(self._jobs[number], reason, curve)
+        await self._notify()
+
+    def _word(self, job: Job) -> str:
+        if job.state in ENDED:
+            return "stop"
+        return "pause" if self._over else "go"
 
     # ---- observers
 
     async def snapshot(self) -> dict[str, Any]:
-        """State of every trial, for the live display."""
+        """State of every trial, for the live display, and whether the search was halted."""
         return {
             "workers": dict(self._workers),
             "store_ready": self._store is not None,
-            "trials": [
-                {
-                    "number": job.number,
-                    "state": job.state,
-                    "spec": job.spec,
-                    "error": job.error,
-                    "rung": {k: job.rung.get(k) for k in ("score", "status", "tokens", "l0")},
-                    **job.progress,
-                }
-                for job in self._jobs.values()
-            ],
+            "halted": self._halted,
+            "trials": [job.snapshot() for job in self._jobs.values()],
         }
 
     # ---- inner
 
-    def _fail(self, job: _Job, reason: str) -> None:
-        if job.state in ("finished", "failed", "stopped"):
-            return
+    def _fail(self, job: Job, reason: str, curve: list[dict[str, Any]] | None = None) -> None:
+        if job.state not in ENDED:
+            job.error, job.curve = reason, job.curve if curve is None else curve
+            self._end(job, "failed")
+
+    def _end(self, job: Job, state: str) -> None:
+        self._append(end_record(job, state))
         if job.number in self._queue:
             self._queue.remove(job.number)
-        job.error = reason
-        self._end(job, "failed")
-        job.events.put_nowait({"kind": "failed", "error": reason})
-        job.decision.set()
-
-    def _end(self, job: _Job, state: str) -> None:
         job.state = state
-        self._write(
-            {
-                "event": "end",
-                "trial": job.number,
-                "state": state,
-                "spec": job.spec,
-                "error": job.error,
-                "attempts": job.attempt,
-                "worker": job.worker,
-                "submitted": job.submitted,
-                "started": job.progress.get("started"),
-                "ended": time.time(),
-                "rung": job.rung,
-                "curve": job.curve,
-            }
-        )
 
-    def _write(self, record: dict[str, Any]) -> None:
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def _write(self, event: str, job: Job, **fields: Any) -> None:
+        self._append({"event": event, "trial": job.number, "time": time.time(), **fields})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        try:
+            append(self._journal, record)
+        except OSError as error:
+            self._halted = f"{self._journal} cannot be written: {error.strerror}"
+            raise HaltedError(self._halted) from None
 
 
 Broker: Any = ray.remote(BrokerState)
-OPTIONS = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": 0}
+OPTIONS = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": -1, "max_task_retries": -1}
 """Every waiting trial and worker holds one call."""

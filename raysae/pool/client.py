@@ -40,7 +40,8 @@ def trial_client(config: dict[str, Any]) -> None:
     """Tune's trainable. `config["spec"]` is a `TrialSpec` as plain data, `config["namespace"]` the
     search's; other keys are what the sampler suggested.
 
-    A failed trial reports the worst score: the sampler must be told something finite.
+    A failed trial reports the worst score: the sampler must be told something finite. A client that
+    was killed is started again by Tune, attaches to its trial and hears what was not decided on.
     """
     broker = ray.get_actor(BROKER_NAME, namespace=config["namespace"])
     spec = config["spec"]
@@ -49,26 +50,18 @@ def trial_client(config: dict[str, Any]) -> None:
     try:
         while True:
             event = ray.get(broker.next_event.remote(number))
-            if event["kind"] == "failed":
-                tune.report(
-                    {
-                        "objective": WORST_OBJECTIVE,
-                        "tokens": spec["rungs"][-1],
-                        "number": number,
-                        "failed": True,
-                    }
-                )
-                return
+            failed = event["kind"] == "failed"
+            tokens = spec["rungs"][-1] if failed else event["tokens"]
             tune.report(
                 {
-                    "objective": event["objective"],
-                    "tokens": event["tokens"],
+                    "objective": WORST_OBJECTIVE if failed else event["objective"],
+                    "tokens": tokens,
                     "number": number,
-                    "failed": False,
+                    "failed": failed,
                 }
             )
-            if event["last"]:
+            if failed or event["last"]:
                 return
-            ray.get(broker.proceed.remote(number))
+            ray.get(broker.proceed.remote(number, tokens))
     finally:
         ray.get(broker.cancel.remote(number))

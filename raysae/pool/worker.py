@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from sae_lens import SAE
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
+from raysae.pool.jobs import HaltedError
 from raysae.sparse_probing import SparseProbing
 from raysae.store.batches import ChunkedActivations
 from raysae.store.handle import StoreHandle
+from raysae.training.checkpoint import Checkpoints
 from raysae.training.collective import Alone, Group
 from raysae.training.loop import Progress, Rung, TrainingDivergedError, TrialRun
 from raysae.training.spec import TrialSpec
@@ -35,6 +38,8 @@ from raysae.worlds import World, load_world
 from raysae.worlds.model import load_model
 
 Evaluator = CachedEvaluator | SAEBenchEvaluator
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class WorkerConfig:
     workers_per_trial: int
     threads: int
     use_gpu: bool
+    checkpoint_seconds: float
     run_dir: str
 
 
@@ -68,8 +74,7 @@ def serve(settings: dict[str, Any]) -> None:
         log = Path(config.run_dir) / "worker_error.log"
         log.write_text(traceback.format_exc(), encoding="utf-8")
         reason = f"a worker cannot start: {type(error).__name__}: {error} (log: {log})"
-        ray.get(broker.pool_failed.remote(reason))
-        ray.get(broker.close.remote())
+        ray.get(broker.halt.remote(reason))
         return
     if worker is not None:
         worker.serve()
@@ -106,11 +111,15 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         folder.mkdir(parents=True, exist_ok=True)
         return SparseProbing(world, model, config.hook, folder)
 
+    # Ray Train gives every set of workers that it starts a placement group of its own.
+    generation = ray.get_runtime_context().get_placement_group_id() or ""
     if leader:
-        ray.get(broker.register.remote(group, f"node {context.get_node_rank()}, rank {rank}"))
+        where = f"node {context.get_node_rank()}, rank {rank}"
+        ray.get(broker.register.remote(group, where, generation))
     return Worker(
         config=config,
         broker=broker,
+        generation=generation,
         group=group,
         collective=collective,
         device=device,
@@ -128,6 +137,7 @@ class Worker:
 
     config: WorkerConfig
     broker: Any
+    generation: str
     group: int
     collective: Alone
     device: str
@@ -151,15 +161,23 @@ class Worker:
         """Take trials from the broker until it has no more."""
         leader = self.collective.rank == 0
         while True:
-            job = ray.get(self.broker.next_job.remote(self.group)) if leader else None
+            job = None
+            if leader:
+                job = ray.get(self.broker.next_job.remote(self.group, self.generation))
             job = self.collective.broadcast(job)
             if job is None:
                 return
             self._run(TrialSpec.model_validate(job))
 
     def _run(self, spec: TrialSpec) -> None:
-        """Train and score one trial; an error is its own and reaches the journal, not the loop."""
+        """Train and score one trial; an error is its own and reaches the journal, not the loop.
+
+        Unless the disk is full: that is nobody's error but an end of the whole search, which can be
+        taken up again once there is room.
+        """
         folder = trial_folder(Path(self.config.run_dir), spec.number)
+        checkpoints = Checkpoints(folder, seconds_between=self.config.checkpoint_seconds)
+        run = None
         try:
             run = TrialRun(
                 spec,
@@ -177,22 +195,33 @@ class Worker:
                 self.config.split_seed,
                 self.config.frontier_weight,
             )
-            self._drive(run, artifacts)
+            self._drive(run, artifacts, checkpoints)
+        except HaltedError:
+            return
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                reason = f"trial {spec.number} cannot write to {folder}: {error.strerror}"
+                ray.get(self.broker.halt.remote(reason))
+                ray.get(self.broker.paused.remote(spec.number))
+                return
             folder.mkdir(parents=True, exist_ok=True)
             if isinstance(error, TrainingDivergedError) and error.last_good is not None:
                 error.last_good.save_model(folder / LAST_GOOD_FOLDER)
+            checkpoints.remove()
             log = folder / "error.log"
             log.write_text(traceback.format_exc(), encoding="utf-8")
             reason = f"{type(error).__name__}: {error} (log: {log})"
-            ray.get(self.broker.fail.remote(spec.number, reason))
+            curve = [] if run is None else [_row(point) for point in run.curve]
+            ray.get(self.broker.fail.remote(spec.number, reason, curve))
             if self.collective.size > 1:
                 # The other workers of the trial are waiting in a collective that will not come:
                 # only a restart of the group by Ray Train brings them back.
                 raise
 
-    def _drive(self, run: TrialRun, artifacts: Artifacts) -> None:
-        """Train one trial, telling the broker of everything; ends early when it says so."""
+    def _drive(self, run: TrialRun, artifacts: Artifacts, checkpoints: Checkpoints) -> None:
+        """Train one trial from where it was, telling the broker of everything; ends early when it
+        says so.
+        """
         number = run.spec.number
 
         def evaluate(sae: SAE, steps: int) -> UnlearningResult:
@@ -200,15 +229,30 @@ class Worker:
 
         def on_event(event: Progress | Rung) -> bool:
             if isinstance(event, Progress):
-                row = {"step": event.step, "tokens": event.tokens, **event.metrics}
-                return not ray.get(self.broker.progress.remote(number, row))
-            probing = None
-            if event.last and "sparse_probing" in self.config.evals:
-                probing = self.probing.evaluate(event.sae)
-            record = artifacts.write(run.spec, event, probing)
-            return bool(ray.get(self.broker.rung.remote(number, record)))
+                word = ray.get(self.broker.progress.remote(number, _row(event)))
+                if word == "go":
+                    checkpoints.save_if_due(run)
+            else:
+                probing = None
+                if event.last and "sparse_probing" in self.config.evals:
+                    probing = self.probing.evaluate(event.sae)
+                record = artifacts.write(run.spec, event, probing)
+                curve = [_row(point) for point in run.curve]
+                word = ray.get(self.broker.rung.remote(number, record, curve))
+            if word == "pause":
+                checkpoints.save(run)
+                ray.get(self.broker.paused.remote(number))
+            elif word == "stop":
+                checkpoints.remove()
+            return bool(word == "go")
 
+        checkpoints.restore(run)
         run.train(evaluate, on_event, before_scoring=lambda: self.evaluator)
+
+
+def _row(point: Progress) -> dict[str, Any]:
+    """A row of the training curve as plain data."""
+    return {"step": point.step, "tokens": point.tokens, **point.metrics}
 
 
 def _device(use_gpu: bool) -> str:

@@ -22,6 +22,7 @@ _ENVIRONMENT = {
     # Progress bars and banners of Tune: the search has its own display.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Workers must not look for a model hub that the search does not need.
@@ -48,6 +49,12 @@ class Plan:
     cpus: int
     gpus: int
     local: bool
+
+    @property
+    def pool_size(self) -> int | tuple[int, int]:
+        """Workers as Ray Train takes them: on a cluster, whose nodes come and go, from one up."""
+        elastic = not self.local and self.workers_per_trial == 1
+        return (1, self.workers) if elastic else self.workers
 
     @property
     def groups(self) -> int:
@@ -106,6 +113,7 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         # while they start; it is idle afterwards. Logical CPUs are promises, not cores.
         context = ray.init(
             num_cpus=workers * resources.threads_per_worker + HARVEST_CPUS,
+            address="local",
             num_gpus=workers if resources.use_gpu else 0,
             object_store_memory=STORE_BYTES,
             include_dashboard=True,

@@ -43,11 +43,12 @@ def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[
 
     Args:
         config: of the search.
-        ended: the journal's `end` records.
+        ended: the journal's `end` records; the search's count.
 
     `fixed_orthogonal` gets the α and the schedule of the best trial of that method, or where the
     search tried none α = 1, constant.
     """
+    ended = [record for record in ended if record["spec"]["stage"] == "search"]
     finished = [record for record in ended if record["state"] == "finished"]
     ranked = sorted(finished, key=lambda record: -record["rung"]["score"])
     best = [TrialSpec.model_validate(r["spec"]) for r in ranked[: config.confirm.top]]

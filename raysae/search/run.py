@@ -13,19 +13,31 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
 from raysae import __version__
-from raysae.config import RunConfig
-from raysae.errors import UserError
+from raysae.config import RunConfig, load_config
+from raysae.errors import InterruptedSearchError, UserError
+from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
 from raysae.search import cluster
-from raysae.search.journal import JOURNAL, ended_trials, read_journal
+from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
+from raysae.search.lock import lock
 from raysae.worlds.world import WORLDS, World, check_hook, load_world
+
+if TYPE_CHECKING:
+    from raysae.search.live import LiveDisplay
+    from raysae.training.spec import TrialSpec
+
+POOL_FAILURES = 50
+"""Times that the pool may lose a worker before the search stops, to be resumed by hand."""
+PAUSE_SECONDS = 30
+"""Time for a trial in flight to reach a place where it can be saved; scoring takes the longest."""
 
 PACKAGES = (
     "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
@@ -79,6 +91,21 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"hook": hook})
 
 
+def load_run(run_dir: Path) -> RunConfig:
+    """The config of a run folder, as its search resolved it.
+
+    Raises:
+        UserError: there is no search in the folder.
+    """
+    for name in ("config.yaml", "about.json"):
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"--resume {run_dir}: no search has begun there (it has no {name}); start one with "
+                "python run_search.py --space orth.yaml"
+            )
+    return load_config(run_dir / "config.yaml")
+
+
 def fetch_world(config: RunConfig) -> World:
     """The search's world, fetched if it is one of the hub's.
 
@@ -98,67 +125,170 @@ def run_search(
     *,
     address: str | None = None,
     started: float | None = None,
+    resume: bool = False,
 ) -> SearchOutcome:
     """Run the whole search. `config` must come from `resolve`.
 
     Args:
         config: what to search.
-        run_dir: new folder for everything that comes out.
+        run_dir: new folder for everything that comes out, or that of an interrupted search.
         console: for progress and summary.
         address: Ray cluster to join; None starts Ray on this machine.
         started: when its user started it, for the times it prints; None for now.
+        resume: go on with the search of the run folder, `config` being its own.
 
     Raises:
-        UserError: Ray cannot be reached, or the plan does not fit.
+        UserError: Ray cannot be reached, the plan does not fit, or another search is at work in
+            the run folder.
+        InterruptedSearchError: it was stopped, or had to stop, and can be resumed.
     """
     started = time.time() if started is None else started
     world = fetch_world(config)
-    namespace = f"raysae-{uuid.uuid4().hex[:8]}"
-    console.print(f"raysae {__version__}: {config.num_trials} trials, "
-                  f"results in {run_dir}", highlight=False, soft_wrap=True)  # fmt: skip
-    plan, dashboard = cluster.start(config, address, namespace)
+    with lock(run_dir), interruptible() as interruption:
+        in_flight = _take_up(run_dir, world) if resume else None
+        records = read_journal(run_dir / JOURNAL)
+        console.print(
+            f"raysae {__version__}: {config.num_trials} trials, results in {run_dir}"
+            + (f", {len(ended_trials(records))} trials have ended before" if resume else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+        broker: Any = None
+        memory = _MemoryWatch()
+        try:
+            namespace = f"raysae-{uuid.uuid4().hex[:8]}"
+            plan, dashboard = cluster.start(config, address, namespace)
+            console.print(
+                f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "
+                f"{plan.concurrent_trials} trials at a time",
+                highlight=False,
+            )
+            _write_about(config, run_dir, plan, world, started)
+            broker = _start_broker(run_dir, namespace)
+            threads = [_background(_run_pool, config, plan, namespace, run_dir, broker)]
+            store = _Store(config, broker, console)
+            threads.append(_background(store.fill))
+            from raysae.search.live import LiveDisplay
+
+            note = f"{run_dir}   dashboard {dashboard}"
+            watch = partial(_watch, broker, store, interruption)
+            with LiveDisplay(console, watch, config.num_trials, note, started) as display:
+                _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, display)
+            peak = memory.stop()
+            _close(broker, threads)
+        except KeyboardInterrupt:
+            raise _interrupted(interruption.reason, run_dir, broker, console) from None
+        finally:
+            memory.stop()
+            _shut_down()
+        return _conclude(run_dir, plan, console, started, peak)
+
+
+def _take_up(run_dir: Path, world: World) -> list[int] | None:
+    """Make the journals of an interrupted search agree; Optuna's ids of the trials in flight.
+
+    Raises:
+        UserError: the world is not what it was.
+    """
+    from raysae.search.study import open_storage, reconcile
+
+    about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
+    if about["world_fingerprint"] != world.fingerprint():
+        raise UserError(
+            f"--resume {run_dir}: the world {world.name!r} is not the one of that search any more "
+            f"(fingerprint {world.fingerprint()[:12]}, then {about['world_fingerprint'][:12]}); "
+            "scores would not be comparable: start a new search"
+        )
+    return reconcile(run_dir, open_storage(run_dir))
+
+
+def _start_broker(run_dir: Path, session: str) -> Any:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from raysae.pool.broker import OPTIONS, Broker
     from raysae.pool.client import BROKER_NAME
 
-    console.print(
-        f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "
-        f"{plan.concurrent_trials} trials at a time",
-        highlight=False,
-    )
-    _write_about(config, run_dir, plan, world)
-    memory = _MemoryWatch()
-    broker = Broker.options(name=BROKER_NAME, **OPTIONS).remote(str(run_dir / JOURNAL))
-    background: list[threading.Thread] = []
-    try:
-        background.append(_background(_run_pool, config, plan, namespace, run_dir, broker))
-        background.append(_background(_harvest, config, run_dir, broker, console))
-        from raysae.search.confirm import confirmation_trials
-        from raysae.search.live import LiveDisplay
-        from raysae.search.tune import run_tune
+    # It writes the journal, which is here.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = OPTIONS | {"name": BROKER_NAME, "scheduling_strategy": here}
+    return Broker.options(**options).remote(str(run_dir / JOURNAL), session)
 
-        with LiveDisplay(
-            console,
-            lambda: ray.get(broker.snapshot.remote()),
-            config.num_trials,
-            f"{run_dir}   dashboard {dashboard}",
-            started,
-        ) as display:
-            run_tune(config, plan, namespace, run_dir, config.fixed_trials() or None)
-            if config.is_search and config.confirm.top:
-                trials = confirmation_trials(config, ended_trials(read_journal(run_dir / JOURNAL)))
-                display.expect(len(trials))
-                if trials:
-                    run_tune(config, plan, namespace, run_dir, trials)
-        peak = memory.stop()
-        ray.get(broker.close.remote())
-        for thread in background:
-            thread.join(60)
-    finally:
-        memory.stop()
-        ray.shutdown()
-    return _conclude(run_dir, plan, console, started, peak)
+
+def _watch(broker: Any, store: _Store, interruption: Interruption) -> dict[str, Any]:
+    """The broker's snapshot; gives a restarted broker the store again, and ends a halted search."""
+    import ray
+
+    snapshot: dict[str, Any] = ray.get(broker.snapshot.remote())
+    if not snapshot["store_ready"]:
+        store.publish()
+    if snapshot["halted"] and not interruption.reason:
+        interruption.stop(snapshot["halted"])
+    return snapshot
+
+
+def _run_trials(
+    config: RunConfig,
+    plan: cluster.Plan,
+    namespace: str,
+    run_dir: Path,
+    broker: Any,
+    records: list[dict[str, Any]],
+    in_flight: list[int] | None,
+    display: LiveDisplay,
+) -> None:
+    """The search or the fixed trials, then the confirmation; what has ended before stays so."""
+    import ray
+
+    from raysae.search.confirm import confirmation_trials
+    from raysae.search.tune import run_tune
+
+    def run(trials: list[TrialSpec] | None) -> None:
+        run_tune(config, plan, namespace, run_dir, trials, records, in_flight)
+        ray.get(broker.abandon.remote("its Tune trial ended without it"))
+
+    run(config.fixed_trials() or None)
+    if config.is_search and config.confirm.top:
+        ended = ended_trials(read_journal(run_dir / JOURNAL))
+        trials = confirmation_trials(config, ended)
+        display.expect(len(trials))
+        if trials:
+            run(trials)
+
+
+def _close(broker: Any, threads: list[threading.Thread]) -> None:
+    import ray
+
+    ray.get(broker.close.remote())
+    for thread in threads:
+        thread.join(60)
+
+
+def _interrupted(
+    reason: str, run_dir: Path, broker: Any, console: Console
+) -> InterruptedSearchError:
+    """Have the trials in flight saved; what to tell the user."""
+    import ray
+
+    saved = broker is None
+    if broker is not None:
+        console.print("Stopping: the trials in flight are being saved; again Ctrl-C stops at once")
+        try:
+            saved = ray.get(broker.pause.remote(PAUSE_SECONDS), timeout=PAUSE_SECONDS + 5)
+        except ray.exceptions.RayError as error:
+            console.print(f"They could not be: {last_line(error)}", markup=False)
+    doubt = "" if saved else " (trials in flight go on from an earlier checkpoint)"
+    return InterruptedSearchError(
+        (f"the search stopped: {reason}" if reason else "interrupted")
+        + f"; go on with: python run_search.py --resume {run_dir}{doubt}",
+        code=1 if reason else INTERRUPTED,
+    )
+
+
+def _shut_down() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _background(target: Any, *args: Any) -> threading.Thread:
@@ -167,35 +297,49 @@ def _background(target: Any, *args: Any) -> threading.Thread:
     return thread
 
 
-def _harvest(config: RunConfig, run_dir: Path, broker: Any, console: Console) -> None:
-    """Fill the store and publish it; if that fails, no trial can run."""
-    import ray
+class _Store:
+    """Fills the activation store and publishes it, again where a broker is restarted."""
 
-    from raysae.store.cache import cache_folder
-    from raysae.store.harvest import harvest
+    def __init__(self, config: RunConfig, broker: Any, console: Console) -> None:
+        self._config, self._broker, self._console = config, broker, console
+        self._handle: Any = None
 
-    def say(lines: list[str]) -> None:
+    def fill(self) -> None:
+        """Harvest or find again, and publish; if that fails, no trial can run."""
+        import ray
+
+        from raysae.store.cache import cache_folder
+        from raysae.store.harvest import harvest
+
+        config = self._config
+        try:
+            assert config.hook is not None
+            harvested = harvest(
+                config.world,
+                [config.hook],
+                config.resources.store_dtype,
+                evaluation_cache=config.objective.evaluator == "cached",
+                tasks_at_a_time=cluster.HARVEST_CPUS,
+                cache=cache_folder(config.resources.cache),
+            )
+            self._handle = ray.put(harvested.stores[config.hook])
+            self.publish()
+            self._say(harvested.lines)
+            self._say(harvested.finish())
+        except Exception as error:
+            ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
+
+    def _say(self, lines: list[str]) -> None:
         for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    try:
-        assert config.hook is not None
-        harvested = harvest(
-            config.world,
-            [config.hook],
-            config.resources.store_dtype,
-            evaluation_cache=config.objective.evaluator == "cached",
-            tasks_at_a_time=cluster.HARVEST_CPUS,
-            cache=cache_folder(config.resources.cache),
-        )
-        # Nested, the reference reaches the broker unopened: opening it would import torch there.
-        ray.get(broker.set_store.remote([ray.put(harvested.stores[config.hook])]))
-        say(harvested.lines)
-        say(harvested.finish())
-    except Exception as error:
-        (run_dir / "harvest_error.log").write_text(str(error), encoding="utf-8")
-        ray.get(broker.pool_failed.remote(f"harvest failed: {last_line(error)}"))
-        ray.get(broker.close.remote())
+    def publish(self) -> None:
+        """Tell the broker where the store is, once it is there."""
+        import ray
+
+        if self._handle is not None:
+            # Nested, the reference reaches the broker unopened: opening it would import torch.
+            ray.get(self._broker.set_store.remote([self._handle]))
 
 
 def _run_pool(
@@ -222,18 +366,19 @@ def _run_pool(
             "workers_per_trial": plan.workers_per_trial,
             "threads": resources.threads_per_worker,
             "use_gpu": resources.use_gpu,
+            "checkpoint_seconds": resources.checkpoint_seconds,
             "run_dir": str(run_dir),
         },
         scaling_config=ScalingConfig(
-            num_workers=plan.workers,
+            num_workers=plan.pool_size,  # type: ignore[arg-type]
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.threads_per_worker}
             | ({"GPU": 1} if resources.use_gpu else {}),
         ),
         run_config=TrainRunConfig(
-            name="pool",
+            name=namespace,
             storage_path=str(run_dir / "pool"),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=POOL_FAILURES),
         ),
     )
     reason = "the worker pool ended before the search did"
@@ -243,7 +388,7 @@ def _run_pool(
         (run_dir / "pool_error.log").write_text(str(error), encoding="utf-8")
         reason = f"the worker pool failed: {last_line(error)} (log: {run_dir / 'pool_error.log'})"
     if ray.is_initialized():
-        ray.get(broker.pool_failed.remote(reason))
+        ray.get(broker.halt.remote(reason))
 
 
 def _trainer_class(plan: cluster.Plan, *, use_gpu: bool) -> Any:
@@ -269,11 +414,18 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _write_about(config: RunConfig, run_dir: Path, plan: cluster.Plan, world: World) -> None:
+def _write_about(
+    config: RunConfig, run_dir: Path, plan: cluster.Plan, world: World, started: float
+) -> None:
+    """config.yaml and about.json; a resumed search adds itself to its `sessions`."""
+    path = run_dir / "about.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    session = {"started": started, "host": platform.node(), "raysae": __version__}
     resolved = config.model_dump(mode="json", by_alias=True)
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     (run_dir / "config.yaml").write_text(text, encoding="utf-8")
     about = {
+        "sessions": [*earlier.get("sessions", []), session],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -283,7 +435,8 @@ def _write_about(config: RunConfig, run_dir: Path, plan: cluster.Plan, world: Wo
         "seed": config.search.seed,
         "plan": vars(plan),
     }
-    (run_dir / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    # As it was at the start, whatever a later session runs on.
+    path.write_text(json.dumps(about | {**earlier, "sessions": about["sessions"]}, indent=1))
 
 
 def _git_commit() -> str | None:
@@ -322,12 +475,14 @@ def _conclude(
 
         plot_study(trials[trials["stage"] == "search"], curves_table(ended), run_dir / "figures")
     rungs = [record for record in records if record["event"] == "rung"]
-    wall = time.time() - started
+    about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
+    begun = [session["started"] for session in about["sessions"]]
+    wall = time.time() - started + _time_before(begun, records)
     busy = sum(record["rung"].get("train_seconds", 0.0) for record in ended)
     busy += sum(record["score_seconds"] for record in rungs)
     facts = {
         "wall_seconds": wall,
-        "first_result_seconds": min((r["time"] for r in rungs), default=time.time()) - started,
+        "first_result_seconds": min((r["time"] for r in rungs), default=time.time()) - begun[0],
         "busy_share": busy / (wall * plan.groups),
         "peak_gib": peak_gib,
     }
@@ -346,9 +501,20 @@ def _conclude(
     )
 
 
+def _time_before(begun: list[float], records: list[dict[str, Any]]) -> float:
+    """Seconds of all sessions but the last, each from its start to its last record."""
+    seconds = 0.0
+    for start, following in pairwise(begun):
+        times = [r["time"] for r in records if start <= r["time"] < following]
+        seconds += max(times, default=start) - start
+    return seconds
+
+
 def copy_best(run_dir: Path, trial: int) -> None:
     """`best/` = the SAELens SAE of that trial, with its result and its spec beside it."""
     source, target = trial_folder(run_dir, trial), run_dir / "best"
+    if target.exists():  # of an earlier session
+        shutil.rmtree(target)
     shutil.copytree(source / SAE_FOLDER, target)
     for name in (RESULT_FILE, TRIAL_FILE):
         shutil.copy2(source / name, target / name)

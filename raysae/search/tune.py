@@ -4,30 +4,58 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from raysae.config import RunConfig
+from raysae.journal import ended_trials
 from raysae.pool.client import trial_client
 from raysae.search.cluster import Plan
+from raysae.search.study import (
+    STUDY,
+    ResumableSearch,
+    SeededByTrial,
+    decided_rungs,
+    open_storage,
+)
 from raysae.space import FloatRange, IntRange, Parameter
 from raysae.training.spec import TrialSpec
 
 METRIC, MODE = "objective", "max"
-CLIENT_CPUS = 0.001
-"""Tune wants a trial to hold something; the pool's workers hold the CPUs that do the work."""
+CLIENT = {"CPU": 0, "memory": 1}
+"""Tune wants a trial to hold something: a byte. The CPUs are the pool's, which do the work; a pool
+that shrinks with its cluster counts on all of them.
+"""
+CLIENT_FAILURES = 20
 
 
 class BaselineSparingASHA(ASHAScheduler):
-    """ASHA that never stops the baseline: what the others are compared with must be trained."""
+    """ASHA that never stops the baseline: what the others are compared with must be trained.
+
+    It begins with the rungs that an earlier session of the search has decided on.
+    """
+
+    def __init__(self, past: list[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._past = past
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        done = bool(super().set_search_properties(metric, mode, **spec))
+        past, self._past = self._past, []
+        for result in past:
+            trial = SimpleNamespace(trial_id=f"past {result['number']}", config={})
+            self.on_trial_add(None, trial)  # type: ignore[arg-type]
+            super().on_trial_result(None, trial, result)  # type: ignore[arg-type]
+        return done
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
@@ -40,7 +68,9 @@ def run_tune(
     plan: Plan,
     namespace: str,
     run_dir: Path,
-    trials: list[TrialSpec] | None = None,
+    trials: list[TrialSpec] | None,
+    records: list[dict[str, Any]],
+    in_flight: list[int] | None,
 ) -> None:
     """Run a search, or the given trials; returns when every one has ended.
 
@@ -52,33 +82,44 @@ def run_tune(
         namespace: of the broker.
         run_dir: for the state of Tune and Optuna.
         trials: run these; None lets the sampler choose.
+        records: the journal, empty for a new search: trials that have ended are not run again, and
+            those in flight are gone on with.
+        in_flight: Optuna's ids of the latter, see `reconcile`; None where its study has no trial.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    ended = {record["trial"] for record in ended_trials(records)}
+    if trials is not None:
+        trials = [spec for spec in trials if spec.number not in ended]
+    missing = config.search.num_samples - len(ended) if trials is None else len(trials)
+    if missing <= 0:
+        return
     confirmation = trials is not None and trials[0].stage == "confirmation"
     chosen: dict[str, Any] = {"namespace": namespace}
     if trials is not None:
         chosen["spec"] = tune.grid_search([spec.to_dict() for spec in trials])
     tuner = tune.Tuner(
-        tune.with_resources(trial_client, {"CPU": CLIENT_CPUS}),
+        tune.with_resources(trial_client, CLIENT),
         param_space=None if trials is None else chosen,
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode=MODE,
             search_alg=None
             if trials is not None
-            else _search_algorithm(config, namespace, run_dir),
-            scheduler=FIFOScheduler() if confirmation else _scheduler(config),
-            num_samples=1 if trials is not None else config.search.num_samples,
+            else _search_algorithm(config, namespace, run_dir, in_flight),
+            scheduler=FIFOScheduler() if confirmation else _scheduler(config, records),
+            num_samples=1 if trials is not None else missing,
             max_concurrent_trials=plan.concurrent_trials,
             reuse_actors=True,
             trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
-            name="tune-confirmation" if confirmation else "tune",
-            storage_path=str(run_dir),
+            name=namespace + ("-confirmation" if confirmation else ""),
+            storage_path=str(run_dir / "tune"),
             verbose=0,
+            # A client holds nothing: one that was killed is started again, and attaches.
+            failure_config=tune.FailureConfig(max_failures=CLIENT_FAILURES),
         ),
     )
     tuner.fit()
@@ -104,28 +145,32 @@ class DefineByRun:
         return {"spec": spec.to_dict(), "namespace": self.namespace}
 
 
-def _search_algorithm(config: RunConfig, namespace: str, run_dir: Path) -> OptunaSearch:
+def _search_algorithm(
+    config: RunConfig, namespace: str, run_dir: Path, in_flight: list[int] | None
+) -> OptunaSearch:
     search = config.search
-    sampler: optuna.samplers.BaseSampler
+    make: Callable[[int], optuna.samplers.BaseSampler] = optuna.samplers.RandomSampler
     if search.sampler == "tpe":
-        sampler = optuna.samplers.TPESampler(
-            seed=search.seed,
-            n_startup_trials=search.startup_trials,
-            multivariate=True,
-            group=True,  # conditional spaces: each branch is modelled by itself
-            constant_liar=True,  # trials in flight count, so that workers do not try the same
-        )
-    else:
-        sampler = optuna.samplers.RandomSampler(seed=search.seed)
-
-    return OptunaSearch(
+        make = partial(_tpe, search.startup_trials)
+    return ResumableSearch(
         space=DefineByRun(config, namespace),
         metric=METRIC,
         mode=MODE,
-        sampler=sampler,
-        points_to_evaluate=[baseline_point(config)],
-        study_name="raysae",
-        storage=JournalStorage(JournalFileBackend(str(run_dir / "optuna.journal"))),
+        sampler=SeededByTrial(make, search.seed),
+        points_to_evaluate=None if in_flight is not None else [baseline_point(config)],
+        study_name=STUDY,
+        storage=open_storage(run_dir),
+        in_flight=in_flight or [],
+    )
+
+
+def _tpe(startup_trials: int, seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=startup_trials,
+        multivariate=True,
+        group=True,  # conditional spaces: each branch is modelled by itself
+        constant_liar=True,  # trials in flight count, so that workers do not try the same
     )
 
 
@@ -150,11 +195,12 @@ def _middle(parameter: Parameter) -> float | int | None:
     return None
 
 
-def _scheduler(config: RunConfig) -> TrialScheduler:
+def _scheduler(config: RunConfig, records: list[dict[str, Any]]) -> TrialScheduler:
     rungs, scheduler = config.rungs, config.search.scheduler
     if scheduler.name == "none" or len(rungs) == 1:
         return FIFOScheduler()
     return BaselineSparingASHA(
+        decided_rungs(records),
         time_attr="tokens",
         max_t=rungs[-1],
         grace_period=rungs[0],

@@ -154,6 +154,10 @@ class TrialRun:
         self.first_loss: float | None = None
         self._last_good: tuple[int, dict[str, Tensor]] | None = None
         self.step = 0
+        self.scored_step = 0
+        """Step of the last rung that is behind the trial."""
+        self.curve: list[Progress] = []
+        self.train_seconds = 0.0
 
     @property
     def tokens(self) -> int:
@@ -225,32 +229,43 @@ class TrialRun:
         # Rates belong to the SAE as it is scored, not to what it was at the beginning.
         rates_start = {(a + b) // 2 for a, b in pairwise([0, *rung_steps])}
         log_every = max(1, total // CURVE_POINTS)
-        train_seconds, started = 0.0, time.perf_counter()
+        started = time.perf_counter()
         sums: dict[str, Tensor] = {}
         since = 0
-        metrics: dict[str, float] = {}
-        while self.step < total:
+        while True:
+            # First, because a trial may have been taken up again between training and scoring.
+            if self.step in rung_steps and self.scored_step < self.step:
+                self._stop_clock(started)
+                rung = None
+                if self.collective.rank == 0:
+                    before_scoring()
+                    rung = self._score(evaluate)
+                if not self._tell(on_event, rung):
+                    return
+                self.scored_step = self.step
+                started = time.perf_counter()
+            if self.step == total:
+                return
             for name, value in self.advance().items():
                 sums[name] = sums[name] + value if name in sums else value
             since += 1
             if self.step in rates_start:
                 self.firing.reset_rates()
-            at_rung = self.step in rung_steps
-            if at_rung or self.step % log_every == 0 or self.step == total:
+            if self.step in rung_steps or self.step % log_every == 0:
                 metrics = self._metrics(sums, since)
                 sums, since = {}, 0
                 self._check_loss(metrics["loss"])
-                if not self._tell(on_event, Progress(self.step, self.tokens, metrics)):
+                row = Progress(self.step, self.tokens, metrics)
+                self.curve.append(row)
+                started = self._stop_clock(started)
+                if not self._tell(on_event, row):
                     return
-            if at_rung:
-                train_seconds += time.perf_counter() - started
-                rung = None
-                if self.collective.rank == 0:
-                    before_scoring()
-                    rung = self._score(evaluate, metrics, train_seconds)
-                if not self._tell(on_event, rung):
-                    return
-                started = time.perf_counter()
+
+    def _stop_clock(self, started: float) -> float:
+        """Count the time since `started` as training; the time now."""
+        now = time.perf_counter()
+        self.train_seconds += now - started
+        return now
 
     def _check_loss(self, loss: float) -> None:
         """Keep the SAE while the loss is sane, and end the trial with it when it no longer is."""
@@ -276,7 +291,7 @@ class TrialRun:
         answer = on_event(event) if self.collective.rank == 0 and event is not None else True
         return bool(self.collective.broadcast(answer)) if self.collective.size > 1 else answer
 
-    def _score(self, evaluate: Evaluate, metrics: dict[str, float], train_seconds: float) -> Rung:
+    def _score(self, evaluate: Evaluate) -> Rung:
         started = time.perf_counter()
         sae = export_sae(self.sae, self.source.scale)
         result = evaluate(sae, self.step)
@@ -291,8 +306,8 @@ class TrialRun:
             forget_rate=forget_rate.clone(),
             retain_rate=retain_rate.clone(),
             groups=None if groups is None else groups.clone(),
-            metrics=dict(metrics),
-            train_seconds=train_seconds,
+            metrics=dict(self.curve[-1].metrics),
+            train_seconds=self.train_seconds,
             score_seconds=time.perf_counter() - started,
         )
 
@@ -320,9 +335,15 @@ class TrialRun:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the rest of the run, as tensors and plain values."""
+        """Everything that decides the rest of the run, as tensors and plain values.
+
+        Of a run in `train`, at an event: between two of them, sums for the curve are under way.
+        """
         return {
             "step": self.step,
+            "scored_step": self.scored_step,
+            "train_seconds": self.train_seconds,
+            "curve": [asdict(row) for row in self.curve],
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -336,8 +357,12 @@ class TrialRun:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; bit for bit on CPU."""
         self.step, self.alpha_factor = state["step"], state["alpha_factor"]
+        self.scored_step, self.train_seconds = state["scored_step"], state["train_seconds"]
+        self.curve = [Progress(**row) for row in state["curve"]]
         self.first_loss = state["first_loss"]
         self.sae.load_state_dict(state["sae"])
+        if self.curve and self.curve[-1].step == self.step:
+            self._last_good = (self.step, copy.deepcopy(self.sae.state_dict()))
         # Adam keeps the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -19,7 +19,7 @@ from raysae.analysis.tables import (
     trials_table,
     write_tables,
 )
-from raysae.search.journal import ended_trials
+from raysae.journal import ended_trials
 from raysae.training.spec import TrialSpec, config_hash
 from raysae.unlearning import Halves
 

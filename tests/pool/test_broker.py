@@ -1,66 +1,16 @@
-"""The life of a trial at the broker: asked for, trained, scored, decided on, lost and found."""
+"""The life of a trial at the broker: asked for, trained, scored, decided on, ended."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
+from broker_bench import SPEC, curve, ends, row, rung, soon, waiting
 
-from raysae.pool.broker import MAX_ATTEMPTS, BrokerState
-from raysae.search.journal import ended_trials, read_journal
-
-T = TypeVar("T")
-Scenario = Callable[[BrokerState], Coroutine[Any, Any, None]]
-SPEC = {"number": 0, "seed": 5}
-
-
-async def soon(result: Awaitable[T]) -> T:
-    """The result, which must not need anything else to happen first."""
-    return await asyncio.wait_for(result, 2)
-
-
-async def waiting(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """The call as a task, which must not end before something else happens."""
-    task = asyncio.create_task(coroutine)
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not task.done(), task.result()
-    return task
-
-
-def row(step: int) -> dict[str, Any]:
-    return {"step": step, "tokens": 10 * step, "loss": 1 / step}
-
-
-def rung(step: int, score: float = 0.1, last: bool = False) -> dict[str, Any]:
-    return {"step": step, "tokens": 10 * step, "score": score, "status": "ok", "last": last}
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Path:
-    return tmp_path / "journal.jsonl"
-
-
-@pytest.fixture
-def play(journal: Path) -> Callable[[Scenario], None]:
-    """Run a scenario with a new broker."""
-
-    def run(scenario: Scenario) -> None:
-        async def main() -> None:
-            await scenario(BrokerState(str(journal)))
-
-        asyncio.run(main())
-
-    return run
-
-
-def ends(journal: Path) -> list[dict[str, Any]]:
-    return [record for record in read_journal(journal) if record["event"] == "end"]
-
+from raysae.journal import ended_trials, read_journal
+from raysae.pool.broker import BrokerState
 
 # --- A trial's life -------------------------------------------------------------------------------
 
@@ -72,27 +22,27 @@ def test_a_trial_is_trained_scored_twice_and_finished(play, journal: Path):
         assert await soon(broker.next_job(0)) == SPEC
         client = await waiting(broker.next_event(0))
 
-        assert await soon(broker.progress(0, row(1))) is False
-        assert await soon(broker.progress(0, row(2))) is False
-        worker = await waiting(broker.rung(0, rung(2, score=0.1)))
+        assert await soon(broker.progress(0, row(1))) == "go"
+        assert await soon(broker.progress(0, row(2))) == "go"
+        worker = await waiting(broker.rung(0, rung(2, score=0.1), curve(2)))
         assert await soon(client) == {"kind": "rung", **rung(2, score=0.1)}
         assert not worker.done()
-        await broker.proceed(0)
-        assert await soon(worker) is True
+        await broker.proceed(0, 20)
+        assert await soon(worker) == "go"
 
         await broker.progress(0, row(3))
         client = await waiting(broker.next_event(0))
-        assert await soon(broker.rung(0, rung(3, score=0.2, last=True))) is False
+        assert await soon(broker.rung(0, rung(3, score=0.2, last=True), curve(3))) == "stop"
         assert (await soon(client))["last"]
         await broker.cancel(0)  # the client's goodbye changes nothing
 
     play(scenario)
     records = read_journal(journal)
-    assert [r["event"] for r in records] == ["rung", "rung", "end"]
+    assert [r["event"] for r in records] == ["submit", "start", "rung", "proceed", "rung", "end"]
     end = records[-1]
     assert (end["state"], end["trial"], end["attempts"], end["error"]) == ("finished", 0, 1, "")
     assert end["spec"] == SPEC
-    assert end["curve"] == [row(1), row(2), row(3)]
+    assert end["curve"] == curve(3)
     assert end["rung"] == rung(3, score=0.2, last=True)
 
 
@@ -110,9 +60,9 @@ def test_trials_are_handed_out_oldest_first_and_once(play):
     async def scenario(broker: BrokerState) -> None:
         for number in range(4):
             await broker.submit(number, {"number": number})
-        jobs = [await soon(broker.next_job(group)) for group in (0, 1, 0, 1)]
+        jobs = [await soon(broker.next_job(group)) for group in range(4)]
         assert [job["number"] for job in jobs] == [0, 1, 2, 3]
-        await waiting(broker.next_job(0))
+        await waiting(broker.next_job(4))
 
     play(scenario)
 
@@ -133,22 +83,25 @@ def test_trials_do_not_hear_of_each_other(play):
         for number in range(2):
             await broker.submit(number, {"number": number})
             await broker.next_job(number)
-        first = await waiting(broker.rung(0, rung(1)))
-        second = await waiting(broker.rung(1, rung(1)))
-        await broker.proceed(1)
-        assert await soon(second) is True
+        first = await waiting(broker.rung(0, rung(1), curve(1)))
+        second = await waiting(broker.rung(1, rung(1), curve(1)))
+        await broker.proceed(1, 10)
+        assert await soon(second) == "go"
         assert not first.done()
         await broker.cancel(0)
-        assert await soon(first) is False
+        assert await soon(first) == "stop"
 
     play(scenario)
 
 
-def test_a_number_can_be_submitted_once(play):
+def test_a_number_stands_for_one_spec(play):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
+        await broker.submit(0, SPEC)  # its client was started again
         with pytest.raises(ValueError, match="trial 0"):
-            await broker.submit(0, SPEC)
+            await broker.submit(0, SPEC | {"seed": 6})
+        assert await soon(broker.next_job(0)) == SPEC
+        await waiting(broker.next_job(1))
 
     play(scenario)
 
@@ -157,12 +110,15 @@ def test_a_decision_made_before_the_next_rung_does_not_count_for_it(play):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
         await broker.next_job(0)
-        worker = await waiting(broker.rung(0, rung(1)))
-        await broker.proceed(0)
-        assert await soon(worker)
-        worker = await waiting(broker.rung(0, rung(2)))
-        await broker.proceed(0)
-        assert await soon(worker)
+        worker = await waiting(broker.rung(0, rung(1), curve(1)))
+        await broker.proceed(0, 10)
+        assert await soon(worker) == "go"
+        worker = await waiting(broker.rung(0, rung(2), curve(2)))
+        await broker.proceed(0, 10)  # said again
+        await asyncio.sleep(0)
+        assert not worker.done()
+        await broker.proceed(0, 20)
+        assert await soon(worker) == "go"
 
     play(scenario)
 
@@ -175,15 +131,15 @@ def test_a_trial_stopped_at_a_rung_keeps_the_result_of_that_rung(play, journal: 
         await broker.submit(0, SPEC)
         await broker.next_job(0)
         await broker.progress(0, row(1))
-        worker = await waiting(broker.rung(0, rung(1, score=0.3)))
+        worker = await waiting(broker.rung(0, rung(1, score=0.3), curve(1)))
         await broker.next_event(0)
         await broker.cancel(0)
-        assert await soon(worker) is False
+        assert await soon(worker) == "stop"
 
     play(scenario)
     (end,) = ends(journal)
     assert (end["state"], end["rung"]["score"], end["error"]) == ("stopped", 0.3, "")
-    assert end["curve"] == [row(1)]
+    assert end["curve"] == curve(1)
 
 
 def test_a_trial_cancelled_while_it_waits_is_never_handed_out(play, journal: Path):
@@ -192,7 +148,7 @@ def test_a_trial_cancelled_while_it_waits_is_never_handed_out(play, journal: Pat
         await broker.submit(1, {"number": 1})
         await broker.cancel(0)
         assert (await soon(broker.next_job(0)))["number"] == 1
-        await waiting(broker.next_job(0))
+        await waiting(broker.next_job(1))
 
     play(scenario)
     (end,) = ends(journal)
@@ -205,8 +161,8 @@ def test_a_worker_learns_of_a_cancelled_trial_with_its_next_row_or_rung(play, jo
         await broker.submit(0, SPEC)
         await broker.next_job(0)
         await broker.cancel(0)
-        assert await soon(broker.progress(0, row(1))) is True
-        assert await soon(broker.rung(0, rung(1))) is False
+        assert await soon(broker.progress(0, row(1))) == "stop"
+        assert await soon(broker.rung(0, rung(1), curve(1))) == "stop"
 
     play(scenario)
     assert [end["state"] for end in ends(journal)] == ["failed"]
@@ -217,7 +173,7 @@ def test_cancelling_an_ended_or_unknown_trial_changes_nothing(times: int, play, 
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
         await broker.next_job(0)
-        await broker.rung(0, rung(1, last=True))
+        await broker.rung(0, rung(1, last=True), curve(1))
         for _ in range(times):
             await broker.cancel(0)
             await broker.cancel(99)
@@ -232,7 +188,7 @@ def test_a_trial_that_raised_fails_alone(play, journal: Path):
             await broker.submit(number, {"number": number})
         await broker.next_job(0)
         await broker.progress(0, row(1))
-        await broker.fail(0, "TrainingDivergedError: loss is nan")
+        await broker.fail(0, "TrainingDivergedError: loss is nan", [row(1)])
         event = await soon(broker.next_event(0))
         assert event == {"kind": "failed", "error": "TrainingDivergedError: loss is nan"}
         await broker.cancel(0)
@@ -244,169 +200,7 @@ def test_a_trial_that_raised_fails_alone(play, journal: Path):
     assert (end["rung"], end["curve"]) == ({}, [row(1)])
 
 
-# --- Lost workers ---------------------------------------------------------------------------------
-
-
-def test_the_trial_of_a_worker_that_starts_again_goes_first(play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.register(0, "0:0")
-        for number in range(3):
-            await broker.submit(number, {"number": number})
-        await broker.next_job(0)
-        await broker.next_job(1)
-        await broker.progress(0, row(1))
-        await broker.register(0, "0:0")
-        assert (await soon(broker.next_job(0)))["number"] == 0
-        await broker.progress(0, row(1))
-        await broker.rung(0, rung(1, last=True))
-        assert (await soon(broker.next_job(0)))["number"] == 2
-
-    play(scenario)
-    (end,) = ends(journal)
-    assert (end["state"], end["attempts"]) == ("finished", 2)
-    assert end["curve"] == [row(1)]  # of the attempt that counts, not of both
-
-
-def test_a_worker_that_starts_again_loses_nothing_it_had_finished(play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.submit(0, SPEC)
-        await broker.next_job(0)
-        await broker.rung(0, rung(1, last=True))
-        await broker.register(0, "0:0")
-        await waiting(broker.next_job(0))
-
-    play(scenario)
-    assert [end["state"] for end in ends(journal)] == ["finished"]
-
-
-def test_a_trial_that_takes_its_workers_down_fails_in_the_end(play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.submit(0, SPEC)
-        for _ in range(MAX_ATTEMPTS):
-            await broker.register(0, "0:0")
-            assert await soon(broker.next_job(0)) == SPEC
-        await broker.register(0, "0:0")
-        event = await soon(broker.next_event(0))
-        assert event == {"kind": "failed", "error": f"its worker died {MAX_ATTEMPTS} times"}
-        await waiting(broker.next_job(0))
-
-    play(scenario)
-    assert [(end["state"], end["attempts"]) for end in ends(journal)] == [("failed", MAX_ATTEMPTS)]
-
-
-@pytest.mark.parametrize("died", ["waiting for the decision", "after the decision"])
-def test_a_rung_scored_again_after_a_crash_is_told_once(died: str, play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.submit(0, SPEC)
-        await broker.next_job(0)
-        worker = await waiting(broker.rung(0, rung(2)))
-        if died == "waiting for the decision":
-            worker.cancel()
-        assert (await soon(broker.next_event(0)))["tokens"] == 20
-        await broker.proceed(0)
-
-        await broker.register(0, "0:0")
-        await broker.next_job(0)
-        assert await soon(broker.rung(0, rung(2))) is True  # decided before: no second wait
-        client = await waiting(broker.next_event(0))
-        assert await soon(broker.rung(0, rung(3, last=True))) is False
-        assert (await soon(client))["tokens"] == 30
-
-    play(scenario)
-    assert [(end["state"], end["rung"]["tokens"]) for end in ends(journal)] == [("finished", 30)]
-
-
-def test_a_trial_stopped_at_a_rung_that_its_worker_did_not_survive_is_stopped(play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.submit(0, SPEC)
-        await broker.next_job(0)
-        worker = await waiting(broker.rung(0, rung(2, score=0.3)))
-        await broker.next_event(0)
-        worker.cancel()
-        await broker.register(0, "0:0")  # a restart, while Tune makes up its mind
-        await broker.cancel(0)
-        await waiting(broker.next_job(0))
-
-    play(scenario)
-    (end,) = ends(journal)
-    assert (end["state"], end["rung"].get("score")) == ("stopped", 0.3)
-
-
-def test_a_dead_workers_call_for_a_trial_does_not_swallow_one(play):
-    # Ray does not end an actor's running call when its caller dies.
-    async def scenario(broker: BrokerState) -> None:
-        await broker.register(0, "0:0")
-        dead = await waiting(broker.next_job(0))
-        await broker.register(0, "0:0")
-        alive = asyncio.create_task(broker.next_job(0))
-        await asyncio.sleep(0)
-        await broker.submit(0, SPEC)
-        assert await soon(alive) == SPEC
-        assert not dead.done() or dead.result() is None
-
-    play(scenario)
-
-
-def test_a_restart_of_the_whole_pool_leaves_no_trial_with_a_dead_worker(play):
-    async def scenario(broker: BrokerState) -> None:
-        for group in range(2):
-            await broker.register(group, f"0:{group}")
-        await broker.submit(0, SPEC)
-        await broker.next_job(0)
-        await waiting(broker.next_job(1))  # idle when worker 0 takes the pool down
-        for group in range(2):
-            await broker.register(group, f"0:{group}")
-        alive = [asyncio.create_task(broker.next_job(group)) for group in range(2)]
-        done, _ = await asyncio.wait(alive, timeout=2, return_when="FIRST_COMPLETED")
-        assert [task.result() for task in done] == [SPEC]
-
-    play(scenario)
-
-
-# --- The pool's end -------------------------------------------------------------------------------
-
-
-def test_when_the_pool_fails_open_trials_fail_and_later_ones_at_once(play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        for number in range(3):
-            await broker.submit(number, {"number": number})
-        await broker.next_job(0)
-        await broker.rung(0, rung(1, last=True))
-        await broker.next_event(0)
-        await broker.next_job(0)
-        await broker.pool_failed("no more GPUs")
-        await broker.submit(3, {"number": 3})
-        for number in (1, 2, 3):
-            event = await soon(broker.next_event(number))
-            assert event == {"kind": "failed", "error": "no more GPUs"}
-
-    play(scenario)
-    found = {end["trial"]: (end["state"], end["error"]) for end in ends(journal)}
-    failed = ("failed", "no more GPUs")
-    assert found == {0: ("finished", ""), 1: failed, 2: failed, 3: failed}
-
-
-def test_when_the_pool_fails_no_worker_waits_for_a_decision_any_more(play):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.submit(0, SPEC)
-        await broker.next_job(0)
-        worker = await waiting(broker.rung(0, rung(1)))
-        await broker.pool_failed("gone")
-        await soon(worker)
-
-    play(scenario)
-
-
-def test_a_failed_trial_is_not_handed_out(play, journal: Path):
-    async def scenario(broker: BrokerState) -> None:
-        await broker.submit(0, SPEC)
-        await broker.pool_failed("gone")
-        worker = await waiting(broker.next_job(0))
-        await broker.close()
-        assert await soon(worker) is None
-
-    play(scenario)
-    assert [end["state"] for end in ends(journal)] == ["failed"]
+# --- The end of the pool --------------------------------------------------------------------------
 
 
 def test_closing_wakes_every_worker(play):
@@ -457,11 +251,11 @@ def test_the_others_wait_until_one_worker_has_started(play):
     play(scenario)
 
 
-@pytest.mark.parametrize("end", ["close", "pool_failed"])
+@pytest.mark.parametrize("end", ["close", "halt"])
 def test_nobody_waits_for_a_first_worker_that_will_not_come(end: str, play):
     async def scenario(broker: BrokerState) -> None:
         others = [await waiting(broker.first_worker()) for _ in range(2)]
-        await (broker.close() if end == "close" else broker.pool_failed("no more GPUs"))
+        await (broker.close() if end == "close" else broker.halt("no more GPUs"))
         await soon(asyncio.gather(*others))
 
     play(scenario)
@@ -481,35 +275,38 @@ def test_a_result_is_on_disk_before_the_client_hears_of_it(
         await broker.submit(0, SPEC)
         await broker.next_job(0)
 
+        client = await waiting(broker.next_event(0))
+
         def spy(descriptor: int) -> None:
             fsync(descriptor)
-            synced.append((len(read_journal(journal)), broker._jobs[0].events.empty()))
+            synced.append((len(read_journal(journal)), not client.done()))
 
         monkeypatch.setattr(os, "fsync", spy)
         if kind == "failure":
             await broker.fail(0, "because")
         else:
-            worker = asyncio.create_task(broker.rung(0, rung(1, last=kind == "last rung")))
-            await asyncio.sleep(0)
-        await soon(broker.next_event(0))
+            worker = asyncio.create_task(
+                broker.rung(0, rung(1, last=kind == "last rung"), curve(1))
+            )
+        await soon(client)
         if kind == "rung":
             worker.cancel()
 
     play(scenario)
-    records = len(read_journal(journal))
-    assert records == (2 if kind == "last rung" else 1)
-    assert synced == [(n, True) for n in range(1, records + 1)]
+    before, records = 2, len(read_journal(journal))  # submit and start
+    assert records - before == (2 if kind == "last rung" else 1)
+    assert synced == [(n, True) for n in range(before + 1, records + 1)]
 
 
 def test_a_journal_that_exists_is_added_to(play, journal: Path):
-    journal.write_text('{"event": "rung", "trial": 9}\n')
+    journal.write_text('{"event": "proceed", "trial": 9, "tokens": 1}\n')
 
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
         await broker.cancel(0)
 
     play(scenario)
-    assert [record["trial"] for record in read_journal(journal)] == [9, 0]
+    assert [record["trial"] for record in read_journal(journal)] == [9, 0, 0]
 
 
 def test_every_trial_ends_once_in_the_journal(play, journal: Path):
@@ -518,13 +315,13 @@ def test_every_trial_ends_once_in_the_journal(play, journal: Path):
             await broker.submit(number, {"number": number})
         for number in range(3):
             await broker.next_job(number)
-        await broker.rung(0, rung(1, last=True))
+        await broker.rung(0, rung(1, last=True), curve(1))
         await broker.fail(1, "raised")
         await broker.fail(1, "raised again")
         await broker.fail(0, "raised after its end")
         await broker.cancel(2)
         await broker.cancel(3)
-        await broker.pool_failed("gone")
+        await broker.abandon("gone")
 
     play(scenario)
     assert sorted(end["trial"] for end in ends(journal)) == [0, 1, 2, 3]
@@ -539,7 +336,7 @@ def test_the_snapshot_shows_every_trial(play):
             await broker.submit(number, {"number": number})
         await broker.next_job(1)
         await broker.progress(0, row(4))
-        worker = await waiting(broker.rung(0, rung(4, score=0.3)))
+        worker = await waiting(broker.rung(0, rung(4, score=0.3), curve(4)))
         await broker.next_job(0)
         await broker.fail(1, "because")
         snapshot = await broker.snapshot()

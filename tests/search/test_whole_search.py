@@ -15,8 +15,8 @@ import yaml
 from sae_lens import SAE
 
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
-from raysae.analysis.tables import TIME_COLUMNS, TRIAL_COLUMNS
-from raysae.search.journal import JOURNAL, ended_trials, read_journal
+from raysae.analysis.tables import TRIAL_COLUMNS
+from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.store.activations import local_store
 from raysae.training.loop import Progress, Rung, TrialRun
 from raysae.training.spec import TrialSpec
@@ -167,22 +167,3 @@ def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model)
     assert rung.metrics == record["rung"]["metrics"]
     curve = [e.metrics["loss"] for e in events if isinstance(e, Progress)]
     assert curve == [point["loss"] for point in record["curve"]]
-
-
-def test_one_worker_gives_the_same_table_again(tmp_path):
-    """With the sampler past its random start and with early stopping."""
-    options = [
-        *("--set", "resources.workers=1"),
-        *("--set", "training.tokens=32768"),
-        *("--set", "training.batch_size=64"),
-        *("--set", "search.scheduler.name=asha"),
-        *("--set", "search.startup_trials=3"),
-        *("--num-samples", "7"),
-    ]
-    tables = []
-    for folder in (tmp_path / "first", tmp_path / "second"):
-        done = run(folder, *options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        tables.append(pd.read_parquet(folder / "trials.parquet").drop(columns=list(TIME_COLUMNS)))
-    assert set(tables[0]["state"]) == {"finished", "stopped"}
-    pd.testing.assert_frame_equal(*tables)

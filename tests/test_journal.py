@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raysae.search.journal import ended_trials, read_journal
+from raysae.journal import ended_trials, read_journal
 
 RECORDS = [
     {"event": "rung", "trial": 1, "score": 0.5},

@@ -1,0 +1,72 @@
+"""The journal: the append-only record of what happened, one JSON object a line.
+
+Events of a trial: `submit` (a client asked for it), `start` (a worker took it), `rung` (it was
+scored), `proceed` (it may train on), `end`. A record is on the disk before anyone hears of it. The
+broker is its only writer; whoever starts after a crash learns from it what there was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "journal.jsonl"
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Write one record and wait until it is on the disk.
+
+    Raises OSError where that is not possible; what could be written of it then is cut off again.
+    """
+    line = (json.dumps(record) + "\n").encode()
+    with path.open("ab") as file:
+        size = file.tell()
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            if path.is_file():
+                os.truncate(path, size)
+            raise
+
+
+def cut_partial_line(path: Path) -> None:
+    """Cut off the end of a file that a crash kept from becoming a line.
+
+    Only for who alone writes to it: another's line may just be on its way.
+    """
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete records; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise ValueError(f"{path}:{number + 1}: not a JSON record") from None
+    return records
+
+
+def ended_trials(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `end` record of every trial that has one, by trial number; the first one counts."""
+    ends: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record["event"] == "end":
+            ends.setdefault(record["trial"], record)
+    return [ends[number] for number in sorted(ends)]

@@ -1,0 +1,86 @@
+"""A trial's checkpoint on disk: whole or not there, and never the reason that a trial fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysae import __version__
+from raysae.training.loop import TrialRun
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "checkpoint.pt"
+SHARE = 0.02
+"""At most this share of the time goes into writing checkpoints."""
+
+
+class Checkpoints:
+    """Saves a run now and then, and takes it up again; in the trial's folder, one file."""
+
+    def __init__(self, folder: Path, *, seconds_between: float) -> None:
+        """
+        Args:
+            folder: of the trial; made when the first checkpoint is written.
+            seconds_between: at least so many seconds pass from one checkpoint to the next; more
+                where writing one takes longer than `SHARE` of that.
+        """
+        self._path = folder / CHECKPOINT_FILE
+        self._seconds = seconds_between
+        self._due = time.monotonic() + seconds_between
+
+    def save_if_due(self, run: TrialRun) -> None:
+        """Save, if the last checkpoint is old enough."""
+        if time.monotonic() >= self._due:
+            self.save(run)
+
+    def save(self, run: TrialRun) -> None:
+        """Write the run's state, at one of its events; the file is replaced as a whole.
+
+        Raises OSError where it cannot be written.
+        """
+        started = time.monotonic()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save({**_identity(run), "run": run.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._path)
+        took = time.monotonic() - started
+        self._due = started + took + max(self._seconds, took / SHARE)
+
+    def restore(self, run: TrialRun) -> bool:
+        """Bring a new run to where the checkpoint was taken; False: it begins at step 0.
+
+        A file that is damaged, or of another spec or version, is left aside: training is
+        deterministic, so starting again costs time and changes nothing.
+        """
+        try:
+            saved: dict[str, Any] = torch.load(
+                self._path, map_location=run.device, weights_only=True
+            )
+        except FileNotFoundError:
+            return False
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("%s cannot be read, the trial begins again: %s", self._path, error)
+            return False
+        if any(saved.get(name) != value for name, value in _identity(run).items()):
+            log.warning("%s is not of this trial, which begins again", self._path)
+            return False
+        run.load_state_dict(saved["run"])
+        return True
+
+    def remove(self) -> None:
+        """The trial has ended: nobody will take it up again."""
+        self._path.unlink(missing_ok=True)
+
+
+def _identity(run: TrialRun) -> dict[str, Any]:
+    return {"spec": run.spec.to_dict(), "version": __version__}

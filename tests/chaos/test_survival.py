@@ -1,0 +1,87 @@
+"""Parts of a search are killed, and it ends with exactly the results of the undisturbed one.
+
+Which is also to say that two runs with the same seed and one worker give the same tables.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from victims import Search, results
+
+from raysae.analysis.tables import TIME_COLUMNS
+
+pytestmark = pytest.mark.chaos
+
+TRIALS = 5
+OPTIONS = [
+    "--smoke",
+    *("--num-samples", str(TRIALS)),
+    *("--set", "resources.workers=1"),
+    *("--set", "resources.checkpoint_seconds=0.5"),
+    *("--set", "search.startup_trials=1"),
+    *("--set", "search.scheduler.name=asha"),
+    *("--set", "training.batch_size=256"),
+    *("--set", "training.tokens=131072"),
+]
+"""One worker, so that the sampler hears of results in the same order; TPE and ASHA learn from them.
+"""
+VICTIMS = ["driver", "worker", "client", "broker", "interrupt"]
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    search = Search(out, *OPTIONS, "--out", str(out))
+    assert search.wait(300) == 0, search.tail()
+    return out
+
+
+def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
+    undisturbed: Path, tmp_path: Path
+):
+    """One kill of each kind, in random order, each a few seconds after a worker took a trial."""
+    rng = random.Random(SEED)
+    victims = rng.sample(VICTIMS, len(VICTIMS))
+    out = tmp_path / "run"
+    search = Search(out, *OPTIONS, "--out", str(out))
+    killed = []
+    for victim in victims:
+        starts = 0 if not killed else search.events("start")
+        if killed and killed[-1] in ("client", "broker"):
+            starts -= 1  # no worker was lost
+        search.wait_for_more("start", starts, 180)
+        time.sleep(rng.uniform(1, 8))
+        if search.ended:
+            break
+        if victim in ("driver", "interrupt"):
+            if victim == "driver":
+                search.kill()
+            else:
+                search.process.send_signal(2)
+                assert search.wait(60) == 130, search.tail()
+                assert f"--resume {out}" in search.tail()
+            search = Search(out, "--resume", str(out))
+        else:
+            for process in search.children(victim):
+                process.kill()
+        killed.append(victim)
+    assert search.wait(400) == 0, search.tail()
+    assert killed == victims, "the search ended before everything was tried: make it longer"
+
+    assert results(out) == results(undisturbed)
+    tables = [pd.read_parquet(path / "trials.parquet") for path in (undisturbed, out)]
+    kept = [c for c in tables[0].columns if c not in (*TIME_COLUMNS, "attempts")]
+    pd.testing.assert_frame_equal(tables[0][kept], tables[1][kept])
+    storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
+    study = optuna.load_study(study_name="raysae", storage=storage)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * TRIALS

@@ -1,0 +1,297 @@
+"""What is killed at the broker's side or beside it: workers, clients, the broker, the session."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from broker_bench import SPEC, curve, ends, row, rung, soon, waiting
+
+from raysae.journal import read_journal
+from raysae.pool.broker import MAX_ATTEMPTS, BrokerState
+from raysae.pool.jobs import HaltedError
+
+# --- Lost workers ---------------------------------------------------------------------------------
+
+
+def test_the_trials_of_lost_workers_go_first_in_their_order(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        for number in range(4):
+            await broker.submit(number, {"number": number})
+        for group in range(2):
+            await broker.next_job(group, "a")
+        await broker.register(1, "", "b")  # all were restarted; this one is ready first
+        assert (await soon(broker.next_job(1, "b")))["number"] == 0
+        assert (await soon(broker.next_job(0, "b")))["number"] == 1
+        await broker.rung(0, rung(1, last=True), curve(1))
+        assert (await soon(broker.next_job(1, "b")))["number"] == 2
+
+    play(scenario)
+    (end,) = ends(journal)
+    assert (end["state"], end["attempts"], end["curve"]) == ("finished", 2, curve(1))
+
+
+def test_a_worker_that_starts_again_loses_nothing_it_had_finished(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        await broker.submit(0, SPEC)
+        await broker.next_job(0, "a")
+        await broker.rung(0, rung(1, last=True), curve(1))
+        await broker.register(0, "", "b")
+        await waiting(broker.next_job(0, "b"))
+
+    play(scenario)
+    assert [end["state"] for end in ends(journal)] == ["finished"]
+
+
+@pytest.mark.parametrize("gets", ["no further", "further"])
+def test_a_trial_that_takes_its_workers_down_at_one_place_fails(gets: str, play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        for life in range(MAX_ATTEMPTS + 1):
+            await broker.register(0, "", f"generation {life}")
+            if life < MAX_ATTEMPTS or gets == "further":
+                assert await soon(broker.next_job(0, f"generation {life}")) == SPEC
+                await broker.progress(0, row(7 + (life if gets == "further" else 0)))
+        if gets == "no further":
+            event = await soon(broker.next_event(0))
+            assert event["kind"] == "failed" and "its worker died" in event["error"]
+
+    play(scenario)
+    assert [end["state"] for end in ends(journal)] == (["failed"] if gets == "no further" else [])
+
+
+@pytest.mark.parametrize("died", ["waiting for the decision", "after the decision"])
+def test_a_rung_scored_again_is_recorded_once_and_decided_once(died: str, play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        await broker.submit(0, SPEC)
+        await broker.next_job(0, "a")
+        worker = await waiting(broker.rung(0, rung(2), curve(2)))
+        assert (await soon(broker.next_event(0)))["tokens"] == 20
+        if died == "after the decision":
+            await broker.proceed(0, 20)
+            await soon(worker)
+        await broker.register(0, "", "b")
+        await broker.next_job(0, "b")
+        again = asyncio.create_task(broker.rung(0, rung(2, score=0.9), curve(2)))
+        if died == "waiting for the decision":
+            await asyncio.sleep(0)
+            assert not again.done()
+            assert (await soon(broker.next_event(0)))["score"] == 0.1
+            await broker.proceed(0, 20)
+        assert await soon(again) == "go"
+        client = await waiting(broker.next_event(0))
+        assert await soon(broker.rung(0, rung(3, last=True), curve(3))) == "stop"
+        assert (await soon(client))["tokens"] == 30
+        worker.cancel()
+
+    play(scenario)
+    rungs = [r["tokens"] for r in read_journal(journal) if r["event"] == "rung"]
+    assert rungs == [20, 30]
+
+
+def test_a_trial_stopped_at_a_rung_that_its_worker_did_not_survive_is_stopped(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_job(0)
+        worker = await waiting(broker.rung(0, rung(2, score=0.3), curve(2)))
+        await broker.register(0, "", "b")  # a restart, while Tune makes up its mind
+        await broker.cancel(0)
+        await waiting(broker.next_job(0, "b"))
+        worker.cancel()
+
+    play(scenario)
+    (end,) = ends(journal)
+    assert (end["state"], end["rung"]["score"], end["curve"]) == ("stopped", 0.3, curve(2))
+
+
+def test_a_dead_workers_call_for_a_trial_does_not_swallow_one(play):
+    # Ray does not end an actor's running call when its caller dies.
+    async def scenario(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        dead = await waiting(broker.next_job(0, "a"))
+        await broker.register(0, "", "b")
+        alive = asyncio.create_task(broker.next_job(0, "b"))
+        await asyncio.sleep(0)
+        await broker.submit(0, SPEC)
+        assert await soon(alive) == SPEC
+        assert await soon(dead) is None
+
+    play(scenario)
+
+
+def test_a_worker_whose_answer_was_lost_is_given_the_same_trial_again(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        await broker.submit(0, SPEC)
+        await broker.submit(1, SPEC | {"number": 1})
+        assert await soon(broker.next_job(0, "a")) == SPEC
+        assert await soon(broker.next_job(0, "a")) == SPEC
+
+    play(scenario)
+    assert [r["event"] for r in read_journal(journal)].count("start") == 1
+
+
+# --- A broker that is started again, its clients and workers alive --------------------------------
+
+
+def test_a_restarted_broker_goes_on_where_it_was(play, journal: Path):
+    async def before(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        await broker.next_job(0, "a")
+        await broker.next_job(1, "a")
+        await broker.rung(1, rung(1, last=True), curve(1))
+        worker = await waiting(broker.rung(0, rung(2), curve(2)))
+        worker.cancel()
+
+    async def after(broker: BrokerState) -> None:
+        worker = asyncio.create_task(broker.rung(0, rung(2), curve(2)))  # the call is repeated
+        assert (await soon(broker.next_event(0)))["tokens"] == 20
+        await broker.proceed(0, 20)
+        assert await soon(worker) == "go"
+        assert (await soon(broker.next_event(1)))["last"]
+        assert (await soon(broker.next_job(1, "a")))["number"] == 2
+        states = [trial["state"] for trial in (await broker.snapshot())["trials"]]
+        assert states == ["running", "finished", "running"]
+
+    play(before)
+    play(after)
+    assert len(ends(journal)) == 1
+
+
+def test_a_broker_restarted_with_the_pool_gives_its_trials_to_the_new_workers(play):
+    async def before(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        await broker.submit(0, SPEC)
+        await broker.next_job(0, "a")
+
+    async def after(broker: BrokerState) -> None:
+        await broker.register(0, "", "b")
+        assert await soon(broker.next_job(0, "b")) == SPEC
+
+    play(before)
+    play(after)
+
+
+def test_a_restarted_broker_asks_for_the_store_again(play):
+    async def before(broker: BrokerState) -> None:
+        await broker.set_store("handle")
+
+    async def after(broker: BrokerState) -> None:
+        worker = await waiting(broker.store())
+        assert not (await broker.snapshot())["store_ready"]
+        await broker.set_store("handle")
+        assert await soon(worker) == "handle"
+
+    play(before)
+    play(after)
+
+
+# --- Another session of the search ----------------------------------------------------------------
+
+
+def test_a_later_session_takes_up_what_is_asked_for_and_nothing_else(play, journal: Path):
+    async def first(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        await broker.next_job(0, "a")
+        await broker.rung(0, rung(1, last=True), curve(1))
+        await broker.next_job(0, "a")
+        worker = await waiting(broker.rung(1, rung(2), curve(2)))
+        worker.cancel()
+
+    async def second(broker: BrokerState) -> None:
+        await broker.register(0, "", "b")
+        worker = await waiting(broker.next_job(0, "b"))  # nobody has asked for a trial yet
+        await broker.submit(1, {"number": 1})
+        assert (await soon(worker))["number"] == 1
+        assert (await soon(broker.next_event(1)))["tokens"] == 20
+        states = [trial["state"] for trial in (await broker.snapshot())["trials"]]
+        assert states == ["finished", "running", "dormant"]
+
+    play(first, session="one")
+    play(second, session="two")
+    assert len(ends(journal)) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_record_cut_off_by_a_crash_is_as_if_it_had_not_been(cut: int, play, journal: Path):
+    async def first(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_job(0)
+        await broker.rung(0, rung(1, last=True), curve(1))
+
+    async def second(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        assert await soon(broker.next_job(0)) == SPEC
+        await broker.rung(0, rung(1, last=True), curve(1))
+
+    play(first, session="one")
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    play(second, session="two")
+    assert [end["state"] for end in ends(journal)] == ["finished"]
+    assert [r["event"] for r in read_journal(journal)].count("rung") == 1
+
+
+# --- Pausing and halting --------------------------------------------------------------------------
+
+
+def test_a_pause_waits_until_every_trial_in_flight_is_saved(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        for group in range(2):
+            await broker.next_job(group, "a")
+        at_rung = await waiting(broker.rung(0, rung(2), curve(2)))
+        pause = await waiting(broker.pause(5))
+        assert await soon(at_rung) == "pause"
+        assert await soon(broker.progress(1, row(1))) == "pause"
+        await broker.cancel(0)  # a client's end, not a decision
+        await broker.paused(0)
+        assert not pause.done()
+        await broker.paused(1)
+        assert await soon(pause) is True
+        assert await soon(broker.next_job(0, "a")) is None
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+def test_a_pause_does_not_wait_for_ever(play):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_job(0)
+        assert await soon(broker.pause(0.01)) is False
+
+    play(scenario)
+
+
+def test_a_halted_search_fails_no_trial_and_says_why(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_job(0)
+        await broker.halt("no more GPUs")
+        await broker.halt("and then something else")
+        assert (await broker.snapshot())["halted"] == "no more GPUs"
+        assert await soon(broker.progress(0, row(1))) == "pause"
+        assert await soon(broker.store()) is None
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+def test_a_full_disk_halts_the_search_and_says_so():
+    async def main() -> None:
+        broker = BrokerState("/dev/full")  # every write: no space left on device
+        with pytest.raises(HaltedError, match="/dev/full cannot be written: No space left"):
+            await broker.submit(0, SPEC)
+        assert "No space left" in (await broker.snapshot())["halted"]
+
+    asyncio.run(main())

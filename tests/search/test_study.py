@@ -1,0 +1,207 @@
+"""Optuna's study beside the journal: the same suggestions after a crash, and no trial lost."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.trial import TrialState
+
+from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.search.study import (
+    STUDY,
+    ResumableSearch,
+    SeededByTrial,
+    decided_rungs,
+    open_storage,
+    reconcile,
+)
+from raysae.search.tune import BaselineSparingASHA
+
+TPE = partial(TPESampler, n_startup_trials=2, multivariate=True, group=True)
+
+
+def space(trial):
+    kind = trial.suggest_categorical("kind", ["a", "b"])
+    x = trial.suggest_float("x", 0, 1)
+    y = trial.suggest_int("y", 1, 100, log=True) if kind == "a" else 0
+    return {"number": trial.number, "x": x, "y": y, "kind": kind}
+
+
+def value(params) -> float:
+    return params["x"] - 0.01 * params["y"]
+
+
+def suggest(study: optuna.Study, n: int) -> list[dict]:
+    found = []
+    for _ in range(n):
+        trial = study.ask()
+        found.append(space(trial))
+        study.tell(trial, value(found[-1]))
+    return found
+
+
+@pytest.mark.parametrize("make", [lambda seed: RandomSampler(seed), lambda seed: TPE(seed=seed)])
+@pytest.mark.parametrize("interrupted_after", [1, 3, 6])
+def test_an_interrupted_search_suggests_what_it_would_have_suggested(
+    make, interrupted_after: int, tmp_path: Path
+):
+    def study(folder: str) -> optuna.Study:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return optuna.create_study(
+            storage=open_storage(tmp_path / folder), study_name=STUDY, load_if_exists=True,
+            sampler=SeededByTrial(make, 5), direction="maximize",
+        )  # fmt: skip
+
+    whole = suggest(study("whole"), 10)
+    first = suggest(study("cut"), interrupted_after)
+    assert first + suggest(study("cut"), 10 - interrupted_after) == whole
+    assert len({p["x"] for p in whole}) == 10
+
+
+def test_another_seed_suggests_something_else():
+    a, b = (
+        suggest(optuna.create_study(sampler=SeededByTrial(RandomSampler, seed)), 3)
+        for seed in (0, 1)
+    )
+    assert [p["x"] for p in a] != [p["x"] for p in b]
+
+
+def write(run_dir: Path, *records: dict) -> None:
+    lines = [json.dumps({"time": 1.0, **r}) + "\n" for r in records]
+    (run_dir / JOURNAL).write_text("".join(lines))
+
+
+def submit(trial: int) -> dict:
+    return {"event": "submit", "trial": trial, "spec": {"number": trial}, "session": "one"}
+
+
+def rung(trial: int, objective: float, tokens: int = 10, last: bool = False) -> dict:
+    return {"event": "rung", "trial": trial, "tokens": tokens, "objective": objective,
+            "last": last, "curve": [{"step": 1}]}  # fmt: skip
+
+
+def end(trial: int, state: str, rung: dict) -> dict:
+    return {"event": "end", "trial": trial, "state": state, "spec": {"number": trial},
+            "error": "", "rung": rung, "curve": []}  # fmt: skip
+
+
+def proceed(trial: int, tokens: int = 10) -> dict:
+    return {"event": "proceed", "trial": trial, "tokens": tokens}
+
+
+def ask(run_dir: Path, n: int) -> optuna.Study:
+    study = optuna.create_study(
+        storage=open_storage(run_dir), study_name=STUDY, direction="maximize"
+    )
+    for _ in range(n):
+        space(study.ask())
+    return study
+
+
+def test_a_new_search_has_nothing_to_reconcile(tmp_path: Path):
+    assert reconcile(tmp_path, open_storage(tmp_path)) is None
+
+
+def test_what_the_journal_knows_the_study_learns(tmp_path: Path):
+    """Killed after a trial's end was recorded and before Optuna was told."""
+    ask(tmp_path, 3)
+    write(
+        tmp_path,
+        *(submit(n) for n in range(3)),
+        end(0, "finished", {"objective": 0.5}),
+        end(1, "failed", {}),
+        rung(2, 0.1),
+    )
+    storage = open_storage(tmp_path)
+    in_flight = reconcile(tmp_path, storage)
+    trials = optuna.load_study(study_name=STUDY, storage=storage).trials
+    states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING]
+    assert [t.state for t in trials] == states
+    assert (trials[0].value, trials[1].value) == (0.5, 0.0)
+    assert in_flight == [trials[2]._trial_id]
+
+
+def test_what_the_study_knows_the_journal_learns(tmp_path: Path):
+    """Killed after the scheduler had stopped a trial and before that was recorded."""
+    study = ask(tmp_path, 2)
+    study.tell(0, 0.1)
+    write(tmp_path, submit(0), submit(1), rung(0, 0.1))
+    assert reconcile(tmp_path, open_storage(tmp_path)) == [study.trials[1]._trial_id]
+    (found,) = ended_trials(read_journal(tmp_path / JOURNAL))
+    assert (found["trial"], found["state"], found["rung"]["objective"]) == (0, "stopped", 0.1)
+    assert found["curve"] == [{"step": 1}]
+    assert reconcile(tmp_path, open_storage(tmp_path)) == [study.trials[1]._trial_id]
+
+
+def test_a_study_cut_off_in_the_middle_of_a_line_under_a_stale_lock_is_read(tmp_path: Path):
+    ask(tmp_path, 2)
+    path = tmp_path / "optuna.journal"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    (tmp_path / "optuna.journal.lock").symlink_to(path)
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(tmp_path))
+    assert len(study.trials) == 2
+    study.ask()
+
+
+def test_trials_in_flight_are_suggested_again_before_new_ones(tmp_path: Path):
+    study = ask(tmp_path, 3)
+    before = [t.params for t in study.trials]
+    search = ResumableSearch(
+        space=space, metric="m", mode="max", study_name=STUDY, storage=open_storage(tmp_path),
+        sampler=SeededByTrial(RandomSampler, 0),
+        in_flight=[t._trial_id for t in study.trials[1:]],
+    )  # fmt: skip
+    found = [search.suggest(f"tune {n}") for n in range(3)]
+    assert [f["number"] for f in found] == [1, 2, 3]
+    assert [f["x"] for f in found[:2]] == [p["x"] for p in before[1:]]
+    search.on_trial_complete("tune 0", {"m": 0.25})
+    told = optuna.load_study(study_name=STUDY, storage=open_storage(tmp_path)).trials[1]
+    assert (told.state, told.value) == (TrialState.COMPLETE, 0.25)
+
+
+def test_only_rungs_that_were_decided_on_are_decided(tmp_path: Path):
+    write(
+        tmp_path,
+        *(submit(n) for n in range(4)),
+        rung(0, 0.4), proceed(0), rung(0, 0.9, tokens=30, last=True), end(0, "finished", {}),
+        rung(1, 0.1), end(1, "stopped", {}),
+        rung(2, 0.3), proceed(2),
+        rung(3, 0.2),
+    )  # fmt: skip
+    found = decided_rungs(read_journal(tmp_path / JOURNAL))
+    assert [(r["number"], r["tokens"], r["objective"]) for r in found] == [
+        (0, 10, 0.4), (1, 10, 0.1), (2, 10, 0.3)
+    ]  # fmt: skip
+
+
+class FakeTrial:
+    def __init__(self, number: int) -> None:
+        self.trial_id, self.config = f"t{number}", {"spec": {"number": number}}
+
+
+def test_asha_decides_after_a_restart_as_it_would_have_before():
+    scores = [0.5, 0.1, 0.4, 0.2, 0.6, 0.3, 0.45, 0.55]
+    settings = {"time_attr": "tokens", "max_t": 30, "grace_period": 10, "reduction_factor": 3}
+
+    def decide(past: list[dict], numbers: range) -> list[str]:
+        scheduler = BaselineSparingASHA(past, **settings)
+        scheduler.set_search_properties("objective", "max")
+        words = []
+        for number in numbers:
+            trial = FakeTrial(number)
+            scheduler.on_trial_add(None, trial)
+            result = {"tokens": 10, "objective": scores[number], "number": number}
+            words.append(scheduler.on_trial_result(None, trial, result))
+        return words
+
+    whole = decide([], range(8))
+    past = [{"number": n, "tokens": 10, "objective": scores[n]} for n in range(4)]
+    assert decide(past, range(4, 8)) == whole[4:]
+    assert len(set(whole)) == 2
+    assert decide([], range(4, 8)) != whole[4:], "the test must need the past"
