@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -138,10 +139,7 @@ def measure_memory(mib: int) -> None:
     store = ray.put(put_store(mib, 256))
     batches = mib * MIB // (4096 * 256 * 4)
     for workers in (1, 2, 4):
-        readers = [
-            Reader.options(runtime_env={"env_vars": WORKER_ENVIRONMENT}).remote()
-            for _ in range(workers)
-        ]
+        readers = [Reader.remote() for _ in range(workers)]
         before = ray.get([reader.private_mib.remote() for reader in readers])
         ray.get([reader.read.remote([store], batches) for reader in readers])
         after = ray.get([reader.private_mib.remote() for reader in readers])
@@ -330,7 +328,9 @@ def main() -> None:
     parser.add_argument("--delivery-mib", type=int, default=256)
     parser.add_argument("--parts", default="start,memory,delivery,harvest,step,nodes")
     arguments = parser.parse_args()
-    os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "HF_HUB_OFFLINE": "1"}
+    wanted = WORKER_ENVIRONMENT | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "HF_HUB_OFFLINE": "1"}
+    if not wanted.items() <= os.environ.items():  # glibc reads it when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores; ray {version('ray')}, "
           f"torch {version('torch')}, sae-lens {version('sae-lens')}; load "
           f"{os.getloadavg()[0]:.1f}")  # fmt: skip

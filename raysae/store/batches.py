@@ -99,6 +99,7 @@ class ChunkedActivations:
         device: str = "cpu",
         resident: bool = False,
         prefetch: bool = False,
+        where: str = "host memory",
     ) -> None:
         """
         Args:
@@ -110,12 +111,13 @@ class ChunkedActivations:
             moments: of each corpus, as `add_up` gives them; needed for `with_forget_share` only.
             resident: copy all rows to the device now.
             prefetch: gather the batch of the following step in a thread while this one is used.
+            where: where batches are gathered from, in words.
         """
         self._device = torch.device(device)
         rows: _Rows = (_ResidentRows if resident else _SharedRows)(chunks, self._device)
         if len(is_forget) != rows.n_rows:
             raise ValueError(f"{len(is_forget)} labels for {rows.n_rows} rows")
-        self._chunks, self._rows = chunks, rows
+        self._chunks, self._rows, self.where = chunks, rows, where
         self._is_forget, self._moments = is_forget, moments
         self.n_rows, self.d_in = rows.n_rows, rows.d_in
         self._set_units(scale, mean, variance)
@@ -133,6 +135,7 @@ class ChunkedActivations:
         device: str = "cpu",
         resident: bool = False,
         prefetch: bool = False,
+        where: str = "host memory",
     ) -> ChunkedActivations:
         """Scale, mean and variance from the moments of all rows."""
         total = moments["all"]
@@ -146,6 +149,7 @@ class ChunkedActivations:
             device=device,
             resident=resident,
             prefetch=prefetch,
+            where=where,
         )
 
     def with_forget_share(self, forget_share: float) -> ChunkedActivations:

@@ -63,12 +63,18 @@ class StoreHandle:
         """Batches over the chunks, in the calling process.
 
         On a GPU whose free memory has room for all of them they are copied there once; otherwise
-        every batch is gathered from host memory, on a GPU one step ahead.
+        every batch is gathered from host memory, on a GPU one step ahead. `where` of what is
+        returned says which, with the sizes that decided it.
         """
         from raysae.store.batches import ChunkedActivations
 
         gpu = device.startswith("cuda")
-        resident = gpu and fits_on_device(self.nbytes, _free_bytes(device))
+        free = _free_bytes(device) if gpu else 0
+        resident = gpu and fits_on_device(self.nbytes, free)
+        where = "host memory"
+        if gpu:
+            where = f"a copy on {device}" if resident else "host memory, one step ahead"
+            where += f" ({human(self.nbytes)}, {human(free)} were free on the device)"
         return ChunkedActivations.with_moments(
             self.arrays(),
             self.is_forget,
@@ -76,6 +82,7 @@ class StoreHandle:
             device=device,
             resident=resident,
             prefetch=gpu and not resident,
+            where=where,
         )
 
     def bytes_by_tier(self) -> dict[str, int]:
@@ -84,18 +91,6 @@ class StoreHandle:
         for chunk, array in zip(self.chunks, self.arrays(), strict=True):
             tiers["disk" if isinstance(chunk.place, Path) else "object_store"] += array.nbytes
         return tiers
-
-    def describe_on(self, device: str) -> str:
-        """Where `open` would take batches from, with the sizes that decide it."""
-        if not device.startswith("cuda"):
-            return "batches are gathered from host memory"
-        free = _free_bytes(device)
-        where = (
-            "a copy on the device"
-            if fits_on_device(self.nbytes, free)
-            else "host memory, a step ahead"
-        )
-        return f"batches are gathered from {where} ({human(self.nbytes)}, {human(free)} free)"
 
     def open_evaluation_cache(self) -> EvaluationCache:
         """What the cached evaluator needs; waits until it is there."""

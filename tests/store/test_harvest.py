@@ -112,10 +112,12 @@ WITHOUT_TASKS = """
 import sys
 import ray
 from pathlib import Path
-from raysae.store.harvest import harvest
+from raysae.store import harvest as module
+for task in ("_count_sequences", "_harvest_piece", "_evaluation_cache"):
+    delattr(module, task)
 ray.init("local", num_cpus=0, object_store_memory=300 << 20, include_dashboard=False)
 hook = "blocks.0.hook_resid_post"
-store = harvest(
+store = module.harvest(
     "embedded", [hook], "float32", evaluation_cache=False, cache=Path(sys.argv[1])
 ).stores[hook]
 heavy = {"torch", "transformers", "transformer_lens", "sae_lens", "sae_bench"} & set(sys.modules)
@@ -125,7 +127,7 @@ ray.shutdown()
 
 
 def test_what_is_found_needs_no_task_and_no_torch(first: Harvest, cache: Path):
-    """On a cluster without CPUs, where no task could run."""
+    """In a process that has no tasks to submit."""
     command = [sys.executable, "-c", WITHOUT_TASKS, str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     store = first.stores[HOOKS[0]]
