@@ -37,7 +37,7 @@ class SearchGauges:
         """Set every gauge; the best score from the first score on."""
         if standing.best is not None:
             self._gauges["raysae_best_score"].set(standing.best["rung"]["score"])
-        for state in STATES:
+        for state in {*STATES, *standing.counts}:
             self._gauges["raysae_trials"].set(standing.counts[state], tags={"state": state})
         self._gauges["raysae_trials_expected"].set(standing.total)
         self._gauges["raysae_tokens_per_second"].set(standing.tokens_per_second or 0.0)

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ class JournalTail:
         return [json.loads(line) for line in complete.split(b"\n") if line]
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What one look at the search has found."""
+
+    view: View
+    rows: dict[int, list[dict[str, Any]]]
+    """New rows of the curves, by trial."""
+    records: list[dict[str, Any]]
+    """New records of the journal."""
+
+
 class Watch:
     """Display, status file, TensorBoard and gauges of one search; a context manager."""
 
@@ -91,7 +103,13 @@ class Watch:
         self._rate = TokenRate()
         self._ended: dict[int, dict[str, Any]] = {}
         self._view: View | None = None
-        self._problem = ""
+        self._observers: dict[str, Callable[[_Look], None]] = {
+            "the display": lambda look: self._display.update(look.view),
+            "status.json": lambda look: self._status.update(look.view.standing),
+            "the gauges": lambda look: self._gauges.update(look.view.standing),
+            "TensorBoard's files": self._write_curves,
+        }
+        self._problems: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
 
@@ -111,17 +129,17 @@ class Watch:
         self._display.close(self._view)
         if self._view is not None:
             self._status.update(self._view.standing, last=True)
-        if self._problem:
-            self._console.print(self._problem, markup=False, highlight=False)
+        for problem in self._problems:
+            self._console.print(problem, markup=False, highlight=False)
 
     def _loop(self) -> None:
-        """Until told to stop; a search outlives its watcher, whose problem is told at the end."""
+        """Until told to stop; a search outlives its watcher, whose problems are told at the end."""
         try:
             while not self._stop.wait(POLL_SECONDS):
                 self._look()
             self._look()
         except Exception:
-            self._problem = f"the display and its files ended early:\n{traceback.format_exc()}"
+            self._problems.append(f"nobody watched to the end:\n{traceback.format_exc()}")
 
     def _look(self) -> None:
         snapshot, rows = self._poll(self._curves.last_step)
@@ -139,13 +157,19 @@ class Watch:
             places=self._places,
             note="" if snapshot["store_ready"] else "starting workers, harvesting activations",
         )
-        self._display.update(self._view)
-        self._status.update(standing)
-        self._gauges.update(standing)
-        specs = {trial["number"]: trial["spec"] for trial in trials}
-        for number, new in rows.items():
+        look = _Look(self._view, rows, records)
+        for name, tell in list(self._observers.items()):
+            try:
+                tell(look)
+            except Exception:
+                del self._observers[name]
+                self._problems.append(f"{name} ended early:\n{traceback.format_exc()}")
+
+    def _write_curves(self, look: _Look) -> None:
+        specs = {trial["number"]: trial["spec"] for trial in look.view.standing.trials}
+        for number, new in look.rows.items():
             self._curves.curve(number, specs[number], new)
-        for record in records:
+        for record in look.records:
             if record["event"] == "rung":
                 self._curves.rung(record)
             elif record["event"] == "end":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -154,7 +155,24 @@ def test_what_ended_under_an_earlier_start_is_shown(
     assert gauged[-1].best is not None and gauged[-1].best["number"] == 0
 
 
-def test_a_watcher_that_fails_says_so_and_the_search_goes_on(search: Search, watched):
+def test_what_fails_is_left_out_and_said_and_the_rest_goes_on(
+    search: Search, watched, monkeypatch, make_spec
+):
+    looking, out = watched
+    spec = make_spec(number=0).to_dict()
+    monkeypatch.setattr(watch.TensorBoardLog, "curve", Mock(side_effect=OSError("no space [left]")))
+    with looking:
+        search.trials, search.curves = [trial(spec, "running")], {0: [row(1)]}
+        search.wait_for(lambda: bool(looking._problems))
+        search.trials = [trial(spec, "finished", rung={"score": 0.25, "status": "ok"})]
+    text = out.getvalue()
+    assert "trial   0 finished  0.250" in text
+    assert text.count("TensorBoard's files ended early") == 1
+    assert "OSError: no space [left]" in text
+    assert read_status_is_over(search.run_dir)
+
+
+def test_a_watcher_that_cannot_ask_says_so_and_the_search_goes_on(search: Search, watched):
     looking, out = watched
     reached = False
     with looking:
@@ -162,7 +180,7 @@ def test_a_watcher_that_fails_says_so_and_the_search_goes_on(search: Search, wat
         search.wait_for(lambda: not looking._thread.is_alive())
         reached = True
     assert reached
-    assert "the display and its files ended early" in out.getvalue()
+    assert "nobody watched to the end" in out.getvalue()
     assert "RuntimeError: no space left on [device]" in out.getvalue()
 
 
