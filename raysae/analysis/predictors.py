@@ -149,10 +149,9 @@ def rank_correlations(
     Returns:
         Two vectors (p,), −1 to 1; nan where either side does not vary (beyond rounding).
     """
-    ranks = rankdata(np.column_stack([outcome, predictors]), axis=0)
-    ranks -= ranks.mean(axis=0)
-    design = rankdata(covariates, axis=0)
-    design -= design.mean(axis=0)
+    everything = rankdata(np.column_stack([outcome, predictors, covariates]), axis=0)
+    everything -= everything.mean(axis=0)
+    ranks, design = np.split(everything, [1 + predictors.shape[1]], axis=1)
     fitted = design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
     return _correlations(ranks, ranks), _correlations(ranks - fitted, ranks)
 

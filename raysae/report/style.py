@@ -1,0 +1,77 @@
+"""Colours, marks and names that all figures of a report share."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from raysae.analysis.plots import COLOURS
+
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, BLACK = COLOURS
+GREY = "0.75"
+DPI = 130
+
+NAMES = {
+    "regularizer": "regularizer",
+    "alpha": "α",
+    "alpha_schedule": "α schedule",
+    "group_update_period": "group-update period",
+    "k": "k",
+    "score": "unlearning score",
+}
+"""Parameters as a reader knows them; others keep their own names."""
+
+RC: Any = {
+    "font.size": 9.5,
+    "font.family": ["DejaVu Sans"],
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "svg.fonttype": "path",  # the reader's machine may not have the font
+    "svg.hashsalt": "raysae",  # the same figure, the same bytes
+    "path.simplify": True,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the report, drawn: what it shows and its picture."""
+
+    name: str
+    """Of its PNG in the run's `figures/`."""
+    title: str
+    """What it shows, in a sentence."""
+    caption: str
+    image: str
+    """`data:` URI."""
+
+
+def draw(figure: Figure, name: str, title: str, caption: str, folder: Path) -> Plot:
+    """Write the figure's PNG to the folder, and keep it as SVG for the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with rc_context(RC):
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        figure.set_layout_engine("none")  # found once is enough
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Plot(name, title, caption, f"data:image/svg+xml;base64,{text}")
+
+
+def plain(axes: Axes) -> None:
+    """No box, a light grid behind the data."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(color="0.93", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def embed_png(path: Path) -> str:
+    """A PNG file as a `data:` URI."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
