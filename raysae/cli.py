@@ -121,6 +121,21 @@ def evaluate(
     )
 
 
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a search, finished or not.")],
+) -> None:
+    """Write RUN_DIR/report.html: one page that opens offline, the answer first.
+
+    Example: raysae report runs/orth-20261122-180637
+    """
+    from raysae.report.build import build_report
+
+    built = build_report(run_dir)
+    for gap in built.gaps:
+        sys.stdout.write(f"note: {gap}\n")
+    sys.stdout.write(f"{built.path} ({built.seconds:.0f} s)\n")
+
+
 def _say(message: str, code: int) -> int:
     Console(stderr=True).print(
         f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True
@@ -145,6 +160,7 @@ def commands() -> None:
     )
     app.command()(search)
     app.command()(evaluate)
+    app.command()(report)
     _run(app)
 
 

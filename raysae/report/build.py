@@ -12,6 +12,7 @@ import pandas as pd
 
 from raysae.errors import UserError
 from raysae.report.run import Run, read_run
+from raysae.report.style import NAMES
 
 REPORT_FILE = "report.html"
 FIGURES = "figures"
@@ -124,8 +125,18 @@ def _present(*plots: Any) -> list[Any]:
 
 def _embed(plot: Any) -> dict[str, str]:
     plot.figure.update_layout(
-        title=None, template="plotly_white", font={"family": "system-ui, sans-serif", "size": 12}
+        title=None,
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        margin={"t": 36},  # of the missing title
     )
+    for axis in plot.figure.select_xaxes():
+        axis.title.text = NAMES.get(axis.title.text, axis.title.text)
+    for axis in plot.figure.select_yaxes():
+        axis.title.text = NAMES.get(axis.title.text, axis.title.text)
+    for trace in plot.figure.select_traces(selector={"type": "parcoords"}):
+        for dimension in trace.dimensions:
+            dimension.label = NAMES.get(dimension.label, dimension.label)
     config = {"displaylogo": False, "responsive": True}
     return {
         "title": plot.title,

@@ -95,6 +95,7 @@ def scatter(run: Run, folder: Path) -> Plot | None:
             )
             rho, low, high = rank_interval(rungs[name], rungs[OUTCOME])
             figures = f"ρ = {rho:+.2f}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+            figures = figures.replace("-", "−")
             panel.set_title(figures if np.isfinite(rho) else "constant")
             panel.set_xlabel(PREDICTORS[name])
             plain(panel)
@@ -157,7 +158,7 @@ def against_random(run: Run, folder: Path) -> Plot | None:
         _legend(figure, panels, handles)
     whole = table[(table["group"] == "all") & (table["step"] == steps[-1])]["condition_number"]
     title = (
-        f"At the end of training the decoder's κ is {whole.median():.2g} times that of random "
+        f"At the end of training the decoder's κ is {whole.median():.2f} times that of random "
         "directions (median of the trials)"
     )
     caption = (
@@ -202,6 +203,7 @@ def over_training(run: Run, folder: Path) -> Plot | None:
                 )  # fmt: skip
             panel.set_ylabel(label or PREDICTORS[name])
             panel.set_xlabel("training step")
+            panel.set_xticks(sorted(repeated["step"].unique())[:6])
             plain(panel)
     # One number a trial: how κ moved between its first and its last rung.
     ends = repeated.sort_values("step").groupby("trial")["condition_number"].agg(["first", "last"])

@@ -17,6 +17,8 @@ from raysae.report.style import BLACK, BLUE, GREY, NAMES, RC, Plot, draw, plain
 from raysae.search.live import describe
 
 SHOWN_FRONTIERS = 4
+SHOWN_RETAIN = 0.9
+"""Interventions that cost more than that are no use."""
 RETAIN_GATE = 0.99
 """`raysae.unlearning.scoring.RETAIN_GATE`, whose import takes SAEBench's seconds."""
 
@@ -37,8 +39,9 @@ def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
         baseline = run.scored[run.scored["regularizer"] == "none"]["score"]
         for panel, method in zip(panels.flat, methods, strict=False):
             _method_panel(panel, trials, method, parameter, baseline)
-        for panel in panels.flat[len(methods) :]:
-            panel.set_visible(False)
+        for i in range(len(methods), rows * columns):
+            panels.flat[i].set_visible(False)
+            panels.flat[i - columns].tick_params(labelbottom=True)
         figure.supxlabel(_axis(parameter))
         figure.supylabel("unlearning score")
     name = NAMES[parameter]
@@ -71,7 +74,7 @@ def _method_panel(
         )
     if not baseline.empty:
         panel.axhline(baseline.max(), color=BLACK, linestyle="--", linewidth=0.9, zorder=2)
-    if trials[parameter].max() > 20 * trials[parameter].min():
+    if trials[parameter].max() > 8 * trials[parameter].min():
         panel.set_xscale("log")
     panel.set_title(f"{method} ({int(mine.sum())})")
     plain(panel)
@@ -96,7 +99,8 @@ def _trend(run: Run, parameter: str) -> str:
     rho, low, high = rank_interval(at_step["asked"], at_step["score"])
     if not np.isfinite(low):
         return f"too few trials for a trend ({len(at_step)})"
-    figures = f"ρ = {rho:+.2f} [{low:+.2f}, {high:+.2f}], {len(at_step)} trials at step {step}"
+    figures = f"ρ = {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    figures += f", {len(at_step)} trials at step {step}"
     if low > 0 or high < 0:
         return f"higher goes with {'higher' if low > 0 else 'lower'} scores ({figures})"
     return f"no clear trend over all regularizers ({figures})"
@@ -141,12 +145,12 @@ def frontier(run: Run, folder: Path) -> Plot | None:
         axes.axvline(RETAIN_GATE, color=GREY, linewidth=0.9)
         axes.set_xlabel("retain questions still right (share)")
         axes.set_ylabel("forget questions still right (share)")
-        axes.set_xlim(right=1.002)
+        axes.set_xlim(SHOWN_RETAIN, 1.002)
         plain(axes)
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
     title = (
-        f"Forget–retain frontier: keeping {RETAIN_GATE:.0%} of the retain questions, "
-        f"{reached:.0%} of the forget questions stay right at best"
+        f"Forget–retain frontier: while {RETAIN_GATE:.0%} of the retain questions stay right, at "
+        f"best {1 - reached:.0%} of the forget questions are lost"
     )
     caption = (
         "A point is one of SAEBench's interventions on a trial's SAE, lines join those that no "

@@ -121,14 +121,15 @@ def history(run: Run, study: optuna.Study) -> Interactive:
     """Score by trial and the best so far."""
     import optuna.visualization as visualization
 
-    figure = visualization.plot_optimization_history(study, target_name="objective")
+    figure = visualization.plot_optimization_history(study, target_name="score")
     numbers = [trial.user_attrs["trial"] for trial in study.trials]
     words = [f"trial {n}: {describe(run.specs[n])}" for n in numbers]
     values = np.array([trial.value for trial in study.trials], dtype=float)
     best = np.maximum.accumulate(values)
     points, line = figure.data[0], figure.data[1]
     points.update(x=numbers, text=words, hovertemplate="%{text}<br>%{y:.3f}<extra></extra>")
-    line.update(x=numbers, y=best, line={"color": "black"})
+    points.update(name="trial")
+    line.update(x=numbers, y=best, line={"color": "black", "shape": "hv"}, name="best so far")
     stopped = set(run.searched.loc[run.searched["state"] == "stopped", "trial"])
     symbols = ["circle-open" if n in stopped else "circle" for n in numbers]
     points.update(marker={"symbol": symbols, "size": 9, "color": BLUE})
@@ -143,18 +144,17 @@ def history(run: Run, study: optuna.Study) -> Interactive:
 
 
 def parallel(study: optuna.Study) -> Interactive | None:
-    """Every trial that has all of the common parameters as a line."""
+    """Every trial as a line through the parameters that most trials have."""
     import optuna.visualization as visualization
 
     names = [name for name in parameters(study) if name != "group_update_period"]
-    complete = sum(set(names) <= trial.params.keys() for trial in study.trials)
-    if len(names) < 2 or complete < 2:
+    if len(names) < 2:
         return None
-    figure = visualization.plot_parallel_coordinate(study, params=names, target_name="objective")
+    figure = visualization.plot_parallel_coordinate(study, params=names, target_name="score")
     figure.update_layout(height=460, margin={"l": 60, "r": 90})
     caption = (
-        f"A line a trial, darker is better; {complete} trials that have every one of these "
-        "parameters. Drag along an axis to select."
+        "A line a trial, darker is better; None: it has no such parameter. Drag along an axis to "
+        "select."
     )
     return Interactive("parallel", "Which combinations scored", caption, figure)
 
@@ -166,8 +166,11 @@ def slices(study: optuna.Study) -> Interactive | None:
     names = parameters(study)
     if not names:
         return None
-    figure = visualization.plot_slice(study, params=names, target_name="objective")
-    figure.update_layout(height=380, width=None)
+    figure = visualization.plot_slice(study, params=names, target_name="score")
+    for trace in figure.data:
+        trace.x = [value.strip("'") if isinstance(value, str) else value for value in trace.x]
+    figure.update_xaxes(tickangle=-60, automargin=True)
+    figure.update_layout(height=430, width=None)
     caption = "A dot a trial, the later the darker: what the sampler came to prefer."
     return Interactive("slice", "Score by parameter", caption, figure)
 
@@ -187,7 +190,7 @@ def contour(study: optuna.Study) -> Interactive | None:
         numeric = numeric[:1] + numeric[2:]
     if len(numeric) < 2 or len(study.trials) < MIN_TRIALS:
         return None
-    figure = visualization.plot_contour(study, params=numeric, target_name="objective")
+    figure = visualization.plot_contour(study, params=numeric, target_name="score")
     figure.update_layout(height=420 if len(numeric) == 2 else 640)
     caption = "Interpolated between the trials (dots): believe it near dots only. Darker is better."
     return Interactive("contour", "Score over two parameters at a time", caption, figure)
@@ -230,9 +233,12 @@ def importances(run: Run, study: optuna.Study, folder: Path) -> Plot | None:
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     first = next(iter(found))
-    measured, chance = found[first]
-    above = [NAMES.get(n, n) for n in sorted(measured, key=lambda n: -measured[n])
-             if measured[n] > chance[n]]  # fmt: skip
+    measured, _ = found[first]
+    above = [
+        NAMES.get(name, name)
+        for name in sorted(measured, key=lambda name: -measured[name])
+        if all(m[name] > c[name] for m, c in found.values() if name in m)
+    ]
     title = (
         f"What the score hung on: {', '.join(above)} (more than by chance)"
         if above

@@ -142,7 +142,9 @@ def prediction(run: Run) -> str:
     parts = []
     for step, part in asked.groupby("step"):
         parts.append(_at_step(int(str(step)), part))
-    return " ".join([*parts, _tolerance(table), _limits(asked)])
+    return " ".join(
+        text for text in [*parts, _saturation(run), _tolerance(table), _limits(asked)] if text
+    )
 
 
 def _at_step(step: int, part: pd.DataFrame) -> str:
@@ -181,8 +183,8 @@ def _at_step(step: int, part: pd.DataFrame) -> str:
 
 def _list(rows: pd.DataFrame, kind: str) -> str:
     words = [
-        f"{PREDICTORS[row['predictor']]} (ρ {row[kind]:+.2f} "
-        f"[{row[f'{kind}_low']:+.2f}, {row[f'{kind}_high']:+.2f}])"
+        f"{PREDICTORS[row['predictor']]} (ρ {_signed(row[kind], 2)} "
+        f"[{_signed(row[f'{kind}_low'], 2)}, {_signed(row[f'{kind}_high'], 2)}])"
         for _, row in rows.iterrows()
     ]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
@@ -202,9 +204,22 @@ def _tolerance(table: pd.DataFrame) -> str:
             f"to 1e-2 gives partial correlations within {spread:.2f} of each other."
         )
     values = ", ".join(
-        f"{PREDICTORS[row['predictor']]}: {row['partial']:+.2f}" for _, row in last.iterrows()
+        f"{PREDICTORS[row['predictor']]}: {_signed(row['partial'], 2)}"
+        for _, row in last.iterrows()
     )
     return f"The answer for κ hangs on the tolerance of the numerical rank ({values})."
+
+
+def _saturation(run: Run) -> str:
+    """The overlap of two row spaces says nothing once one of them fills the space."""
+    last = run.rungs[run.rungs["step"] == run.rungs["step"].max()]
+    full = int((last["forget_retain_overlap"] > 1 - 1e-9).sum())
+    if full < len(last) / 4:
+        return ""
+    return (
+        f"The overlap is 1 in {full} of {len(last)} trials at the last step, because the features "
+        "of one side span the whole residual stream: among those it cannot tell."
+    )
 
 
 def _limits(asked: pd.DataFrame) -> str:
@@ -221,7 +236,13 @@ def _limits(asked: pd.DataFrame) -> str:
 
 
 def _difference(row: pd.Series[Any]) -> str:
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    """With its sign and a real minus; 0 has none."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
 
 
 def _s(number: int) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -325,12 +326,15 @@ def _conclude(
         "busy_share": busy / (wall * plan.groups),
         "peak_gib": peak_gib,
     }
-    (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     finished = trials[(trials["state"] == "finished") & (trials["stage"] == "search")]
     if not finished.empty:
         best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
         copy_best(run_dir, best)
+    note = _report(run_dir, facts)
+    facts |= {"wall_seconds": time.time() - started, "report_seconds": time.time() - started - wall}
+    (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     print_summary(console, trials, ended, confirmation, run_dir, facts)
+    console.print(note, markup=False, highlight=False, soft_wrap=True)
     failed = trials[trials["state"] == "failed"]
     return SearchOutcome(
         run_dir=run_dir,
@@ -338,6 +342,23 @@ def _conclude(
         failed=len(failed),
         first_error="" if failed.empty else str(failed.iloc[0]["error"]),
     )
+
+
+def _report(run_dir: Path, facts: dict[str, Any]) -> str:
+    """Write the report and say where it is; a search is not lost with its report."""
+    from raysae.report.build import build_report
+
+    # The page tells what the run cost up to here.
+    (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    try:
+        return f"Report: {build_report(run_dir).path}"
+    except Exception as error:
+        (run_dir / "report_error.log").write_text(traceback.format_exc(), encoding="utf-8")
+        return (
+            f"The report failed: {type(error).__name__}: {last_line(error)} (log: "
+            f"{run_dir / 'report_error.log'}); everything else is there. Once more: raysae report "
+            f"{run_dir}"
+        )
 
 
 def copy_best(run_dir: Path, trial: int) -> None:
