@@ -134,8 +134,8 @@ def _embed(plot: Any) -> dict[str, str]:
         axis.title.text = NAMES.get(axis.title.text, axis.title.text)
     for axis in plot.figure.select_yaxes():
         axis.title.text = NAMES.get(axis.title.text, axis.title.text)
-    for trace in plot.figure.select_traces(selector={"type": "parcoords"}):
-        for dimension in trace.dimensions:
+    for trace in plot.figure.data:
+        for dimension in trace.dimensions if trace.type in ("parcoords", "parcats") else ():
             dimension.label = NAMES.get(dimension.label, dimension.label)
     config = {"displaylogo": False, "responsive": True}
     return {

@@ -14,7 +14,7 @@ from raysae.analysis.plots import COLOURS
 from raysae.analysis.predictors import OUTCOME, PREDICTORS, SENSITIVITY
 from raysae.analysis.statistics import rank_interval
 from raysae.report.run import Run
-from raysae.report.style import BLACK, BLUE, GREY, ORANGE, RC, SKY, Plot, draw, plain
+from raysae.report.style import BLACK, BLUE, GREY, ORANGE, RC, SKY, Plot, draw, log_ticks, plain
 
 SCATTERED = ("condition_number", "effective_rank", "coherence", "forget_retain_squared_cosine")
 FALLBACK = "forget_retain_overlap"
@@ -153,6 +153,7 @@ def against_random(run: Run, folder: Path) -> Plot | None:
             panel.set_ylabel(f"{label} / random, same size")
             if name == "condition_number":
                 panel.set_yscale("log")
+                log_ticks(panel.yaxis)
             plain(panel)
         handles = [boxes["boxes"][0]] if len(last) == 1 else None
         _legend(figure, panels, handles)
@@ -181,6 +182,8 @@ def _legend(figure: Any, panels: Any, handles: Any) -> None:
 
 def over_training(run: Run, folder: Path) -> Plot | None:
     """κ, forget–retain squared cosine (or overlap) and group stability from rung to rung."""
+    if run.rungs.empty:
+        return None
     rungs = run.rungs.merge(run.trials[["trial", "regularizer"]], on="trial")
     repeated = rungs[rungs.groupby("trial")["step"].transform("nunique") > 1]
     if repeated.empty:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from raysae.analysis.plots import COLOURS
 from raysae.analysis.statistics import rank_interval
 from raysae.report.run import Run
-from raysae.report.style import BLACK, BLUE, GREY, NAMES, RC, Plot, draw, plain
+from raysae.report.style import BLACK, BLUE, GREY, NAMES, RC, Plot, draw, log_ticks, plain
 from raysae.search.live import describe
 
 SHOWN_FRONTIERS = 4
@@ -76,6 +76,8 @@ def _method_panel(
         panel.axhline(baseline.max(), color=BLACK, linestyle="--", linewidth=0.9, zorder=2)
     if trials[parameter].max() > 8 * trials[parameter].min():
         panel.set_xscale("log")
+        if trials[parameter].max() < 100 * trials[parameter].min():
+            log_ticks(panel.xaxis)
     panel.set_title(f"{method} ({int(mine.sum())})")
     plain(panel)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from raysae.analysis.plots import COLOURS
 
@@ -64,6 +66,13 @@ def plain(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     axes.grid(color="0.93", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def log_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, 20, … in plain figures, for a logarithmic axis of few decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def embed_png(path: Path) -> str:

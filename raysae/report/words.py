@@ -139,6 +139,11 @@ def prediction(run: Run) -> str:
             f"{most}."
         )
     asked = table[~table["predictor"].isin(SENSITIVITY[1:])]
+    if asked["rho"].isna().all():
+        return (
+            "Whether conditioning or overlap predict the unlearning score cannot be said from this "
+            "run: all scores are the same."
+        )
     parts = []
     for step, part in asked.groupby("step"):
         parts.append(_at_step(int(str(step)), part))
@@ -192,6 +197,7 @@ def _list(rows: pd.DataFrame, kind: str) -> str:
 
 def _tolerance(table: pd.DataFrame) -> str:
     last = table[(table["step"] == table["step"].max()) & table["predictor"].isin(SENSITIVITY)]
+    last = last.dropna(subset=["partial"])
     if len(last) < 2:
         return (
             "How far this hangs on the tolerance of the numerical rank is not in this run's "

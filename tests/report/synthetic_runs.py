@@ -76,14 +76,9 @@ def write_search(
     config = config.model_copy(update={"hook": "blocks.0.hook_resid_post"})
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="raysae",
-        storage=storage,
-        direction="maximize",
-        sampler=optuna.samplers.RandomSampler(seed=seed),
-    )
+    sampler = optuna.samplers.RandomSampler(seed=seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial(baseline_point(config))
     assert config.space is not None
     records: list[Record] = []
@@ -94,6 +89,10 @@ def write_search(
         records += made
         rung = made[-1]["rung"]
         study.tell(asked, rung["objective"]) if rung else study.tell(asked, state=FAILED)
+    # Written at once: a storage on disk is synchronised at every parameter.
+    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+    kept = optuna.create_study(study_name="raysae", storage=storage, direction="maximize")
+    kept.add_trials(study.trials)
     if confirm:
         for spec in confirmation_trials(config, ended_trials(records)):
             records += trial_records(spec, rng, constant=constant)
