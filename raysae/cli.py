@@ -17,7 +17,7 @@ from raysae.errors import InterruptedSearchError, UserError
 
 if TYPE_CHECKING:
     from raysae.config import RunConfig
-    from raysae.search.run import SearchOutcome
+    from raysae.search.conclude import SearchOutcome
 
 SMOKE_OVERRIDES = {
     "training.tokens": 65_536,
@@ -226,6 +226,21 @@ def push(
     push_best(run_dir, repo_id, _console(), private=not public)
 
 
+def report(
+    run_dir: RunFolder,
+) -> None:
+    """Write RUN_DIR/report.html: one page that opens offline, the answer first.
+
+    Example: raysae report runs/orth-20261122-180637
+    """
+    from raysae.report.build import build_report
+
+    built = build_report(run_dir)
+    for gap in built.gaps:
+        sys.stdout.write(f"note: {gap}\n")
+    sys.stdout.write(f"{built.path} ({built.seconds:.0f} s)\n")
+
+
 def _configured(
     space: str, base: dict[str, object], set_: list[str] | None, flags: dict[str, int | None]
 ) -> tuple[Path, RunConfig]:
@@ -273,7 +288,7 @@ def commands() -> None:
         help="Which orthogonality regularizer makes a sparse autoencoder separate knowledge best?",
         epilog=EXIT_CODES,
     )
-    for command in (search, resume, plan, status, evaluate, world, push):
+    for command in (search, resume, plan, status, evaluate, report, world, push):
         app.command(epilog=EXIT_CODES)(command)
     _run(app)
 

@@ -94,6 +94,9 @@ class RunEntry(_Strict):
     alpha_schedule: dict[str, Any] = Field({"name": "constant"})
     sae: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = Field(
+        None, ge=0, description="of weights and batches, the first of them; default: search.seed's"
+    )
 
     @field_validator("regularizer", "alpha_schedule")
     @classmethod
@@ -249,11 +252,14 @@ class RunConfig(_Strict):
         The seed follows from the search's seed and the number (or `seed`) alone, so that a trial
         can be run again by itself.
         """
+        own_seed = sampled.get("seed")
         sae = self.sae.model_dump() | sampled["sae"]
         training = TrainingSpec(**(self.training.model_dump() | sampled["training"]))
         spec = TrialSpec(
             number=number,
-            seed=self.seed_of(number if seed is None else seed),
+            seed=self.seed_of(number if seed is None else seed)
+            if own_seed is None
+            else own_seed + (seed or 0),
             run=run,
             sae=SAESpec(**sae),
             training=training,

@@ -278,7 +278,7 @@ def test_a_cluster_that_cannot_be_reached_is_refused_in_seconds(command, address
 
 # --- The other commands ---------------------------------------------------------------------------
 
-COMMANDS = ("resume", "search", "plan", "status", "evaluate", "world", "push")
+COMMANDS = ("resume", "report", "search", "plan", "status", "evaluate", "world", "push")
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from raysae import cli
 from raysae.errors import UserError
 from raysae.model_card import write_card
 from raysae.push import push_best
+from raysae.search.conclude import copy_best
 from raysae.search.confirm import COLUMNS
-from raysae.search.run import copy_best
 from raysae.unlearning import halve
 
 VERDICTS = (
