@@ -40,7 +40,7 @@ from raysae.worlds.world import WORLDS, load_world
 SEQUENCES_PER_CHUNK = 512
 CHUNK_BYTES = 64 << 20
 """Longer sequences make chunks of fewer of them."""
-TASK = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+TASK: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
 """Of a harvesting task. How many run at a time is said by who submits them; a task that had to wait
 for a CPU could not bring back what a lost node held, as the pool holds them all.
 """
