@@ -113,8 +113,9 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
 
     # Ray Train gives every set of workers that it starts a placement group of its own.
     generation = ray.get_runtime_context().get_placement_group_id() or ""
+    source = store.open(device)
     if leader:
-        where = f"node {context.get_node_rank()}, rank {rank}"
+        where = f"node {context.get_node_rank()}, rank {rank}, batches from {source.where}"
         ray.get(broker.register.remote(group, where, generation))
     return Worker(
         config=config,
@@ -127,9 +128,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         eval_config=eval_config,
         make_evaluator=make_evaluator,
         make_probing=make_probing,
-        source=TimedSource(
-            store.open(device), f"{context.get_node_rank()}/{rank}", store.bytes_by_tier()
-        ),
+        source=TimedSource(source, f"{context.get_node_rank()}/{rank}", store.bytes_by_tier()),
     )
 
 
