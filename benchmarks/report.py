@@ -2,8 +2,8 @@
 
     python benchmarks/report.py [--trials 24 1000]
 
-The runs are made by `tests/report/synthetic_runs.py` through the code that writes real ones. Seconds
-are of `build_report` alone, which is imported before; CPU seconds are of this process.
+The runs are made by `tests/report/synthetic_runs.py`, through the code that writes real ones.
+Seconds are of `build_report` alone, imported before; CPU seconds are of this process.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "report"))
 
-from synthetic_runs import write_search  # noqa: E402
+from synthetic_runs import write_search
 
-from raysae.report.build import build_report  # noqa: E402
+from raysae.report.build import build_report
 
 
 def main() -> None:
