@@ -2,8 +2,8 @@
 
     python benchmarks/report.py [--trials 24 1000]
 
-The runs are made by `tests/report/synthetic_runs.py` through the code that writes real ones.
-Seconds are of `build_report` alone, which is imported before; CPU seconds are of this process.
+The runs are made by `tests/report/synthetic_runs.py`, through the code that writes real ones.
+Seconds are of `build_report` alone, imported before; CPU seconds are of this process.
 """
 
 from __future__ import annotations

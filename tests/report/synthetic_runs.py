@@ -7,8 +7,10 @@ made-up answers to made-up questions. Only training is missing: the score follow
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -24,9 +26,10 @@ from raysae.pool.folder import trial_folder
 from raysae.search.confirm import confirmation_trials
 from raysae.search.tune import baseline_point
 from raysae.training.spec import TrialSpec
+from raysae.unlearning import result as unlearning_result
 from raysae.unlearning.grid import GridPoint
 from raysae.unlearning.halves import halve
-from raysae.unlearning.result import UnlearningResult, make_result
+from raysae.unlearning.result import UnlearningResult, make_result, wilson_interval
 from raysae.unlearning.scoring import unlearning_score
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS
 
@@ -51,8 +54,15 @@ FACTS = {
     "wall_seconds": 600.0, "first_result_seconds": 60.0, "busy_share": 0.9, "peak_gib": 2.5,
 }  # fmt: skip
 Record = dict[str, Any]
+FAILED = optuna.trial.TrialState.FAIL
+
+# scipy's takes milliseconds, and thousands of made-up counts repeat themselves.
+_quick_intervals = mock.patch.object(
+    unlearning_result, "wilson_interval", lru_cache(maxsize=None)(wilson_interval)
+)
 
 
+@_quick_intervals
 def write_search(
     folder: Path,
     trials: int,
@@ -100,9 +110,7 @@ def write_search(
     return folder
 
 
-FAILED = optuna.trial.TrialState.FAIL
-
-
+@_quick_intervals
 def write_study(folder: Path, runs: int, seeds: int) -> Path:
     """A finished study of fixed runs, without Optuna."""
     space = {
