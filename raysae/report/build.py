@@ -134,9 +134,9 @@ def _embed(plot: Any) -> dict[str, str]:
         axis.title.text = NAMES.get(axis.title.text, axis.title.text)
     for axis in plot.figure.select_yaxes():
         axis.title.text = NAMES.get(axis.title.text, axis.title.text)
-    for trace in plot.figure.data:
-        for dimension in trace.dimensions if trace.type in ("parcoords", "parcats") else ():
-            dimension.label = NAMES.get(dimension.label, dimension.label)
+    plot.figure.for_each_annotation(lambda a: a.update(text=NAMES.get(a.text, a.text)))
+    for axis in plot.figure.select_xaxes(lambda axis: axis.ticktext is not None):
+        axis.ticktext = [NAMES.get(text, text) for text in axis.ticktext]
     config = {"displaylogo": False, "responsive": True}
     return {
         "title": plot.title,

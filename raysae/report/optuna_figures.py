@@ -29,6 +29,8 @@ MIN_TRIALS = 10
 """Below, importances and contours draw pictures of nothing."""
 TREES, DEPTH = 16, 6
 SHUFFLES = 5
+MOST_LINES = 200
+"""Of the parallel coordinates: every line is a trace of its own, of kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,18 @@ def history(run: Run, study: optuna.Study) -> Interactive:
 
 
 def parallel(study: optuna.Study) -> Interactive | None:
-    """Every trial as a line through the parameters that most trials have."""
+    """A line a trial through the parameters that most trials have."""
+    import optuna
     import optuna.visualization as visualization
 
     names = [name for name in parameters(study) if name != "group_update_period"]
     if len(names) < 2:
         return None
-    figure = visualization.plot_parallel_coordinate(study, params=names, target_name="score")
+    few = optuna.create_study(direction="maximize")
+    few.add_trials(sorted(study.trials, key=lambda t: t.value or 0.0)[-MOST_LINES:])
+    figure = visualization.plot_parallel_coordinate(few, params=names, target_name="score")
     figure.update_layout(height=460, margin={"l": 60, "r": 90})
-    caption = (
-        "A line a trial, darker is better; None: it has no such parameter. Drag along an axis to "
-        "select."
-    )
+    caption = "A line a trial, darker is better; None: it has no such parameter."
     return Interactive("parallel", "Which combinations scored", caption, figure)
 
 

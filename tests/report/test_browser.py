@@ -55,7 +55,7 @@ def test_a_search_opens_without_errors_and_without_a_network(browser: Any, searc
     # A mark, a line or a field of colour in every interactive figure.
     drawn = page.evaluate(
         f"{plots}.map(d => d.querySelectorAll("
-        "'.points path, .gl-container canvas, .contourlayer path, .heatmaplayer image').length)"
+        "'.points path, path.js-line, .contourlayer path, .heatmaplayer image').length)"
     )
     assert min(drawn) > 0
     widths = page.evaluate("[...document.images].map(i => i.naturalWidth)")
