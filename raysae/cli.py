@@ -1,4 +1,7 @@
-"""Words in, exit codes out: 0 done, 1 every trial failed, 2 bad input, 130 interrupted."""
+"""Words in, exit codes out, as in `EXIT_CODES`.
+
+Nothing heavy is imported before a command needs it: `raysae status` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import psutil
 import typer
 from rich.console import Console
 
-from raysae.config import RunConfig, find_space, load_config, parse_override
 from raysae.errors import InterruptedSearchError, UserError
 
 if TYPE_CHECKING:
-    from raysae.search.run import SearchOutcome
+    from raysae.config import RunConfig
+    from raysae.search.conclude import SearchOutcome
 
 SMOKE_OVERRIDES = {
     "training.tokens": 65_536,
@@ -25,11 +28,23 @@ SMOKE_OVERRIDES = {
 }
 """The whole job with every real part in it, small: most of its time is start-up."""
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 every trial failed or the search had to stop, 2 bad input (one "
+    "message), 130 interrupted."
+)
+
+SpaceOption = Annotated[
+    str, typer.Option(help="Space file: a path, or a bare name in search_spaces/.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field, e.g. --set training.tokens=500000."),
+]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder of a search.", metavar="RUN_DIR")]
+
 
 def search(
-    space: Annotated[
-        str, typer.Option(help="Space file: a path, or a bare name in search_spaces/.")
-    ] = "orth.yaml",
+    space: SpaceOption = "orth.yaml",
     num_samples: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Trials at a time; 1 makes a run repeatable.")
@@ -41,52 +56,43 @@ def search(
     out: Annotated[
         str | None, typer.Option(help="Run folder; must not exist. Default: runs/SPACE-DATE-TIME.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field, e.g. --set training.tokens=500000."),
-    ] = None,
+    set_: SetOption = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Three short trials: the whole job, small.")
     ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would happen, and start nothing.")
     ] = False,
-    resume: Annotated[
+    resume_: Annotated[
         Path | None,
-        typer.Option(help="Go on with an interrupted search: its run folder. Alone, or --address."),
+        typer.Option("--resume", help="Go on with an interrupted search: its run folder."),
     ] = None,
 ) -> None:
     """Search for the regularizer that separates knowledge best.
 
     Example: python run_search.py --space orth.yaml --num-samples 48 --seed 1
     """
-    if resume is not None:
+    if resume_ is not None:
         given = {"--num-samples": num_samples, "--max-concurrent": max_concurrent, "--seed": seed,
                  "--out": out, "--set": set_, "--smoke": smoke, "--plan": plan}  # fmt: skip
         for name, value in given.items():
             if value:
                 raise UserError(f"{name}: a resumed search keeps its own settings; leave it out")
-        _resume(resume, address)
+        resume(resume_, address)
         return
-    path = find_space(space)
-    overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
-    overrides |= dict(parse_override(text) for text in set_ or [])
     flags = {
         "search.num_samples": num_samples,
         "search.max_concurrent": max_concurrent,
         "search.seed": seed,
     }
-    overrides |= {key: value for key, value in flags.items() if value is not None}
-    config: RunConfig = load_config(path, overrides)
-    from raysae.search.cluster import check_address
-    from raysae.search.run import fetch_world, make_run_dir, resolve, run_search
-
-    config = resolve(config)
+    overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
+    path, config = _configured(space, overrides, set_, flags)
     if plan:
-        from raysae.search.plan import describe_plan
-
-        sys.stdout.write("\n".join(describe_plan(config)) + "\n")
+        _print_plan(config)
         return
+    from raysae.search.cluster import check_address
+    from raysae.search.run import fetch_world, make_run_dir, run_search
+
     if address is not None:
         check_address(address)
     fetch_world(config)
@@ -100,8 +106,16 @@ def search(
     _exit_code(outcome)
 
 
-def _resume(run_dir: Path, address: str | None) -> None:
-    """Go on with the search of a run folder."""
+def resume(
+    run_dir: RunFolder,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
+    ] = None,
+) -> None:
+    """Go on with an interrupted search: nothing that has ended is trained again.
+
+    Example: raysae resume runs/orth-20260101-120000
+    """
     from raysae.search.cluster import check_address
     from raysae.search.run import load_run, run_search
 
@@ -116,14 +130,32 @@ def _resume(run_dir: Path, address: str | None) -> None:
     )
 
 
-def _console() -> Console:
-    """Without a terminal there is no width to fit into."""
-    return Console(width=None if sys.stdout.isatty() else 180)
-
-
 def _exit_code(outcome: SearchOutcome) -> None:
     if outcome.failed == outcome.trials:
         raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
+
+
+def plan(space: SpaceOption = "orth.yaml", set_: SetOption = None) -> None:
+    """Say what a search would do and need, and start nothing.
+
+    Example: raysae plan --space seed_gemma-2-2b.yaml
+    """
+    _print_plan(_configured(space, {}, set_, {})[1])
+
+
+def status(
+    run_dir: RunFolder,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again every second until it is over.")
+    ] = False,
+) -> None:
+    """Where a search stands, while it runs or afterwards, from its run folder alone.
+
+    Example: raysae status runs/orth-20261122-180637 --watch
+    """
+    from raysae.search.status import show_status
+
+    show_status(run_dir, _console(), watch=watch)
 
 
 def evaluate(
@@ -155,8 +187,82 @@ def evaluate(
         split_seed=split_seed,
         sparse_probing=sparse_probing,
         out=out,
-        console=Console(width=None if sys.stdout.isatty() else 180),
+        console=_console(),
     )
+
+
+def world(
+    name: Annotated[str, typer.Argument(help="Name of the world.")] = "embedded",
+    examples: Annotated[
+        int, typer.Option(min=0, help="Questions of each set, and texts of each corpus, to show.")
+    ] = 1,
+) -> None:
+    """Describe a world: its model, hook points, corpora and questions, with examples.
+
+    Example: raysae world embedded --examples 3
+    """
+    from raysae.worlds.describe import describe_world
+
+    describe_world(name, examples, _console())
+
+
+def push(
+    run_dir: RunFolder,
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the hub: USER/NAME.", metavar="REPO_ID")
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Of a new repository; private by default.")
+    ] = False,
+) -> None:
+    """Push the best SAE with its model card to the Hugging Face hub.
+
+    Needs a token: `hf auth login`, or HF_TOKEN.
+
+    Example: raysae push runs/orth-20261122-180637 me/sae-unlearning
+    """
+    from raysae.push import push_best
+
+    push_best(run_dir, repo_id, _console(), private=not public)
+
+
+def report(
+    run_dir: RunFolder,
+) -> None:
+    """Write RUN_DIR/report.html: one page that opens offline, the answer first.
+
+    Example: raysae report runs/orth-20261122-180637
+    """
+    from raysae.report.build import build_report
+
+    built = build_report(run_dir)
+    for gap in built.gaps:
+        sys.stdout.write(f"note: {gap}\n")
+    sys.stdout.write(f"{built.path} ({built.seconds:.0f} s)\n")
+
+
+def _configured(
+    space: str, base: dict[str, object], set_: list[str] | None, flags: dict[str, int | None]
+) -> tuple[Path, RunConfig]:
+    """The space file and its configuration; flags override --set, which overrides `base`."""
+    from raysae.config import find_space, load_config, parse_override
+    from raysae.search.run import resolve
+
+    path = find_space(space)
+    overrides = base | dict(parse_override(text) for text in set_ or [])
+    overrides |= {key: value for key, value in flags.items() if value is not None}
+    return path, resolve(load_config(path, overrides))
+
+
+def _print_plan(config: RunConfig) -> None:
+    from raysae.search.plan import describe_plan
+
+    sys.stdout.write("\n".join(describe_plan(config)) + "\n")
+
+
+def _console() -> Console:
+    """Without a terminal there is no width to fit into."""
+    return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def _say(message: str, code: int) -> int:
@@ -169,7 +275,7 @@ def _say(message: str, code: int) -> int:
 def main() -> None:
     """Entry point of `run_search.py`: the search alone."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(search)
+    app.command(epilog=EXIT_CODES)(search)
     _run(app)
 
 
@@ -180,9 +286,10 @@ def commands() -> None:
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         help="Which orthogonality regularizer makes a sparse autoencoder separate knowledge best?",
+        epilog=EXIT_CODES,
     )
-    app.command()(search)
-    app.command()(evaluate)
+    for command in (search, resume, plan, status, evaluate, report, world, push):
+        app.command(epilog=EXIT_CODES)(command)
     _run(app)
 
 

@@ -94,6 +94,9 @@ class RunEntry(_Strict):
     alpha_schedule: dict[str, Any] = Field({"name": "constant"})
     sae: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = Field(
+        None, ge=0, description="of weights and batches, the first of them; default: search.seed's"
+    )
 
     @field_validator("regularizer", "alpha_schedule")
     @classmethod
@@ -155,6 +158,9 @@ class RunConfig(_Strict):
     search: SearchConfig = SearchConfig()
     confirm: ConfirmConfig = ConfirmConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    loggers: tuple[Literal["wandb", "mlflow", "aim"], ...] = Field(
+        (), description="experiment trackers told of every trial, beside TensorBoard"
+    )
     space: SearchSpace | None = Field(None, description="what is searched")
     runs: dict[str, RunEntry] | None = Field(
         None, min_length=1, description="instead of a space: the runs of a study, by name"
@@ -217,6 +223,11 @@ class RunConfig(_Strict):
         """Number of trials, those of the confirmation left out."""
         return self.search.num_samples if self.is_search else len(self.fixed_trials())
 
+    @property
+    def max_confirmation(self) -> int:
+        """Trials of the confirmation at most: each of the best, and both baselines beside it."""
+        return self.confirm.seeds * 3 * self.confirm.top if self.is_search else 0
+
     def fixed_trials(self) -> list[TrialSpec]:
         """The trials of a study's runs or of a grid, seed by seed; [] where a sampler chooses them.
 
@@ -241,11 +252,14 @@ class RunConfig(_Strict):
         The seed follows from the search's seed and the number (or `seed`) alone, so that a trial
         can be run again by itself.
         """
+        own_seed = sampled.get("seed")
         sae = self.sae.model_dump() | sampled["sae"]
         training = TrainingSpec(**(self.training.model_dump() | sampled["training"]))
         spec = TrialSpec(
             number=number,
-            seed=self.seed_of(number if seed is None else seed),
+            seed=self.seed_of(number if seed is None else seed)
+            if own_seed is None
+            else own_seed + (seed or 0),
             run=run,
             sae=SAESpec(**sae),
             training=training,

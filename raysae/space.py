@@ -128,6 +128,11 @@ def _parse_parameter(value: Any) -> Any:
         if not value:
             raise ValueError("empty range: a list of choices needs at least one")
         return Choice(choices=tuple(value))
+    if isinstance(value, dict) and len(value) == 1:  # as a run's config.yaml has them
+        if "choices" in value:
+            return _parse_parameter(value["choices"])
+        if "value" in value:
+            return Fixed(value=value["value"])
     if isinstance(value, dict):
         kinds: dict[str, type[FloatRange | IntRange]] = {"float": FloatRange, "int": IntRange}
         found = [kind for kind in kinds if kind in value]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raysae import cli
-from raysae.config import RunConfig
+from raysae.config import RunConfig, load_config
 from raysae.search import cluster, run
 from raysae.worlds import load_world
 
@@ -273,3 +274,130 @@ def test_a_cluster_that_cannot_be_used_is_the_users_to_fix(command, monkeypatch)
 )
 def test_a_cluster_that_cannot_be_reached_is_refused_in_seconds(command, address, parts):
     assert_refused(command("--address", address), *parts)
+
+
+# --- The other commands ---------------------------------------------------------------------------
+
+COMMANDS = ("resume", "report", "search", "plan", "status", "evaluate", "world", "push")
+
+
+@pytest.fixture
+def raysae(monkeypatch, capsys) -> Callable[..., Ended]:
+    """`raysae` with these arguments, in this process."""
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["raysae", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as caught:
+            cli.commands()
+        out, err = capsys.readouterr()
+        return Ended(int(caught.value.code or 0), out, err)
+
+    return call
+
+
+def test_the_help_lists_every_command_and_the_exit_codes(raysae):
+    ended = raysae("--help")
+    assert ended.code == 0
+    assert [name for name in COMMANDS if f" {name} " not in ended.out] == []
+    assert "Exit codes: 0 done, 1 every trial failed or" in ended.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_an_example_of_itself(name: str, raysae):
+    ended = raysae(name, "--help")
+    assert ended.code == 0
+    example = "python run_search.py" if name == "search" else f"raysae {name}"
+    assert f"Example: {example}" in ended.out
+    assert "Exit codes" in ended.out
+
+
+def test_plan_says_what_search_plan_says(raysae):
+    options = ["--space", "seed_runs.yaml", "--set", "training.tokens=409600"]
+    planned, searched = raysae("plan", *options), raysae("search", "--plan", *options)
+    assert planned.code == searched.code == 0
+    assert "409,600 tokens a trial" in planned.out
+    assert planned.out == searched.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["plan", "--space", "orht"], "--space orht: no such file"),
+        (["status", "nowhere"], "nowhere: no such folder"),
+        (["world", "embeded"], "unknown world 'embeded': valid are 'embedded'"),
+        (["push", "nowhere", "me/sae"], "nowhere: no best SAE there"),
+        (["evaluate", "nowhere"], "nowhere: no SAELens SAE there"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_one_message(arguments: list[str], part: str, raysae):
+    ended = raysae(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"error: {part}")
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_a_world_is_described_with_questions_that_it_asks(raysae):
+    ended = raysae("world", "embedded", "--examples", "2")
+    world = load_world("embedded")
+    assert ended.code == 0
+    for questions in world.questions.values():
+        for question in questions[:2]:
+            assert question.question in ended.out
+            assert f"{question.choices[question.answer]}  ← right" in ended.out
+        assert questions[2].question not in ended.out
+    assert ended.out.count("← right") == 2 * len(world.questions)
+    assert world.fingerprint()[:16] in ended.out
+    assert "4 layers, d_in 128" in ended.out
+    assert "blocks.0.hook_resid_post to blocks.2.hook_resid_post" in ended.out
+
+
+def test_a_world_can_be_described_without_examples(raysae):
+    ended = raysae("world", "--examples", "0")
+    assert ended.code == 0
+    assert "right" not in ended.out.replace("answered right", "")
+
+
+def test_describing_a_world_needs_neither_ray_nor_torch(tmp_path: Path):
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    for heavy in ("ray", "torch", "pandas", "transformers", "sklearn"):
+        (trap / f"{heavy}.py").write_text(f"raise SystemExit('{heavy} was imported')\n")
+    code = "import sys; from raysae.cli import commands; commands()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "world"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(trap)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [[], ["config.yaml"], ["about.json"]])
+def test_a_folder_without_a_search_cannot_be_resumed(tmp_path: Path, there: list[str], command):
+    for name in there:
+        (tmp_path / name).write_text("{}")
+    ended = command("--resume", str(tmp_path))
+    assert ended.code == 2
+    assert f"--resume {tmp_path}: no search has begun there" in ended.err
+
+
+def test_a_resumed_search_keeps_its_settings(tmp_path: Path, command):
+    ended = command("--resume", str(tmp_path), "--seed", "3")
+    assert ended.code == 2
+    assert "--seed: a resumed search keeps its own settings" in ended.err
+
+
+def test_a_world_that_has_changed_is_not_gone_on_with(tmp_path: Path, command):
+    config = run.resolve(load_config(ORTH)).model_dump(mode="json", by_alias=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "about.json").write_text('{"world_fingerprint": "another", "sessions": []}')
+    ended = command("--resume", str(tmp_path))
+    assert ended.code == 2
+    assert "is not the one of that search any more" in ended.err

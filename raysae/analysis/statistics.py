@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 RESAMPLES = 10_000
+RANK_RESAMPLES = 1000
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
@@ -17,3 +20,27 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     means = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def rank_interval(x: ArrayLike, y: ArrayLike, at_least: int = 8) -> tuple[float, float, float]:
+    """Spearman's rank correlation and its 95 % percentile interval over resamples of the pairs.
+
+    Returns:
+        (ρ, low, high); ρ is nan where x or y is constant, the interval also below `at_least` pairs.
+    """
+    pairs = np.column_stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
+    rho = _spearman(pairs)
+    if len(pairs) < at_least or not np.isfinite(rho):
+        return rho, np.nan, np.nan
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(len(pairs), size=(RANK_RESAMPLES, len(pairs)))
+    draws = np.array([_spearman(pairs[rows]) for rows in chosen])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return rho, float(low), float(high)
+
+
+def _spearman(pairs: np.ndarray) -> float:
+    ranks = rankdata(pairs, axis=0)
+    ranks -= ranks.mean(axis=0)
+    norms = np.linalg.norm(ranks, axis=0)
+    return float(ranks[:, 0] @ ranks[:, 1] / norms.prod()) if norms.all() else np.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +56,57 @@ TRIAL_COLUMNS: dict[str, str] = {
     "l0": "mean number of active features a token",
     "explained_variance": "1 − residual variance / variance",
     "dead_features": "features that have not fired for `dead_after` steps",
+    "dense_features": "features that fire on more than a tenth of the tokens, mean of the rates on "
+    "forget and retain tokens",
     "condition_number": "σ_max/σ_min of all decoder rows over the non-zero spectrum",
+    "numerical_rank": "singular values of all decoder rows above tolerance × σ_max (count)",
     "effective_rank": "exp of the entropy of the decoder's normalised singular values",
+    "stable_rank": "‖D‖²_F / σ_max² of all decoder rows",
     "coherence": "largest |cos| between two decoder rows",
     "forget_retain_overlap": "‖Q_fᵀQ_r‖²_F / min(k_f, k_r) of the selective subspaces, 0 to 1",
-    "train_seconds": "wall time in training",
-    "score_seconds": "wall time in scoring at the last rung",
+    "forget_retain_squared_cosine": "d_in × mean cos² over pairs of a forget and a retain feature; "
+    "1: as random directions",
+    "largest_principal_angle": "between the selective subspaces, radians",
+    "adjusted_rand_index": "of the groups at the last rung and at the one before: 1 the same, 0 as "
+    "by chance",
+    "train_seconds": "wall time in training, s",
+    "score_seconds": "wall time in scoring at the last rung, s",
+    "wall_seconds": "from the start of the trial on its worker to its end, s",
+    "gpu_hours": "wall_seconds × GPUs of the trial, h; 0 on the CPU",
     "tokens_per_second": "tokens / train_seconds",
     "attempts": "1, or more if a worker died under it",
     "config_hash": "12 hex digits over everything that decides the trial's numbers but its number",
     "error": "why it failed",
+    "git_commit": "of the source tree of the search",
+    "versions": "of raysae, Python and the packages, as JSON",
 }
-"""Columns of `trials.parquet` with their meaning; searched parameters of a method or schedule are
-added as `regularizer.<name>` and `alpha_schedule.<name>`, and with `evals: [sparse_probing]` the
-test accuracies of SAEBench's probes, `sae_top_<k>` and `sae` of the SAE's best k or all features,
-`llm_top_<k>` and `llm` of the language model's own activations."""
+"""Columns of `trials.parquet` with their meaning; parameters of a method or schedule are added as
+`regularizer.<name>` and `alpha_schedule.<name>`, those of training as `training.<name>`, and with
+`evals: [sparse_probing]` the test accuracies of SAEBench's probes, `sae_top_<k>` and `sae` of the
+SAE's best k or all features, `llm_top_<k>` and `llm` of the language model's own activations."""
 
-TIME_COLUMNS = ("train_seconds", "score_seconds", "tokens_per_second")
+TIME_COLUMNS = (
+    "train_seconds", "score_seconds", "wall_seconds", "gpu_hours", "tokens_per_second",
+)  # fmt: skip
 """Columns that differ between two runs of the same search."""
 
 
-def trials_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a trial, columns as in `TRIAL_COLUMNS`, in the order of the trials' numbers."""
-    rows = [_trial_row(record) for record in ended]
-    frame = pd.DataFrame(rows)
+CONDITIONING = (
+    "condition_number", "numerical_rank", "effective_rank", "stable_rank", "coherence",
+    "forget_retain_overlap", "forget_retain_squared_cosine", "largest_principal_angle",
+    "adjusted_rand_index",
+)  # fmt: skip
+"""Columns of the trials table that come from the "all" row of the conditioning at the last rung."""
+
+
+def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = None) -> pd.DataFrame:
+    """One row a trial, columns as in `TRIAL_COLUMNS`, in the order of the trials' numbers.
+
+    Args:
+        ended: the journal's `end` records.
+        about: the run's `about.json`, for versions, commit and GPUs; None where there is none.
+    """
+    frame = pd.DataFrame([_trial_row(record) | _origin(record, about) for record in ended])
     extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
     return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
 
@@ -101,14 +129,34 @@ def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[str, Any]]) -> None:
     """Write trials, curves and conditioning to the run folder, as Parquet and CSV each."""
+    about = run_dir / "about.json"
     tables = {
-        "trials": trials_table(ended),
+        "trials": trials_table(
+            ended, json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+        ),
         "curves": curves_table(ended),
         "conditioning": conditioning_rows(records),
     }
     for name, table in tables.items():
         table.to_parquet(run_dir / f"{name}.parquet", index=False)
         table.to_csv(run_dir / f"{name}.csv", index=False)
+
+
+def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, Any]:
+    """Where and with what a trial ran."""
+    started, ended = record.get("started"), record.get("ended")
+    # Journals did not always have a start.
+    seconds = None if started is None or ended is None else ended - started
+    row: dict[str, Any] = {"wall_seconds": seconds}
+    if about is None:
+        return row
+    plan = about["plan"]
+    gpus = plan["workers_per_trial"] if plan["gpus"] else 0
+    return row | {
+        "gpu_hours": None if seconds is None else seconds * gpus / 3600,
+        "git_commit": about["git_commit"],
+        "versions": json.dumps({"python": about["python"]} | about["versions"]),
+    }
 
 
 def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +190,8 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     }
     row |= {f"regularizer.{name}": value for name, value in regularizer.items()}
     row |= {f"alpha_schedule.{name}": value for name, value in schedule.items()}
+    training = {n: v for n, v in spec["training"].items() if not isinstance(v, list | tuple)}
+    row |= {f"training.{name}": value for name, value in training.items()}
     if not rung:
         return row
     metrics = rung["metrics"]
@@ -170,5 +220,6 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
             right, total = transferred[f"{side}_correct"], transferred[f"{side}_total"]
             row[f"heldout_{side}_accuracy"] = right / total
     whole = next(r for r in rung["conditioning"] if r["group"] == "all")
-    names = ("condition_number", "effective_rank", "coherence", "forget_retain_overlap")
-    return row | {name: whole[name] for name in names}
+    # A journal of an older version lacks what was added since.
+    row["dense_features"] = rung.get("dense_features")
+    return row | {name: whole.get(name) for name in CONDITIONING}

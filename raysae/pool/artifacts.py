@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
 from raysae.analysis.conditioning import conditioning_table
@@ -15,6 +16,11 @@ from raysae.training.loop import Rung
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import halve, sae_cfg_dict
 from raysae.worlds import World
+
+GROUPS_FILE = "groups.npz"
+"""Group labels at every rung: arrays (d_sae,) named by the training step."""
+DENSE_RATE = 0.1
+"""A feature is dense if it fires on more than this share of the tokens (of both corpora alike)."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,13 @@ class Artifacts:
             self.eval_config, cfg_dict, sae_release=f"raysae_trial_{spec.number:04d}"
         )
         output.to_json_file(str(self.folder / RESULT_FILE), indent=1)
+        groups = None if rung.groups is None else rung.groups.cpu().numpy()
+        rates = rung.forget_rate.cpu().numpy(), rung.retain_rate.cpu().numpy()
         table = conditioning_table(
             rung.sae.W_dec.detach().cpu().numpy(),
-            rung.forget_rate.cpu().numpy(),
-            rung.retain_rate.cpu().numpy(),
-            None if rung.groups is None else rung.groups.cpu().numpy(),
+            *rates,
+            groups,
+            self._previous_groups(groups, rung.step),
             trial=spec.number,
             step=rung.step,
         )
@@ -73,7 +81,21 @@ class Artifacts:
             "result": rung.result.to_dict(),
             "sparse_probing": probing,
             "metrics": rung.metrics,
+            "dense_features": int(((rates[0] + rates[1]) / 2 > DENSE_RATE).sum()),
             "conditioning": table.astype(object).where(table.notna(), None).to_dict("records"),
             "train_seconds": rung.train_seconds,
             "score_seconds": rung.score_seconds,
         }
+
+    def _previous_groups(self, groups: np.ndarray | None, step: int) -> np.ndarray | None:
+        """The labels of the rung before, kept in the folder with those of this one."""
+        if groups is None:
+            return None
+        path = self.folder / GROUPS_FILE
+        kept: dict[str, np.ndarray] = {}
+        if path.exists():
+            with np.load(path) as saved:
+                # A trial that began again finds the labels of its first attempt.
+                kept = {name: saved[name] for name in saved.files if int(name) < step}
+        np.savez_compressed(path, **kept, **{str(step): groups})
+        return kept[max(kept, key=int)] if kept else None

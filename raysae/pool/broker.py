@@ -231,6 +231,7 @@ class BrokerState:
         """
         job = self._jobs[number]
         job.progress = row
+        job.rows.append(row)
         if row["tokens"] > job.furthest:
             job.furthest, job.attempt = row["tokens"], 1
         return self._word(job)
@@ -286,14 +287,25 @@ class BrokerState:
 
     # ---- observers
 
+    async def health(self) -> tuple[str, bool]:
+        """Why the search was halted, empty if it was not; and whether the store is known."""
+        return self._halted, self._store is not None
+
     async def snapshot(self) -> dict[str, Any]:
-        """State of every trial, for the live display, and whether the search was halted."""
+        """State of every trial, for the live display."""
         return {
             "workers": dict(self._workers),
             "store_ready": self._store is not None,
-            "halted": self._halted,
             "trials": [job.snapshot() for job in self._jobs.values()],
         }
+
+    async def rows(self, after: dict[int, int]) -> dict[int, list[dict[str, Any]]]:
+        """Rows of the training curves past those steps, by trial; all of a trial without one."""
+        new = {
+            job.number: [row for row in job.rows if row["step"] > after.get(job.number, -1)]
+            for job in self._jobs.values()
+        }
+        return {number: rows for number, rows in new.items() if rows}
 
     # ---- inner
 

@@ -58,6 +58,7 @@ def trial_client(config: dict[str, Any]) -> None:
                     "tokens": tokens,
                     "number": number,
                     "failed": failed,
+                    **({} if failed else _figures(event)),
                 }
             )
             if failed or event["last"]:
@@ -65,3 +66,10 @@ def trial_client(config: dict[str, Any]) -> None:
             ray.get(broker.proceed.remote(number, tokens))
     finally:
         ray.get(broker.cancel.remote(number))
+
+
+def _figures(event: dict[str, Any]) -> dict[str, float]:
+    """What a rung has beside the objective, for experiment trackers."""
+    names = ("score", "heldout_score", "saebench_score", "step")
+    metrics: dict[str, float] = event["metrics"]
+    return {name: event[name] for name in names} | metrics

@@ -38,6 +38,8 @@ class Job:
     started: float | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     """Last row of the training curve."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of the curve, for observers: since this broker began, repeated where a worker was lost."""
     rung: dict[str, Any] = field(default_factory=dict)
     """Last scored one."""
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -106,9 +108,17 @@ def replay(records: list[dict[str, Any]], session: str) -> dict[int, Job]:
         elif event == "rung":
             job.curve = fields.pop("curve")
             job.rung = fields
+            job.progress = _figures(job.rung)
         elif event == "proceed":
             job.proceeded = fields["tokens"]
         elif event == "end" and job.state not in ENDED:
             job.state, job.error, job.spec = fields["state"], fields["error"], fields["spec"]
             job.rung, job.curve = fields["rung"], fields["curve"]
+            job.progress = _figures(job.rung)
     return jobs
+
+
+def _figures(rung: dict[str, Any]) -> dict[str, Any]:
+    """What a rung says of the training, as a row of the curve."""
+    row = {key: rung[key] for key in ("step", "tokens") if key in rung}
+    return {**row, **rung.get("metrics", {})}

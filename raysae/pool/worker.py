@@ -21,8 +21,8 @@ from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.pool.jobs import HaltedError
+from raysae.pool.waits import TimedSource
 from raysae.sparse_probing import SparseProbing
-from raysae.store.batches import ChunkedActivations
 from raysae.store.handle import StoreHandle
 from raysae.training.checkpoint import Checkpoints
 from raysae.training.collective import Alone, Group
@@ -128,7 +128,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         eval_config=eval_config,
         make_evaluator=make_evaluator,
         make_probing=make_probing,
-        source=source,
+        source=TimedSource(source, f"{context.get_node_rank()}/{rank}", store.bytes_by_tier()),
     )
 
 
@@ -146,7 +146,7 @@ class Worker:
     eval_config: UnlearningEvalConfig
     make_evaluator: Callable[[], Evaluator]
     make_probing: Callable[[], SparseProbing]
-    source: ChunkedActivations
+    source: TimedSource
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -112,8 +112,8 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         # One logical CPU more than the workers take, so that the harvest can run beside them
         # while they start; it is idle afterwards. Logical CPUs are promises, not cores.
         context = ray.init(
+            address="local",  # a cluster that happens to run here is not to be joined unasked
             num_cpus=workers * resources.threads_per_worker + HARVEST_CPUS,
-            address="local",
             num_gpus=workers if resources.use_gpu else 0,
             object_store_memory=STORE_BYTES,
             include_dashboard=True,
@@ -137,6 +137,17 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         raise
     url = context.dashboard_url
     return plan, f"http://{url}" if url else None
+
+
+def metrics_addresses() -> list[str]:
+    """Where Prometheus finds the metrics of the cluster's nodes; Ray must be up."""
+    import ray
+
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def _token_hint() -> str:

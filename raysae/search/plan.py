@@ -14,7 +14,7 @@ def describe_plan(config: RunConfig) -> list[str]:
     entry, training, resources = WORLDS[config.world], config.training, config.resources
     assert config.hook is not None
     layer = int(config.hook.split(".")[1])
-    confirmation = config.confirm.seeds * 3 * config.confirm.top if config.is_search else 0
+    confirmation = config.max_confirmation
     trials = config.fixed_trials()
     names = list(dict.fromkeys(spec.run for spec in trials))
     what = (

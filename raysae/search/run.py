@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +23,18 @@ from raysae import __version__
 from raysae.config import RunConfig, load_config
 from raysae.errors import InterruptedSearchError, UserError
 from raysae.journal import JOURNAL, ended_trials, read_journal
-from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
 from raysae.search import cluster
+from raysae.search.conclude import SearchOutcome, conclude
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
+from raysae.search.loggers import check_loggers
+from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
 from raysae.worlds.world import WORLDS, World, check_hook, load_world
 
 if TYPE_CHECKING:
-    from raysae.search.live import LiveDisplay
+    from raysae.search.watch import Watch
     from raysae.training.spec import TrialSpec
 
-POOL_FAILURES = 50
-"""Times that the pool may lose a worker before the search stops, to be resumed by hand."""
 PAUSE_SECONDS = 30
 """Time for a trial in flight to reach a place where it can be saved; scoring takes the longest."""
 
@@ -43,16 +42,6 @@ PACKAGES = (
     "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
     "optuna", "datasets", "numpy", "pandas", "scikit-learn",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """How a search ended."""
-
-    run_dir: Path
-    trials: int
-    failed: int
-    first_error: str
 
 
 def make_run_dir(out: str | None, name: str) -> Path:
@@ -80,8 +69,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fill in what the world decides, and check it against the model's own config.
 
     Raises:
-        UserError: the model has no such hook point.
+        UserError: the model has no such hook point, or a logger cannot be used.
     """
+    check_loggers(config.loggers)
     entry = WORLDS[config.world]
     hook = config.hook or entry.default_hook_name
     try:
@@ -154,7 +144,7 @@ def run_search(
             soft_wrap=True,
         )
         broker: Any = None
-        memory = _MemoryWatch()
+        memory = MemoryWatch()
         try:
             namespace = f"raysae-{uuid.uuid4().hex[:8]}"
             plan, dashboard = cluster.start(config, address, namespace)
@@ -165,15 +155,25 @@ def run_search(
             )
             _write_about(config, run_dir, plan, world, started)
             broker = _start_broker(run_dir, namespace)
-            threads = [_background(_run_pool, config, plan, namespace, run_dir, broker)]
-            store = _Store(config, broker, console)
-            threads.append(_background(store.fill))
-            from raysae.search.live import LiveDisplay
+            threads = [background(run_pool, config, plan, namespace, run_dir, broker)]
+            store = Store(config, broker, console)
+            threads.append(background(store.fill))
+            from raysae.search.progress import Expected
+            from raysae.search.watch import Watch
 
-            note = f"{run_dir}   dashboard {dashboard}"
-            watch = partial(_watch, broker, store, interruption)
-            with LiveDisplay(console, watch, config.num_trials, note, started) as display:
-                _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, display)
+            with (
+                _guarded(broker, store, interruption),
+                Watch(
+                    console,
+                    partial(_poll, broker),
+                    run_dir,
+                    Expected(config.num_trials, config.max_confirmation),
+                    dashboard=dashboard,
+                    metrics=cluster.metrics_addresses(),
+                    started=started,
+                ) as watch,
+            ):
+                _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, watch)
             peak = memory.stop()
             _close(broker, threads)
         except KeyboardInterrupt:
@@ -181,7 +181,7 @@ def run_search(
         finally:
             memory.stop()
             _shut_down()
-        return _conclude(run_dir, plan, console, started, peak)
+        return conclude(run_dir, plan.groups, console, started, peak)
 
 
 def _take_up(run_dir: Path, world: World) -> list[int] | None:
@@ -215,16 +215,35 @@ def _start_broker(run_dir: Path, session: str) -> Any:
     return Broker.options(**options).remote(str(run_dir / JOURNAL), session)
 
 
-def _watch(broker: Any, store: _Store, interruption: Interruption) -> dict[str, Any]:
-    """The broker's snapshot; gives a restarted broker the store again, and ends a halted search."""
+def _poll(broker: Any, seen: dict[int, int]) -> Any:
+    """What a `Watch` asks the broker for."""
     import ray
 
-    snapshot: dict[str, Any] = ray.get(broker.snapshot.remote())
-    if not snapshot["store_ready"]:
-        store.publish()
-    if snapshot["halted"] and not interruption.reason:
-        interruption.stop(snapshot["halted"])
-    return snapshot
+    return ray.get([broker.snapshot.remote(), broker.rows.remote(seen)])
+
+
+@contextmanager
+def _guarded(broker: Any, store: Store, interruption: Interruption) -> Iterator[None]:
+    """Give a restarted broker the store again, and end a search that was halted."""
+    import ray
+
+    done = threading.Event()
+
+    def guard() -> None:
+        while not done.wait(1.0):
+            halted, store_ready = ray.get(broker.health.remote())
+            if halted:
+                interruption.stop(halted)
+                return
+            if not store_ready:
+                store.publish()
+
+    thread = background(guard)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _run_trials(
@@ -235,7 +254,7 @@ def _run_trials(
     broker: Any,
     records: list[dict[str, Any]],
     in_flight: list[int] | None,
-    display: LiveDisplay,
+    watch: Watch,
 ) -> None:
     """The search or the fixed trials, then the confirmation; what has ended before stays so."""
     import ray
@@ -251,7 +270,7 @@ def _run_trials(
     if config.is_search and config.confirm.top:
         ended = ended_trials(read_journal(run_dir / JOURNAL))
         trials = confirmation_trials(config, ended)
-        display.expect(len(trials))
+        watch.confirm(len(trials))
         if trials:
             run(trials)
 
@@ -291,129 +310,6 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def _background(target: Any, *args: Any) -> threading.Thread:
-    thread = threading.Thread(target=target, args=args, name=target.__name__, daemon=True)
-    thread.start()
-    return thread
-
-
-class _Store:
-    """Fills the activation store and publishes it, again where a broker is restarted."""
-
-    def __init__(self, config: RunConfig, broker: Any, console: Console) -> None:
-        self._config, self._broker, self._console = config, broker, console
-        self._handle: Any = None
-
-    def fill(self) -> None:
-        """Harvest or find again, and publish; if that fails, no trial can run."""
-        import ray
-
-        from raysae.store.cache import cache_folder
-        from raysae.store.harvest import harvest
-
-        config = self._config
-        try:
-            assert config.hook is not None
-            harvested = harvest(
-                config.world,
-                [config.hook],
-                config.resources.store_dtype,
-                evaluation_cache=config.objective.evaluator == "cached",
-                tasks_at_a_time=cluster.HARVEST_CPUS,
-                cache=cache_folder(config.resources.cache),
-            )
-            self._handle = ray.put(harvested.stores[config.hook])
-            self.publish()
-            self._say(harvested.lines)
-            self._say(harvested.finish())
-        except Exception as error:
-            ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
-
-    def _say(self, lines: list[str]) -> None:
-        for line in lines:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def publish(self) -> None:
-        """Tell the broker where the store is, once it is there."""
-        import ray
-
-        if self._handle is not None:
-            # Nested, the reference reaches the broker unopened: opening it would import torch.
-            ray.get(self._broker.set_store.remote([self._handle]))
-
-
-def _run_pool(
-    config: RunConfig, plan: cluster.Plan, namespace: str, run_dir: Path, broker: Any
-) -> None:
-    """The one Ray Train run of the search; returns when the broker is closed."""
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as TrainRunConfig
-
-    from raysae.pool.client import serve_pool
-
-    resources = config.resources
-    trainer = _trainer_class(plan, use_gpu=resources.use_gpu)(
-        serve_pool,
-        train_loop_config={
-            "namespace": namespace,
-            "world": config.world,
-            "hook": config.hook,
-            "evaluator": config.objective.evaluator,
-            "split_seed": config.objective.split_seed,
-            "frontier_weight": config.objective.frontier_weight,
-            "evals": config.evals,
-            "workers_per_trial": plan.workers_per_trial,
-            "threads": resources.threads_per_worker,
-            "use_gpu": resources.use_gpu,
-            "checkpoint_seconds": resources.checkpoint_seconds,
-            "run_dir": str(run_dir),
-        },
-        scaling_config=ScalingConfig(
-            num_workers=plan.pool_size,  # type: ignore[arg-type]
-            use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.threads_per_worker}
-            | ({"GPU": 1} if resources.use_gpu else {}),
-        ),
-        run_config=TrainRunConfig(
-            name=namespace,
-            storage_path=str(run_dir / "pool"),
-            failure_config=FailureConfig(max_failures=POOL_FAILURES),
-        ),
-    )
-    reason = "the worker pool ended before the search did"
-    try:
-        trainer.fit()
-    except Exception as error:
-        (run_dir / "pool_error.log").write_text(str(error), encoding="utf-8")
-        reason = f"the worker pool failed: {last_line(error)} (log: {run_dir / 'pool_error.log'})"
-    if ray.is_initialized():
-        ray.get(broker.halt.remote(reason))
-
-
-def _trainer_class(plan: cluster.Plan, *, use_gpu: bool) -> Any:
-    """Ray Train's trainer; the one with a torch process group only where workers train together.
-
-    Its controller and this process import torch for it, at the cost of seconds before the first
-    trial; a pool whose workers train alone needs no group.
-    """
-    if plan.workers_per_trial > 1:
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        return partial(
-            TorchTrainer, torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo")
-        )
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    return DataParallelTrainer
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error that carries a remote traceback: what was raised there."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
 def _write_about(
     config: RunConfig, run_dir: Path, plan: cluster.Plan, world: World, started: float
 ) -> None:
@@ -448,99 +344,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _conclude(
-    run_dir: Path,
-    plan: cluster.Plan,
-    console: Console,
-    started: float,
-    peak_gib: float,
-) -> SearchOutcome:
-    from raysae.analysis.runs import runs_table
-    from raysae.analysis.tables import curves_table, trials_table, write_tables
-    from raysae.search.confirm import verdicts
-    from raysae.search.summary import print_summary
-
-    records = read_journal(run_dir / JOURNAL)
-    ended = ended_trials(records)
-    write_tables(run_dir, records, ended)
-    trials = trials_table(ended)
-    confirmation, study = verdicts(ended), runs_table(trials[trials["stage"] == "search"])
-    for name, table in (("confirmation", confirmation), ("runs", study)):
-        if not table.empty:
-            table.to_csv(run_dir / f"{name}.csv", index=False)
-    if not study.empty:
-        from raysae.analysis.plots import plot_study
-
-        plot_study(trials[trials["stage"] == "search"], curves_table(ended), run_dir / "figures")
-    rungs = [record for record in records if record["event"] == "rung"]
-    about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
-    begun = [session["started"] for session in about["sessions"]]
-    wall = time.time() - started + _time_before(begun, records)
-    busy = sum(record["rung"].get("train_seconds", 0.0) for record in ended)
-    busy += sum(record["score_seconds"] for record in rungs)
-    facts = {
-        "wall_seconds": wall,
-        "first_result_seconds": min((r["time"] for r in rungs), default=time.time()) - begun[0],
-        "busy_share": busy / (wall * plan.groups),
-        "peak_gib": peak_gib,
-    }
-    (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    finished = trials[(trials["state"] == "finished") & (trials["stage"] == "search")]
-    if not finished.empty:
-        best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
-        copy_best(run_dir, best)
-    print_summary(console, trials, ended, confirmation, run_dir, facts)
-    failed = trials[trials["state"] == "failed"]
-    return SearchOutcome(
-        run_dir=run_dir,
-        trials=len(trials),
-        failed=len(failed),
-        first_error="" if failed.empty else str(failed.iloc[0]["error"]),
-    )
-
-
-def _time_before(begun: list[float], records: list[dict[str, Any]]) -> float:
-    """Seconds of all sessions but the last, each from its start to its last record."""
-    seconds = 0.0
-    for start, following in pairwise(begun):
-        times = [r["time"] for r in records if start <= r["time"] < following]
-        seconds += max(times, default=start) - start
-    return seconds
-
-
-def copy_best(run_dir: Path, trial: int) -> None:
-    """`best/` = the SAELens SAE of that trial, with its result and its spec beside it."""
-    source, target = trial_folder(run_dir, trial), run_dir / "best"
-    if target.exists():  # of an earlier session
-        shutil.rmtree(target)
-    shutil.copytree(source / SAE_FOLDER, target)
-    for name in (RESULT_FILE, TRIAL_FILE):
-        shutil.copy2(source / name, target / name)
-
-
-class _MemoryWatch:
-    """Peak of the memory in use on this machine above what was in use at the start, in GiB."""
-
-    def __init__(self) -> None:
-        self._start = self._peak = _used_bytes()
-        self._stop = threading.Event()
-        self._thread = _background(self._watch)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(1.0):
-            self._peak = max(self._peak, _used_bytes())
-
-    def stop(self) -> float:
-        """Stop watching; the peak."""
-        self._stop.set()
-        self._thread.join()
-        return (self._peak - self._start) / 2**30
-
-
-def _used_bytes() -> int:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return int(memory.total - memory.available)

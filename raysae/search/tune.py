@@ -20,6 +20,7 @@ from raysae.config import RunConfig
 from raysae.journal import ended_trials
 from raysae.pool.client import trial_client
 from raysae.search.cluster import Plan
+from raysae.search.loggers import logger_callbacks
 from raysae.search.study import (
     STUDY,
     ResumableSearch,
@@ -31,7 +32,7 @@ from raysae.space import FloatRange, IntRange, Parameter
 from raysae.training.spec import TrialSpec
 
 METRIC, MODE = "objective", "max"
-CLIENT = {"CPU": 0, "memory": 1}
+CLIENT = {"CPU": 0.0, "memory": 1.0}
 """Tune wants a trial to hold something: a byte. The CPUs are the pool's, which do the work; a pool
 that shrinks with its cluster counts on all of them.
 """
@@ -117,6 +118,7 @@ def run_tune(
         run_config=tune.RunConfig(
             name=namespace + ("-confirmation" if confirmation else ""),
             storage_path=str(run_dir / "tune"),
+            callbacks=logger_callbacks(config.loggers, run_dir),
             verbose=0,
             # A client holds nothing: one that was killed is started again, and attaches.
             failure_config=tune.FailureConfig(max_failures=CLIENT_FAILURES),

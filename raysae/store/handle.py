@@ -85,6 +85,13 @@ class StoreHandle:
             where=where,
         )
 
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Bytes of the chunks in the object store and of those mapped from the cache on disk."""
+        tiers = {"object_store": 0, "disk": 0}
+        for chunk, array in zip(self.chunks, self.arrays(), strict=True):
+            tiers["disk" if isinstance(chunk.place, Path) else "object_store"] += array.nbytes
+        return tiers
+
     def open_evaluation_cache(self) -> EvaluationCache:
         """What the cached evaluator needs; waits until it is there."""
         from raysae.unlearning import EvaluationCache

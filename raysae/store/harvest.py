@@ -40,7 +40,7 @@ from raysae.worlds.world import WORLDS, load_world
 SEQUENCES_PER_CHUNK = 512
 CHUNK_BYTES = 64 << 20
 """Longer sequences make chunks of fewer of them."""
-TASK: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+TASK_CPUS = 0
 """Of a harvesting task. How many run at a time is said by who submits them; a task that had to wait
 for a CPU could not bring back what a lost node held, as the pool holds them all.
 """
@@ -331,13 +331,13 @@ def _model_and_tokens(world_name: str) -> tuple[Any, dict[str, np.ndarray]]:
     return model, corpus_tokens(world, model)
 
 
-@ray.remote(**TASK)
+@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
 def _count_sequences(world_name: str) -> dict[str, int]:
     """Number of sequences of each corpus."""
     return {name: len(tokens) for name, tokens in _model_and_tokens(world_name)[1].items()}
 
 
-@ray.remote(**TASK)
+@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
 def _harvest_piece(
     world_name: str, hook_names: list[str], piece: Piece, dtype: StoreDtype
 ) -> tuple[Any, ...]:
@@ -359,7 +359,7 @@ def _harvest_piece(
     return (rest, *(chunk.activations for chunk in chunks))
 
 
-@ray.remote(**TASK)
+@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
 def _evaluation_cache(world_name: str, hook_name: str) -> tuple[bool, Any]:
     """True, and what scoring needs and does not depend on the SAE, as arrays and facts."""
     from raysae.unlearning import build_cache, default_eval_config

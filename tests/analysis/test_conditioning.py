@@ -6,21 +6,25 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+from sklearn.metrics import adjusted_rand_score
 
-from raysae.analysis.conditioning import (
+from raysae.analysis.conditioning import COLUMNS, TOLERANCES, conditioning_table
+from raysae.analysis.spectra import (
     BASELINE_FIGURES,
-    COLUMNS,
     Conditioning,
     _guarded_gram_spectrum,
     conditioning,
-    conditioning_table,
     mutual_coherence,
     random_baseline,
+    spectrum,
+    welch_bound,
+)
+from raysae.analysis.subspaces import (
+    mean_squared_cosine,
+    random_overlap,
     select_features,
     selectivity,
-    spectrum,
     subspace_overlap,
-    welch_bound,
 )
 
 
@@ -418,3 +422,106 @@ def test_table_refuses_misfitting_input(case):
     with pytest.raises(ValueError, match="shape"):
         conditioning_table(case["decoder"][:15], case["forget_rate"], case["retain_rate"],
                            trial=0, step=0)  # fmt: skip
+
+
+def rates_of(n_forget: int, n_retain: int) -> tuple[np.ndarray, np.ndarray]:
+    """Firing rates that make the first features forget-selective and the rest retain-selective."""
+    forget = np.r_[np.ones(n_forget), np.zeros(n_retain)]
+    return forget, 1 - forget
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+def test_ranks_at_other_tolerances_are_in_the_table(tolerance: float):
+    """Nine singular values from 1 down to 1e-8: each cut-off keeps those above it."""
+    values = 10.0 ** -np.arange(9)
+    left, right = orthonormal_rows(9, 9, 1), orthonormal_rows(9, 9, 2)
+    rows = left.T @ np.diag(values) @ right
+    sigma = spectrum(rows)  # of the unit-normalised rows
+    table = conditioning_table(rows, *rates_of(4, 5), trial=0, step=0, baseline_draws=1)
+    row = table.set_index("group").loc["all"]
+    kept = sigma[sigma > tolerance * sigma[0]]
+    assert 0 < len(kept) < 9
+    assert row[f"numerical_rank_at_{tolerance:g}"] == len(kept)
+    assert row[f"condition_number_at_{tolerance:g}"] == pytest.approx(sigma[0] / kept[-1])
+
+
+def test_an_empty_group_has_no_condition_number_at_any_tolerance():
+    table = conditioning_table(gaussian(6, 4), *rates_of(6, 0), trial=0, step=0, baseline_draws=1)
+    row = table.set_index("group").loc["retain"]
+    for tolerance in TOLERANCES:
+        assert row[f"numerical_rank_at_{tolerance:g}"] == 0
+        assert math.isnan(row[f"condition_number_at_{tolerance:g}"])
+
+
+@pytest.mark.parametrize(("n_forget", "n_retain"), [(3, 5), (8, 2), (20, 30)])
+def test_mean_squared_cosine_is_the_mean_over_all_pairs(n_forget: int, n_retain: int):
+    forget, retain = gaussian(n_forget, 7, 1), gaussian(n_retain, 7, 2)
+    cosines = [f @ r / np.linalg.norm(f) / np.linalg.norm(r) for f in forget for r in retain]
+    expected = 7 * np.mean(np.square(cosines))
+    assert mean_squared_cosine(forget, retain) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mean_squared_cosine_of_orthogonal_equal_and_random_sides():
+    basis = orthonormal_rows(6, 6)
+    assert mean_squared_cosine(basis[:2], basis[2:]) == pytest.approx(0, abs=1e-12)
+    assert mean_squared_cosine(basis[:1], -3 * basis[:1]) == pytest.approx(6)
+    assert mean_squared_cosine(gaussian(400, 16, 1), gaussian(400, 16, 2)) == pytest.approx(
+        1, abs=0.02
+    )
+    assert math.isnan(mean_squared_cosine(basis[:0], basis))
+    with pytest.raises(ValueError, match="equal d_in"):
+        mean_squared_cosine(basis, np.ones((2, 5)))
+
+
+@pytest.mark.parametrize(("k_forget", "k_retain"), [(3, 8), (8, 3), (1, 1), (10, 11)])
+def test_random_overlap_is_about_the_larger_share_of_the_space(k_forget: int, k_retain: int):
+    low, middle, high = random_overlap(k_forget, k_retain, 20, n_draws=400)
+    rng = np.random.default_rng(5)
+    naive = [
+        subspace_overlap(
+            rng.standard_normal((k_forget, 20)), rng.standard_normal((k_retain, 20))
+        ).overlap
+        for _ in range(400)
+    ]
+    assert low < np.mean(naive) < high
+    expected = np.percentile(naive, (5, 50, 95))
+    np.testing.assert_allclose((low, middle, high), expected, atol=0.03)
+    assert np.mean(naive) == pytest.approx(max(k_forget, k_retain) / 20, abs=0.02)
+
+
+def test_random_overlap_of_a_full_and_of_an_empty_side():
+    assert random_overlap(3, 20, 20) == (1.0, 1.0, 1.0)
+    assert all(math.isnan(value) for value in random_overlap(0, 4, 20))
+    with pytest.raises(ValueError, match="0 <= k <= d_in"):
+        random_overlap(3, 21, 20)
+
+
+def test_what_is_between_forget_and_retain_stands_on_the_all_row():
+    rows = gaussian(9, 24)
+    table = conditioning_table(rows, *rates_of(4, 5), trial=0, step=0).set_index("group")
+    angles = scipy.linalg.subspace_angles(rows[:4].T, rows[4:].T)
+    row = table.loc["all"]
+    assert row["smallest_principal_angle"] == pytest.approx(angles.min())
+    assert row["median_principal_angle"] == pytest.approx(np.median(angles))
+    assert row["largest_principal_angle"] == pytest.approx(angles.max())
+    assert (row["forget_dimension"], row["retain_dimension"]) == (4, 5)
+    assert row["random_overlap_p50"] == random_overlap(4, 5, 24)[1]
+    assert row["forget_retain_squared_cosine"] == mean_squared_cosine(rows[:4], rows[4:])
+    assert table.loc["forget", "forget_dimension":"adjusted_rand_index"].isna().all()
+
+
+def test_groups_are_compared_with_those_before_whatever_their_names():
+    before = np.array([0, 0, 1, 1, 2, 2, 2, 2, 0])
+    after = np.array([1, 1, 0, 0, 2, 2, 0, 2, 1])
+    rates = rates_of(4, 5)
+
+    def index(groups: np.ndarray | None, previous: np.ndarray | None) -> float:
+        table = conditioning_table(
+            gaussian(9, 5), *rates, groups, previous, trial=0, step=0, baseline_draws=1
+        )
+        return float(table["adjusted_rand_index"].iloc[0])
+
+    assert index(after, before) == adjusted_rand_score(before, after) < 1
+    assert index((before + 1) % 3, before) == 1
+    assert math.isnan(index(after, None))
+    assert math.isnan(index(None, before))

@@ -13,6 +13,7 @@ import pytest
 
 from raysae.analysis.conditioning import COLUMNS, conditioning_table
 from raysae.analysis.tables import (
+    CONDITIONING,
     TRIAL_COLUMNS,
     conditioning_rows,
     curves_table,
@@ -70,6 +71,7 @@ def rung_record(fake_result: Callable[..., Any]) -> Callable[..., Record]:
             "result": fake_result(0.225).to_dict(),
             "metrics": metrics(step),
             "conditioning": json.loads(table.to_json(orient="records")),
+            "dense_features": 5,
             "train_seconds": 2.0,
             "score_seconds": 0.5,
         }
@@ -86,7 +88,8 @@ def end_record(spec: TrialSpec, state: str, rung: Record, steps: int, error: str
         "error": error,
         "attempts": 1,
         "submitted": 0.0,
-        "ended": 1.0,
+        "started": 10.0,
+        "ended": 46.0,
         "rung": rung,
         "curve": [{"step": s, "tokens": 64 * s, **metrics(s)} for s in range(1, steps + 1)],
     }
@@ -137,7 +140,7 @@ def test_every_trial_is_a_row_with_the_documented_columns(trials: pd.DataFrame):
 
 def test_a_methods_own_parameters_have_columns_of_their_own(trials: pd.DataFrame):
     extra = list(trials.columns[len(TRIAL_COLUMNS) :])
-    assert extra == [
+    assert [name for name in extra if not name.startswith("training.")] == [
         "alpha_schedule.end_factor",
         "regularizer.ema",
         "regularizer.n_groups",
@@ -212,8 +215,50 @@ def test_conditioning_of_the_whole_decoder_is_in_the_row(trials: pd.DataFrame):
         step=24,
         baseline_draws=2,
     ).set_index("group")
-    for name in ("condition_number", "effective_rank", "coherence", "forget_retain_overlap"):
+    for name in set(CONDITIONING) - {"adjusted_rand_index"}:
         assert trials.loc[0, name] == pytest.approx(expected.loc["all", name], rel=1e-6)
+
+
+ABOUT = {
+    "versions": {"raysae": "0.1.0", "torch": "2.15.0"},
+    "python": "3.11.7",
+    "git_commit": "abc-dirty",
+    "plan": {"workers_per_trial": 2, "gpus": 4},
+}
+
+
+def test_time_gpus_and_origin_of_a_trial_are_in_its_row(records):
+    row = trials_table(ended_trials(records), ABOUT).loc[0]
+    assert (row["wall_seconds"], row["gpu_hours"]) == (36, pytest.approx(0.02))
+    assert row["git_commit"] == "abc-dirty"
+    assert json.loads(row["versions"]) == {"python": "3.11.7", "raysae": "0.1.0", "torch": "2.15.0"}
+    on_cpu = trials_table(ended_trials(records), ABOUT | {"plan": ABOUT["plan"] | {"gpus": 0}})
+    assert set(on_cpu["gpu_hours"]) == {0}
+
+
+def test_training_parameters_and_dense_features_are_in_the_row(trials: pd.DataFrame, make_spec):
+    training = make_spec().training
+    assert trials.loc[0, "training.lr"] == training.lr
+    assert trials.loc[0, "training.batch_size"] == training.batch_size
+    assert trials.loc[0, "dense_features"] == 5
+    assert np.isnan(trials.loc[2, "dense_features"])
+
+
+def test_a_journal_of_an_older_version_still_becomes_tables(records):
+    """It has no start of a trial, no dense features and fewer columns of conditioning."""
+    added = {"forget_retain_squared_cosine", "largest_principal_angle", "adjusted_rand_index"}
+    for record in records:
+        rung = record["rung"] if record["event"] == "end" else record
+        record.pop("started", None)
+        rung.pop("dense_features", None)
+        for row in rung.get("conditioning", []):
+            for name in added:
+                row.pop(name, None)
+    row = trials_table(ended_trials(records)).loc[0]
+    names = [*added, "dense_features", "wall_seconds"]
+    assert row[names].isna().all()
+    assert row["condition_number"] > 1
+    assert list(conditioning_rows(records).columns) == list(COLUMNS)
 
 
 def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):

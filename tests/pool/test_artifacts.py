@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from sae_lens import SAE
+from sklearn.metrics import adjusted_rand_score
 
-from raysae.pool.artifacts import Artifacts
+from raysae.pool.artifacts import GROUPS_FILE, Artifacts
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
 from raysae.training.loop import Progress, Rung, TrialRun
 from raysae.training.spec import TrialSpec
@@ -103,3 +104,40 @@ def test_a_record_is_plain_data_and_the_folder_holds_the_trial(write, tmp_path: 
     score = result["eval_result_metrics"]["unlearning"]["unlearning_score"]
     assert score == pytest.approx(7 / 20)  # SAEBench's own, on all questions
     assert SAE.load_from_disk(folder / SAE_FOLDER).W_dec.shape == (32, 128)
+
+
+def test_groups_are_compared_with_the_rung_before_and_kept(make_spec, make_store, tmp_path: Path):
+    """Two rungs of one trial; then the trial begins again and its first rung has none before."""
+    world = load_world("embedded")
+    artifacts = Artifacts(
+        folder=tmp_path / "trial",
+        world=world,
+        hook_name=world.default_hook_name,
+        eval_config=default_eval_config(world),
+        split_seed=SPLIT_SEED,
+        frontier_weight=0.0,
+    )
+    method = {"group_update_period": 2, "n_groups": 3}
+    spec = make_spec("topk", "grouped", method, number=5, steps=8, rungs=(2 * 64, 8 * 64))
+    events: list[Progress | Rung] = []
+    run = TrialRun(spec, make_store(d_in=128))
+    run.train(lambda *_: lopsided(), lambda event: events.append(event) or True)
+    first, last = (event for event in events if isinstance(event, Rung))
+
+    def index(rung: Rung) -> float | None:
+        return artifacts.write(spec, rung)["conditioning"][0]["adjusted_rand_index"]
+
+    assert index(first) is None
+    expected = adjusted_rand_score(first.groups, last.groups)
+    assert index(last) == pytest.approx(expected)
+    with np.load(tmp_path / "trial" / GROUPS_FILE) as kept:
+        assert sorted(kept.files, key=int) == ["2", "8"]
+        np.testing.assert_array_equal(kept["8"], last.groups.numpy())
+    assert index(first) is None
+
+
+def test_dense_features_are_counted(write):
+    _, record = write(0.0)
+    run_rates = record["dense_features"]
+    assert isinstance(run_rates, int)
+    assert 0 < run_rates <= 32  # 4 of 32 features a token: 12.5 % each on average

@@ -350,3 +350,17 @@ def test_the_snapshot_shows_every_trial(play):
         worker.cancel()
 
     play(scenario)
+
+
+def test_rows_are_those_that_the_observer_has_not_seen(play):
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+            await broker.next_job(number)
+        for step in (1, 2, 3):
+            await broker.progress(0, row(step))
+        await broker.progress(1, row(1))
+        assert await broker.rows({}) == {0: [row(1), row(2), row(3)], 1: [row(1)]}
+        assert await broker.rows({0: 2, 1: 1}) == {0: [row(3)]}
+
+    play(scenario)

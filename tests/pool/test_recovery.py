@@ -279,7 +279,7 @@ def test_a_halted_search_fails_no_trial_and_says_why(play, journal: Path):
         await broker.next_job(0)
         await broker.halt("no more GPUs")
         await broker.halt("and then something else")
-        assert (await broker.snapshot())["halted"] == "no more GPUs"
+        assert await broker.health() == ("no more GPUs", False)
         assert await soon(broker.progress(0, row(1))) == "pause"
         assert await soon(broker.store()) is None
 
@@ -292,6 +292,6 @@ def test_a_full_disk_halts_the_search_and_says_so():
         broker = BrokerState("/dev/full")  # every write: no space left on device
         with pytest.raises(HaltedError, match="/dev/full cannot be written: No space left"):
             await broker.submit(0, SPEC)
-        assert "No space left" in (await broker.snapshot())["halted"]
+        assert "No space left" in (await broker.health())[0]
 
     asyncio.run(main())

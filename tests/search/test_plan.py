@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,24 @@ import pytest
 
 from raysae.config import RunConfig, load_config
 from raysae.errors import UserError
-from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan
+from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
+
+
+def test_a_search_of_its_own_does_not_join_a_cluster_that_happens_to_run(monkeypatch):
+    """Ray would: one of `ray start`, or of RAY_ADDRESS, and then refuse the number of CPUs."""
+    asked: dict[str, Any] = {}
+
+    def init(**arguments: Any) -> None:
+        asked.update(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    with pytest.raises(InterruptedError):
+        start(config(), None, "namespace")
+    assert asked["address"] == "local"
 
 
 def config(**overrides: Any) -> RunConfig:

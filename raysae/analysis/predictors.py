@@ -1,0 +1,207 @@
+"""Does the conditioning of a decoder predict its unlearning score, beyond what is known to matter?
+
+Rank correlations, plain and partial, with intervals by bootstrap over configurations: seeds of one
+configuration are no independent witnesses. Trials are compared at equal training steps only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+from threadpoolctl import threadpool_limits
+
+PREDICTORS = {
+    "condition_number": "κ of the decoder",
+    "condition_number_at_1e-06": "κ, tolerance 1e-6",
+    "condition_number_at_0.001": "κ, tolerance 1e-3",
+    "condition_number_at_0.01": "κ, tolerance 1e-2",
+    "effective_rank": "effective rank",
+    "stable_rank": "stable rank",
+    "coherence": "coherence",
+    "forget_condition": "κ of forget features / random",
+    "retain_condition": "κ of retain features / random",
+    "forget_retain_overlap": "forget–retain subspace overlap",
+    "forget_retain_squared_cosine": "forget–retain squared cosine",
+    "median_principal_angle": "median principal angle",
+    "adjusted_rand_index": "group stability (adjusted Rand)",
+}
+"""Columns of the rungs table that are asked, with their names for a reader."""
+
+SENSITIVITY = tuple(name for name in PREDICTORS if name.startswith("condition_number"))
+"""The same κ at several tolerances of the numerical rank."""
+
+COVARIATES = {"l0": "L0", "explained_variance": "explained variance", "dead_features": "dead"}
+"""What a partial correlation holds fixed."""
+
+OUTCOME = "saebench_score"
+"""On all questions: the halves that tell search from held-out are noisier."""
+
+MIN_TRIALS = 12
+"""Below, an interval by bootstrap promises more than there is."""
+
+RESAMPLES = 2000
+
+ASSOCIATION_COLUMNS = {
+    "step": "training step of the rung (steps)",
+    "predictor": "column of the rungs table",
+    "trials": "trials compared (count)",
+    "configurations": "different configurations among them, which are resampled (count)",
+    "rho": "Spearman rank correlation with the score (−1..1); nan if either is constant",
+    "rho_low": "2.5 % of it over resamples",
+    "rho_high": "97.5 %",
+    "partial": "the same of what L0, explained variance and dead features leave of the ranks",
+    "partial_low": "2.5 % of it over resamples",
+    "partial_high": "97.5 %",
+    "evidence": "whether the partial correlation's interval, widened for the number of predictors "
+    "asked (Bonferroni), leaves out 0 (bool)",
+}
+"""Columns of `associations_table` with their meaning and unit."""
+
+
+def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row a (trial, step) that was scored: scores, training figures, conditioning.
+
+    Args:
+        records: the whole journal.
+
+    Returns:
+        `trial`, `step`, `configuration` (equal for seeds of one configuration), the scores, the
+        training metrics, the "all" row of the conditioning, and `forget_condition` and
+        `retain_condition`: κ of those groups over the median of random rows of the same size.
+    """
+    from raysae.training.spec import config_hash
+
+    configurations = {
+        record["trial"]: config_hash(record["spec"] | {"seed": 0})
+        for record in records
+        if record["event"] == "end"
+    }
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for record in records:
+        if record["event"] != "rung":
+            continue
+        groups = {row["group"]: row for row in record["conditioning"]}
+        key = record["trial"], record["step"]
+        scores = {name: record[name] for name in ("score", "heldout_score", "saebench_score")}
+        rows[key] = groups["all"] | record["metrics"] | scores
+        rows[key]["configuration"] = configurations.get(record["trial"], f"trial {key[0]}")
+        for side in ("forget", "retain"):
+            rows[key][f"{side}_condition"] = _against_random(groups[side])
+    return (
+        pd.DataFrame(list(rows.values())).sort_values(["step", "trial"], ignore_index=True)
+        if (rows)
+        else pd.DataFrame(columns=["trial", "step", "configuration", OUTCOME, *PREDICTORS])
+    )
+
+
+def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
+    """One row a (step, predictor), columns as in `ASSOCIATION_COLUMNS`.
+
+    Steps at which fewer than `MIN_TRIALS` trials were scored are left out, and so are predictors
+    that fewer trials have.
+    """
+    rows: list[dict[str, Any]] = []
+    for step, at_step in rungs.groupby("step"):
+        asked = [name for name in PREDICTORS if name in at_step]
+        present = at_step[asked].apply(pd.to_numeric, errors="coerce").replace(np.inf, np.nan)
+        # Predictors that the same trials have share their resamples.
+        masks = {name: tuple(present[name].notna()) for name in asked}
+        for mask in dict.fromkeys(masks.values()):
+            if sum(mask) < MIN_TRIALS:
+                continue
+            names = [name for name in asked if masks[name] == mask]
+            part = at_step[list(mask)]
+            found = _associate(
+                present.loc[list(mask), names].to_numpy(dtype=float),
+                part[OUTCOME].to_numpy(dtype=float),
+                part[list(COVARIATES)].to_numpy(dtype=float),
+                part["configuration"].to_numpy(),
+                comparisons=len(set(asked) - set(SENSITIVITY[1:])),
+            )
+            head = {"step": step, "trials": len(part)}
+            head["configurations"] = part["configuration"].nunique()
+            rows += [
+                head | {"predictor": name} | row for name, row in zip(names, found, strict=True)
+            ]
+    table = pd.DataFrame(rows, columns=list(ASSOCIATION_COLUMNS))
+    order = {name: i for i, name in enumerate(PREDICTORS)}
+    return table.sort_values(
+        ["step", "predictor"], key=lambda c: c.map(order) if c.name == "predictor" else c,
+        ignore_index=True,
+    )  # fmt: skip
+
+
+def rank_correlations(
+    predictors: np.ndarray, outcome: np.ndarray, covariates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman correlations of each predictor with the outcome, plain and partial.
+
+    Partial: of the residuals that a linear fit of the covariates' ranks leaves of the ranks.
+
+    Args:
+        predictors: (n, p).
+        outcome: (n,).
+        covariates: (n, q); constant ones change nothing.
+
+    Returns:
+        Two vectors (p,), −1 to 1; nan where either side does not vary (beyond rounding).
+    """
+    everything = rankdata(np.column_stack([outcome, predictors, covariates]), axis=0)
+    everything -= everything.mean(axis=0)
+    ranks, design = np.split(everything, [1 + predictors.shape[1]], axis=1)
+    fitted = design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
+    return _correlations(ranks, ranks), _correlations(ranks - fitted, ranks)
+
+
+def _correlations(residuals: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Of column 0 with the others; nan where a residual is nothing but rounding of its ranks."""
+    norms = np.linalg.norm(residuals, axis=0)
+    left = norms > 1e-9 * np.maximum(np.linalg.norm(ranks, axis=0), 1)
+    products = residuals[:, 1:].T @ residuals[:, 0]
+    scale = norms[1:] * norms[0]
+    usable = left[1:] & left[0]
+    result = np.full(len(products), np.nan)
+    np.divide(products, scale, out=result, where=usable)
+    return np.clip(result, -1, 1)
+
+
+def _associate(
+    predictors: np.ndarray,
+    outcome: np.ndarray,
+    covariates: np.ndarray,
+    configurations: np.ndarray,
+    comparisons: int,
+) -> list[dict[str, Any]]:
+    members = [np.flatnonzero(configurations == name) for name in dict.fromkeys(configurations)]
+    rng = np.random.default_rng(0)
+    plain, partial = rank_correlations(predictors, outcome, covariates)
+    resampled = []
+    with threadpool_limits(limits=1):  # thousands of tiny fits: threads would only wait
+        for _ in range(RESAMPLES):
+            chosen = rng.integers(len(members), size=len(members))
+            rows = np.concatenate([members[i] for i in chosen])
+            resampled.append(rank_correlations(predictors[rows], outcome[rows], covariates[rows]))
+    draws = np.array(resampled)  # (resamples, 2, p)
+    results = []
+    for i in range(len(plain)):
+        row: dict[str, Any] = {"rho": plain[i], "partial": partial[i], "evidence": False}
+        for kind, name in enumerate(("rho", "partial")):
+            defined = draws[:, kind, i][np.isfinite(draws[:, kind, i])]
+            # A predictor that hardly varies is constant in many resamples.
+            enough = np.isfinite(row[name]) and len(defined) > 0.9 * RESAMPLES
+            low, high = np.quantile(defined, (0.025, 0.975)) if enough else (np.nan, np.nan)
+            row |= {f"{name}_low": low, f"{name}_high": high}
+            if name == "partial" and enough:
+                tail = 0.025 / max(comparisons, 1)
+                wide = np.quantile(defined, (tail, 1 - tail))
+                row["evidence"] = bool(wide[0] > 0 or wide[1] < 0)
+        results.append(row)
+    return results
+
+
+def _against_random(row: dict[str, Any]) -> float:
+    measured, random = row["condition_number"], row["random_condition_number_p50"]
+    return np.nan if measured is None or random is None else measured / random

@@ -1,0 +1,281 @@
+"""The model card of a search's best SAE: what it is, how it was trained, and how far to trust it.
+
+Everything in it is read from the run folder; the front matter is the Hugging Face hub's.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.pool.folder import TRIAL_FILE
+from raysae.search.live import describe
+
+CARD = "README.md"
+TASK = "Unlearning (SAEBench)"
+LICENSES = {"embedded": "apache-2.0"}
+"""By world: of an SAE of the model that comes with the package. Others are for their users to say,
+because the language model's terms may reach them."""
+
+
+def write_card(run_dir: Path, *, repo_id: str = "", sae_id: str = "") -> Path:
+    """Write `best/README.md` and return its path.
+
+    Args:
+        run_dir: of a search that is over, with `best/`.
+        repo_id: repository on the hub from which the card says how to load it; "" for none.
+        sae_id: the SAE's folder there.
+    """
+    from huggingface_hub import ModelCard
+
+    run = _Run(run_dir)
+    card = ModelCard(f"---\n{_front_matter(run)}\n---\n\n{_text(run, repo_id, sae_id)}")
+    path = run_dir / "best" / CARD
+    card.save(path)
+    return path
+
+
+class _Run:
+    """What the run folder knows of its best SAE."""
+
+    def __init__(self, run_dir: Path) -> None:
+        trial = json.loads((run_dir / "best" / TRIAL_FILE).read_text(encoding="utf-8"))
+        self.name = run_dir.name
+        self.spec: dict[str, Any] = trial["spec"]
+        self.steps: int = trial["training_steps"]
+        ended = {r["trial"]: r for r in ended_trials(read_journal(run_dir / JOURNAL))}
+        self.rung: dict[str, Any] = ended[self.spec["number"]]["rung"]
+        self.searched = sum(
+            r["spec"]["stage"] == "search" and r["state"] != "failed" for r in ended.values()
+        )
+        self.is_search = self.spec["run"] == ""
+        # Of a search the confirmation, of a study the run's other seeds.
+        stage, run = ("confirmation", f"trial {self.spec['number']}")
+        if not self.is_search:
+            stage, run = self.spec["stage"], self.spec["run"]
+        self.other_seeds = [
+            r["rung"]["heldout_score"]
+            for r in ended.values()
+            if (r["spec"]["stage"], r["spec"]["run"], r["state"]) == (stage, run, "finished")
+            and r["trial"] != self.spec["number"]
+        ]
+        self.config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        self.about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
+        self.sae = json.loads((run_dir / "best" / "cfg.json").read_text(encoding="utf-8"))
+        confirmation = run_dir / "confirmation.csv"
+        rows = []
+        if confirmation.is_file():
+            with confirmation.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        self.verdicts = [row for row in rows if int(row["candidate"]) == self.spec["number"]]
+
+    def scores(self) -> list[tuple[str, float, tuple[float, float] | None]]:
+        """(what, score, 95 % interval): the interval of the questions behind it."""
+        halves = self.rung["halves"]
+        parts = (
+            ("questions that the search saw", halves["search"]),
+            ("held-out questions", halves["heldout"]),
+            ("all questions, SAEBench's own score", self.rung["result"]),
+        )
+        return [(what, part["score"], _interval(part["best"])) for what, part in parts]
+
+
+def _front_matter(run: _Run) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    splits = ("search", "heldout", "all")  # one of a name would swallow the others
+    results = [
+        EvalResult(
+            task_type="other",
+            task_name=TASK,
+            dataset_type=run.config["world"],
+            dataset_name=f"world {run.config['world']}, {what}",
+            dataset_split=split,
+            metric_type="unlearning_score",
+            metric_name="unlearning score",
+            metric_value=round(score, 4),
+        )
+        for split, (what, score, _) in zip(splits, run.scores(), strict=True)
+    ]
+    data = ModelCardData(
+        library_name="saelens",
+        license=LICENSES.get(run.config["world"]),
+        tags=["sparse-autoencoder", "saelens", "unlearning", "orthogonality", "raysae"],
+        base_model=_base_model(run.config["world"]),
+        model_name=f"SAE {run.name}",
+        eval_results=results,
+    )
+    return str(data.to_yaml())
+
+
+def _text(run: _Run, repo_id: str, sae_id: str) -> str:
+    spec, training, sae = run.spec, run.spec["training"], run.sae
+    load = (
+        f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}")'
+        if repo_id
+        else 'sae = SAE.load_from_disk("best")  # this folder'
+    )
+    world = run.config["world"]
+    method = {key: value for key, value in spec["regularizer"].items() if key != "name"}
+    schedule = {key: value for key, value in spec["alpha_schedule"].items() if key != "name"}
+    lines = [
+        f"# SAE of {run.name}: {describe(spec)}",
+        "",
+        f"A sparse autoencoder of the residual stream of the world `{world}` at "
+        f"`{run.config['hook']}`, trained so that what it is to forget can be switched off without "
+        f"harm to the rest. {_origin(run)}",
+        "",
+        "```python",
+        "from sae_lens import SAE",
+        "",
+        load,
+        "```",
+        "",
+        "## How it was trained",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| architecture | {spec['sae']['architecture']}, d_in {sae['d_in']}, "
+        f"d_sae {sae['d_sae']} |",
+        f"| sparsity | L0 {run.rung['metrics']['l0']:.4g} |",
+        f"| regularizer | {spec['regularizer']['name']}{_parameters(method)} |",
+        f"| α | {spec['alpha']:.6g}, {spec['alpha_schedule']['name']}{_parameters(schedule)} |",
+        f"| training | {run.steps:,} steps of {training['batch_size']:,} activations, Adam, "
+        f"learning rate {training['lr']:g} |",
+        f"| seed | {spec['seed']} |",
+        f"| made with | {_versions(run.about)} |",
+        "",
+        "Activations are those of the raw residual stream: scaling was folded into the weights.",
+        "",
+        "## How good it is",
+        "",
+        "| unlearning score on | score | 95 % interval |",
+        "| --- | --- | --- |",
+        *(
+            f"| {what} | {score:.3f} | {'' if interval is None else _range(interval)} |"
+            for what, score, interval in run.scores()
+        ),
+        "",
+        "The score is 1 minus the lowest share of the forget questions still answered right under "
+        "any of SAEBench's interventions that leave at least 99 % of the retain questions right: "
+        "higher is better. The interval is Wilson's, of the questions, for the intervention that "
+        "is best on them: it does not say what another seed would give.",
+        "",
+        f"On all questions: {run.rung['result']['cause']}.{_transferred(run.rung['halves'])}",
+        "",
+        f"Explained variance {run.rung['metrics']['explained_variance']:.4f}, "
+        f"{run.rung['metrics']['dead_features']:.0f} dead features of {sae['d_sae']}.",
+        "",
+        "## Was it luck?",
+        "",
+        *_confirmation(run),
+        "",
+        "## Limits",
+        "",
+        *_limits(run),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _origin(run: _Run) -> str:
+    if run.is_search:
+        return (
+            f"It is the best of {run.searched} trials of a search, by its score on the questions "
+            "that the search saw."
+        )
+    return f"It is the best of {run.searched} trials of a study (run `{run.spec['run']}`)."
+
+
+def _confirmation(run: _Run) -> list[str]:
+    if not run.other_seeds:
+        return [
+            "Nobody knows: it was not trained again with other seeds. The best of many is "
+            "flattered by having been picked."
+        ]
+    scores = ", ".join(f"{score:.3f}" for score in run.other_seeds)
+    mean = sum(run.other_seeds) / len(run.other_seeds)
+    lines = [
+        f"The same configuration with {len(run.other_seeds)} other seeds, on held-out questions: "
+        f"{scores} (mean {mean:.3f})."
+    ]
+    if not run.verdicts:
+        return lines
+    lines += [
+        "",
+        "Beside baselines with the same budget, sparsity and seeds:",
+        "",
+        "| baseline | its mean | difference | 95 % interval | ahead in | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in run.verdicts:
+        difference = (float(row["low"]), float(row["high"]))
+        lines.append(
+            f"| {row['baseline']} | {float(row['baseline_heldout']):.3f} "
+            f"| {float(row['difference']):+.3f} | {_range(difference, sign='+')} "
+            f"| {row['wins']} of {row['seeds']} seeds "
+            f"| {'beats it' if row['beats'] == 'True' else 'is not shown to beat it'} |"
+        )
+    return [*lines, "", "The interval resamples few seeds: it says how much they agree."]
+
+
+def _limits(run: _Run) -> list[str]:
+    limits = [
+        "- Switching features off hides knowledge from questions of this form; whether it is gone "
+        "from the model, or can be had by other means, was not examined.",
+        "- The score is a step function of a threshold: small changes of the weights can move it.",
+    ]
+    if run.config["world"] == "embedded":
+        limits.append(
+            "- The language model is a toy with invented knowledge: what holds here need not hold "
+            "for a model of the world."
+        )
+    return limits
+
+
+def _transferred(halves: dict[str, Any]) -> str:
+    """The intervention chosen on one half of the questions, read on the other."""
+    counts = halves["transferred"]
+    if not counts:
+        return ""
+    return (
+        " The intervention chosen on the questions that the search saw leaves "
+        f"{counts['forget_correct']} of {counts['forget_total']} held-out forget questions right "
+        f"and {counts['retain_correct']} of {counts['retain_total']} to retain."
+    )
+
+
+def _base_model(world: str) -> str | None:
+    from raysae.worlds.hub import MODELS
+
+    return MODELS[world].repository if world in MODELS else None
+
+
+def _interval(best: dict[str, Any] | None) -> tuple[float, float] | None:
+    """Of a score: that of the accuracy which it is 1 minus of."""
+    if best is None:
+        return None
+    low, high = best["forget_interval"]
+    return 1 - high, 1 - low
+
+
+def _range(interval: tuple[float, float], sign: str = "") -> str:
+    low, high = interval
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _parameters(values: dict[str, Any]) -> str:
+    shown = [
+        f"{key} {value:.6g}" if isinstance(value, int | float) else f"{key} {value}"
+        for key, value in values.items()
+    ]
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+def _versions(about: dict[str, Any]) -> str:
+    names = ("raysae", "sae-lens", "sae-bench", "torch", "ray")
+    return ", ".join(f"{name} {about['versions'][name]}" for name in names)

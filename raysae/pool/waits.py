@@ -1,0 +1,61 @@
+"""How long a worker waits for its batches, and how large the store is that they come from."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+WORKER_METRICS = {
+    "raysae_batch_wait_seconds": "Seconds spent waiting for batches",
+    "raysae_batches": "Batches trained on",
+    "raysae_store_bytes": "Bytes of the activation store by tier",
+}
+
+
+class TimedSource:
+    """An `ActivationSource` that keeps the time of its `batch`; everything else is passed on.
+
+    A step must not pay for its being measured: the sums go to Ray's metrics in `publish`, which is
+    called as often as a curve gets a row.
+    """
+
+    def __init__(self, source: Any, worker: str, tiers: dict[str, int]) -> None:
+        """
+        Args:
+            source: where batches come from.
+            worker: which worker this is, a tag.
+            tiers: bytes of the store by tier, e.g. {"object_store": …}.
+        """
+        self._source = source
+        self._seconds, self._batches = 0.0, 0
+        self._metrics: dict[str, Any] = {
+            name: Counter(name, WORKER_METRICS[name], tag_keys=("worker",))
+            for name in ("raysae_batch_wait_seconds", "raysae_batches")
+        }
+        for counter in self._metrics.values():
+            counter.set_default_tags({"worker": worker})
+        words = WORKER_METRICS["raysae_store_bytes"]
+        self._size = Gauge("raysae_store_bytes", words, tag_keys=("tier",))
+        self._tiers = tiers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's; timed."""
+        started = time.perf_counter()
+        batch = self._source.batch(*args, **kwargs)
+        self._seconds += time.perf_counter() - started
+        self._batches += 1
+        return batch
+
+    def publish(self) -> None:
+        """Add what has been measured since the last call to Ray's metrics."""
+        if self._batches:
+            self._metrics["raysae_batch_wait_seconds"].inc(self._seconds)
+            self._metrics["raysae_batches"].inc(self._batches)
+            self._seconds, self._batches = 0.0, 0
+        for tier, n_bytes in self._tiers.items():
+            self._size.set(n_bytes, tags={"tier": tier})

@@ -1,0 +1,239 @@
+"""`report.html` of a run folder, with its figures and tables beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raysae.errors import UserError
+from raysae.report.run import Run, read_run
+from raysae.report.style import NAMES
+
+REPORT_FILE = "report.html"
+FIGURES = "figures"
+TEMPLATE = "report.html.jinja"
+LEADERBOARD_ROWS = 20
+FAILURE_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report that was written."""
+
+    path: Path
+    seconds: float
+    gaps: list[str]
+    """What it could not say, in sentences."""
+
+
+def build_report(folder: Path) -> Report:
+    """Write `report.html`, `figures/*.png` and `associations.csv` into a run folder.
+
+    The page is made from the journal and from what else is there: it comes for a run that is
+    unfinished or has failed trials, and says what it cannot say.
+
+    Raises:
+        UserError: the folder is no run folder, cannot be written, or nothing in it can be read.
+    """
+    started = time.perf_counter()
+    run = read_run(folder)
+    try:
+        html = _page(run)
+        path = folder / REPORT_FILE
+        # Beside the old one first: a report that is being read is never half a report.
+        draft = path.with_suffix(".html.part")
+        draft.write_text(html, encoding="utf-8")
+        draft.replace(path)
+        run.associations.to_csv(folder / "associations.csv", index=False)
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written: {error.strerror}") from None
+    return Report(path, time.perf_counter() - started, run.gaps)
+
+
+def _page(run: Run) -> str:
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    from raysae.report import conditioning_figures, figures, optuna_figures, reproduce, words
+
+    folder = run.folder / FIGURES
+    study = optuna_figures.load_study(run)
+    search: list[Any] = []
+    importances = None
+    if study is not None:
+        search = [
+            optuna_figures.history(run, study),
+            optuna_figures.parallel(study),
+            optuna_figures.slices(study),
+            optuna_figures.contour(study),
+        ]
+        importances = optuna_figures.importances(run, study, folder)
+    interactive = [plot for plot in search if plot is not None]
+    space = reproduce.write_space(run)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raysae.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template(TEMPLATE).render(
+        name=run.folder.resolve().name,
+        headline=words.headline(run),
+        facts=words.best_facts(run),
+        verdicts=[words.verdict(run, row) for _, row in run.confirmation.iterrows()],
+        gaps=run.gaps,
+        leaderboard=_leaderboard(run),
+        trials=len(run.searched),
+        study=_study(run),
+        interactive=[_embed(plot) for plot in interactive],
+        plotly=get_plotlyjs() if interactive else "",
+        importances=importances,
+        parameters=_present(
+            figures.score_against(run, "alpha", folder),
+            figures.score_against(run, "group_update_period", folder),
+            figures.frontier(run, folder),
+        ),
+        prediction=words.prediction(run),
+        conditioning=_present(
+            conditioning_figures.associations(run, folder),
+            conditioning_figures.scatter(run, folder),
+            conditioning_figures.against_random(run, folder),
+            conditioning_figures.over_training(run, folder),
+        ),
+        stability=words.stability(run),
+        study_figures=_study_figures(run, folder),
+        failures=_failures(run),
+        budget=words.budget(run),
+        environment=_environment(run),
+        config=_config(run),
+        folder=_shown(run.folder),
+        space=space,
+        best=(run.folder / "best").is_dir(),
+    )
+
+
+def _present(*plots: Any) -> list[Any]:
+    return [plot for plot in plots if plot is not None]
+
+
+def _embed(plot: Any) -> dict[str, str]:
+    plot.figure.update_layout(
+        title=None,
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        margin={"t": 36},  # of the missing title
+    )
+    for axis in plot.figure.select_xaxes():
+        axis.title.text = NAMES.get(axis.title.text, axis.title.text)
+    for axis in plot.figure.select_yaxes():
+        axis.title.text = NAMES.get(axis.title.text, axis.title.text)
+    for trace in plot.figure.data:
+        for dimension in trace.dimensions if trace.type in ("parcoords", "parcats") else ():
+            dimension.label = NAMES.get(dimension.label, dimension.label)
+    config = {"displaylogo": False, "responsive": True}
+    return {
+        "title": plot.title,
+        "caption": plot.caption,
+        "html": plot.figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=f"plot-{plot.name}", config=config
+        ),
+    }
+
+
+def _leaderboard(run: Run) -> list[dict[str, Any]]:
+    """The first rows of the ranking, and the best trial without a regularizer."""
+    from raysae.search.live import describe
+
+    if not run.runs.empty:
+        return []
+    ranked = run.scored.sort_values(["tokens", "score"], ascending=False, kind="stable")
+    shown = ranked.head(LEADERBOARD_ROWS)
+    baseline = ranked[ranked["regularizer"] == "none"].head(1)
+    shown = pd.concat([shown, baseline[~baseline["trial"].isin(shown["trial"])]])
+    rows: list[dict[str, Any]] = []
+    for rank, (_, row) in enumerate(shown.iterrows(), 1):
+        words = describe(run.specs[row["trial"]])
+        rows.append(
+            {str(name): value for name, value in row.items()}
+            | {"rank": rank, "words": words, "baseline": row["regularizer"] == "none"}
+        )
+    return rows
+
+
+def _study(run: Run) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for _, row in run.runs.iterrows()]
+
+
+def _study_figures(run: Run, folder: Path) -> list[dict[str, str]]:
+    """The five figures of a study; [] for a search."""
+    if run.runs.empty:
+        return []
+    from raysae.analysis.plots import plot_study
+    from raysae.report.style import embed_png
+
+    captions = {
+        "unlearning_score": "Unlearning score, a dot a seed, both halves of the questions",
+        "l2_loss": "L2 loss at the end of training",
+        "sparsity_loss": "Sparsity loss at the end of training",
+        "loss": "Total loss at the end of training",
+        "training_curves": "Training curves",
+    }
+    paths = plot_study(run.searched, run.curves, folder)
+    return [{"caption": captions[path.stem], "image": embed_png(path)} for path in paths]
+
+
+def _failures(run: Run) -> list[dict[str, Any]]:
+    """Causes, the most frequent first: of failed trials, and of scores that are 0."""
+    failed = run.trials[run.trials["state"] == "failed"].assign(
+        what="failed", why=lambda t: t.error
+    )
+    zero = run.trials[(run.trials["state"] != "failed") & (run.trials["score"] == 0)]
+    zero = zero.assign(what=zero["status"], why=zero["cause"])
+    rows: list[dict[str, Any]] = [
+        {"what": what, "why": why, "count": len(group), "trials": list(group["trial"])[:12]}
+        for (what, why), group in pd.concat([failed, zero]).groupby(["what", "why"], sort=False)
+    ]
+    return sorted(rows, key=lambda row: -row["count"])[:FAILURE_ROWS]
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    about = run.about
+    rows = [(name, str(about[key])) for key, name in (
+        ("started", "started"), ("git_commit", "commit"), ("python", "Python"),
+        ("platform", "platform"), ("seed", "seed of the search"),
+        ("world_fingerprint", "world's fingerprint"),
+    ) if key in about]  # fmt: skip
+    for key, name in (("world", "world"), ("hook", "hook point")):
+        if key in run.config:
+            rows.append((name, str(run.config[key])))
+    if isinstance(about.get("plan"), dict):
+        rows.append(("plan", ", ".join(f"{k} {v}" for k, v in about["plan"].items())))
+    if isinstance(about.get("versions"), dict):
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())))
+    return rows
+
+
+def _config(run: Run) -> str:
+    path = run.folder / "config.yaml"
+    return path.read_text(encoding="utf-8") if run.config else ""
+
+
+def _shown(folder: Path) -> str:
+    """As a user would type it: relative where it lies below the current folder."""
+    absolute = folder.resolve()
+    here = Path.cwd()
+    return os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    """A table's cell; empty for what is not there."""
+    if value is None or pd.isna(value):
+        return ""
+    return f"{value:.{digits}f}"

@@ -1,0 +1,172 @@
+"""Score against what was searched, and the frontier of forgetting and retaining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from raysae.analysis.plots import COLOURS
+from raysae.analysis.statistics import rank_interval
+from raysae.report.run import Run
+from raysae.report.style import BLACK, BLUE, GREY, NAMES, RC, Plot, draw, log_ticks, plain
+from raysae.search.live import describe
+
+SHOWN_FRONTIERS = 4
+SHOWN_RETAIN = 0.9
+"""Interventions that cost more than that are no use."""
+RETAIN_GATE = 0.99
+"""`raysae.unlearning.scoring.RETAIN_GATE`, whose import takes SAEBench's seconds."""
+
+
+def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
+    """A panel a regularizer: score against the parameter; None where it was not searched."""
+    trials = run.scored.dropna(subset=[parameter])
+    trials = trials[trials[parameter] > 0]
+    if trials[parameter].nunique() < 2:
+        return None
+    methods = list(dict.fromkeys(trials.sort_values("trial")["regularizer"]))
+    methods.sort(key=lambda name: -trials.loc[trials["regularizer"] == name, "score"].max())
+    columns = min(4, len(methods))
+    rows = -(-len(methods) // columns)
+    with rc_context(RC):
+        figure = Figure(figsize=(2.7 * columns + 0.6, 2.1 * rows + 0.6), layout="constrained")
+        panels: Any = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        baseline = run.scored[run.scored["regularizer"] == "none"]["score"]
+        for panel, method in zip(panels.flat, methods, strict=False):
+            _method_panel(panel, trials, method, parameter, baseline)
+        for i in range(len(methods), rows * columns):
+            panels.flat[i].set_visible(False)
+            panels.flat[i - columns].tick_params(labelbottom=True)
+        figure.supxlabel(_axis(parameter))
+        figure.supylabel("unlearning score")
+    name = NAMES[parameter]
+    title = f"Score against {name}: {_trend(run, parameter)}"
+    caption = (
+        "Blue: trials of the panel's regularizer, filled where trained to the end, hollow where "
+        "stopped early (fewer steps, lower scores). Grey: all other trials. "
+    )
+    if not baseline.empty:
+        caption += "Dashed: the best trial without a regularizer. "
+    caption += "Score of the questions that the search sees; panels by their best score."
+    return draw(figure, f"score_against_{parameter}", title, caption, folder)
+
+
+def _method_panel(
+    panel: Any, trials: pd.DataFrame, method: str, parameter: str, baseline: pd.Series[Any]
+) -> None:
+    mine = trials["regularizer"] == method
+    panel.scatter(trials[~mine][parameter], trials[~mine]["score"], s=9, color="0.85", zorder=1)
+    for state, filled in (("finished", True), ("stopped", False)):
+        part = trials[mine & (trials["state"] == state)]
+        panel.scatter(
+            part[parameter],
+            part["score"],
+            s=26,
+            facecolor=BLUE if filled else "white",
+            edgecolor=BLUE,
+            linewidth=1.1,
+            zorder=3,
+        )
+    if not baseline.empty:
+        panel.axhline(baseline.max(), color=BLACK, linestyle="--", linewidth=0.9, zorder=2)
+    if trials[parameter].max() > 8 * trials[parameter].min():
+        panel.set_xscale("log")
+        if trials[parameter].max() < 100 * trials[parameter].min():
+            log_ticks(panel.xaxis)
+    panel.set_title(f"{method} ({int(mine.sum())})")
+    plain(panel)
+
+
+def _axis(parameter: str) -> str:
+    return {
+        "alpha": "α, weight of the penalty",
+        "group_update_period": "group-update period (training steps)",
+    }[parameter]
+
+
+def _trend(run: Run, parameter: str) -> str:
+    """Over all regularizers, at the training step at which most trials were scored."""
+    trials = run.searched[["trial", parameter]].dropna().set_axis(["trial", "asked"], axis=1)
+    trials = trials[trials["asked"] > 0]
+    rungs = run.rungs.merge(trials, on="trial")
+    if rungs.empty:
+        return "no trial to tell from"
+    step = rungs["step"].value_counts().sort_index(ascending=False).idxmax()
+    at_step = rungs[rungs["step"] == step]
+    rho, low, high = rank_interval(at_step["asked"], at_step["score"])
+    if not np.isfinite(low):
+        return f"too few trials for a trend ({len(at_step)})"
+    figures = f"ρ = {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    figures += f", {len(at_step)} trials at step {step}"
+    if low > 0 or high < 0:
+        return f"higher goes with {'higher' if low > 0 else 'lower'} scores ({figures})"
+    return f"no clear trend over all regularizers ({figures})"
+
+
+def frontier(run: Run, folder: Path) -> Plot | None:
+    """What the interventions of the best trials forget and what they retain."""
+    done = run.finished if not run.finished.empty else run.scored
+    if done.empty:
+        return None
+    chosen = list(done["trial"].head(SHOWN_FRONTIERS))
+    baseline = done[done["regularizer"] == "none"].head(1)["trial"]
+    chosen += [trial for trial in baseline if trial not in chosen]
+    markers, styles = "os^Dv", ("-", "--", "-.", ":", "-")
+    with rc_context(RC):
+        figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+        axes = figure.subplots()
+        reached = 1.0
+        for i, trial in enumerate(chosen):
+            points = [
+                (p["retain_correct"] / p["retain_total"], p["forget_correct"] / p["forget_total"])
+                for p in run.results[trial]["result"]["interventions"]
+            ]
+            if not points:
+                continue
+            colour = COLOURS[i] if trial not in set(baseline) else BLACK
+            front = pareto(points)
+            retain, forget = zip(*points, strict=True)
+            axes.scatter(retain, forget, s=16, marker=markers[i], color=colour, alpha=0.35)
+            axes.plot(
+                *zip(*front, strict=True),
+                styles[i],
+                drawstyle="steps-post",
+                marker=markers[i],
+                markersize=5,
+                color=colour,
+                label=f"trial {trial}: {describe(run.specs[trial])}",
+            )
+            passed = [forget for retain, forget in points if retain >= RETAIN_GATE]
+            reached = min([reached, *passed])
+        axes.axvspan(RETAIN_GATE, 1.002, color="0.94", zorder=0)
+        axes.axvline(RETAIN_GATE, color=GREY, linewidth=0.9)
+        axes.set_xlabel("retain questions still right (share)")
+        axes.set_ylabel("forget questions still right (share)")
+        axes.set_xlim(SHOWN_RETAIN, 1.002)
+        plain(axes)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
+    title = (
+        f"Forget–retain frontier: while {RETAIN_GATE:.0%} of the retain questions stay right, at "
+        f"best {1 - reached:.0%} of the forget questions are lost"
+    )
+    caption = (
+        "A point is one of SAEBench's interventions on a trial's SAE, lines join those that no "
+        "other beats; lower is better at the same retain accuracy. Shaded: the gate within which "
+        "the score is read. All questions, of the best trials of the search and the best without "
+        "a regularizer (black)."
+    )
+    return draw(figure, "frontier", title, caption, folder)
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (retain, forget) points that no other beats at both, by falling retain accuracy."""
+    front: list[tuple[float, float]] = []
+    for retain, forget in sorted(points, key=lambda p: (-p[0], p[1])):
+        if not front or forget < front[-1][1]:
+            front.append((retain, forget))
+    return front

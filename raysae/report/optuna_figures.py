@@ -1,0 +1,284 @@
+"""Optuna's own figures of the search, as interactive plots; and fANOVA importances beside chance.
+
+A parameter that several methods have (`grouped.group_update_period`, …) is one parameter here:
+Optuna keeps them apart, which would leave a handful of trials to each.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from raysae.report.run import Run
+from raysae.report.style import BLUE, NAMES, RC, Plot, draw, plain
+from raysae.search.live import describe
+
+if TYPE_CHECKING:
+    import optuna
+    import plotly.graph_objects as go
+
+STUDY_FILE, STUDY_NAME = "optuna.journal", "raysae"
+COMMON = ("regularizer", "alpha", "alpha_schedule", "group_update_period")
+MIN_TRIALS = 10
+"""Below, importances and contours draw pictures of nothing."""
+TREES, DEPTH = 16, 6
+SHUFFLES = 5
+
+
+@dataclass(frozen=True)
+class Interactive:
+    """A plotly figure of the report."""
+
+    name: str
+    title: str
+    caption: str
+    figure: go.Figure
+
+
+def load_study(run: Run) -> optuna.Study | None:
+    """Optuna's study with merged parameters and the scored trials; None where there is none.
+
+    Appends to `run.gaps` why there is none.
+    """
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = run.folder / STUDY_FILE
+    if not path.is_file():
+        if run.runs.empty:
+            run.gaps.append(f"{STUDY_FILE} is missing: no figures of the search.")
+        return None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    try:
+        stored = optuna.load_study(
+            study_name=STUDY_NAME, storage=JournalStorage(JournalFileBackend(str(path)))
+        )
+        found = stored.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    except Exception as error:  # whatever a broken file makes Optuna raise
+        run.gaps.append(f"{STUDY_FILE} cannot be read ({type(error).__name__}): {error}")
+        return None
+    scored = set(run.scored["trial"])
+    trials = [trial for trial in found if trial.number in scored and trial.value is not None]
+    if not trials:
+        return None
+    study = optuna.create_study(direction="maximize")
+    ranges = _ranges(trials)
+    for trial in trials:
+        names = {name: _merged(name) for name in trial.params}
+        merged = {new: trial.params[old] for old, new in names.items()}
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=trial.value,
+                params=merged,
+                distributions={name: ranges[name] for name in merged},
+                user_attrs={"trial": trial.number},
+            )
+        )
+    return study
+
+
+def _merged(name: str) -> str:
+    """`grouped.group_update_period` → `group_update_period`, `sae.k` → `k`; others keep theirs."""
+    last = name.rsplit(".", 1)[-1]
+    return last if last in COMMON or name.startswith(("sae.", "training.")) else name
+
+
+def _ranges(trials: list[Any]) -> dict[str, Any]:
+    """By merged name, a distribution that holds all of its methods'."""
+    import optuna
+
+    ranges: dict[str, Any] = {}
+    for trial in trials:
+        for name, mine in trial.distributions.items():
+            merged = _merged(name)
+            other = ranges.get(merged)
+            if other is None or isinstance(mine, optuna.distributions.CategoricalDistribution):
+                ranges[merged] = mine
+            elif (mine.low, mine.high) != (other.low, other.high):
+                ranges[merged] = type(mine)(
+                    min(mine.low, other.low), max(mine.high, other.high), log=mine.log and other.log
+                )
+    return ranges
+
+
+def parameters(study: optuna.Study) -> list[str]:
+    """Parameters that more than one method shares, those of the penalty first."""
+    found = dict.fromkeys(name for trial in study.trials for name in trial.params)
+    own = [name for name in found if name not in COMMON and "." not in name]
+    varied = [name for name in (*COMMON, *own) if name in found]
+    return [name for name in varied if len({t.params.get(name) for t in study.trials}) > 1]
+
+
+def history(run: Run, study: optuna.Study) -> Interactive:
+    """Score by trial and the best so far."""
+    import optuna.visualization as visualization
+
+    figure = visualization.plot_optimization_history(study, target_name="score")
+    numbers = [trial.user_attrs["trial"] for trial in study.trials]
+    words = [f"trial {n}: {describe(run.specs[n])}" for n in numbers]
+    values = np.array([trial.value for trial in study.trials], dtype=float)
+    best = np.maximum.accumulate(values)
+    points, line = figure.data[0], figure.data[1]
+    points.update(x=numbers, text=words, hovertemplate="%{text}<br>%{y:.3f}<extra></extra>")
+    points.update(name="trial")
+    line.update(x=numbers, y=best, line={"color": "black", "shape": "hv"}, name="best so far")
+    stopped = set(run.searched.loc[run.searched["state"] == "stopped", "trial"])
+    symbols = ["circle-open" if n in stopped else "circle" for n in numbers]
+    points.update(marker={"symbol": symbols, "size": 9, "color": BLUE})
+    last = int(np.argmax(best == best[-1]))
+    figure.update_layout(xaxis_title="trial", yaxis_title="score told to the sampler")
+    title = (
+        f"The best score, {best[-1]:.3f}, came with trial {numbers[last]}, the {_nth(last + 1)} of "
+        f"{len(numbers)}"
+    )
+    caption = "Filled: trained to the end. Hollow: stopped early, its last score. Point at a mark."
+    return Interactive("history", title, caption, figure)
+
+
+def parallel(study: optuna.Study) -> Interactive | None:
+    """Every trial as a line through the parameters that most trials have."""
+    import optuna.visualization as visualization
+
+    names = [name for name in parameters(study) if name != "group_update_period"]
+    if len(names) < 2:
+        return None
+    figure = visualization.plot_parallel_coordinate(study, params=names, target_name="score")
+    figure.update_layout(height=460, margin={"l": 60, "r": 90})
+    caption = (
+        "A line a trial, darker is better; None: it has no such parameter. Drag along an axis to "
+        "select."
+    )
+    return Interactive("parallel", "Which combinations scored", caption, figure)
+
+
+def slices(study: optuna.Study) -> Interactive | None:
+    """Score against each parameter."""
+    import optuna.visualization as visualization
+
+    names = parameters(study)
+    if not names:
+        return None
+    figure = visualization.plot_slice(study, params=names, target_name="score")
+    for trace in figure.data:
+        trace.x = [value.strip("'") if isinstance(value, str) else value for value in trace.x]
+    figure.update_xaxes(tickangle=-60, automargin=True)
+    figure.update_layout(height=430, width=None)
+    caption = "A dot a trial, the later the darker: what the sampler came to prefer."
+    return Interactive("slice", "Score by parameter", caption, figure)
+
+
+def contour(study: optuna.Study) -> Interactive | None:
+    """Score over pairs of numeric parameters, interpolated between trials."""
+    import optuna
+    import optuna.visualization as visualization
+
+    categorical = optuna.distributions.CategoricalDistribution
+    numeric = [
+        name for name in parameters(study)
+        if not any(isinstance(t.distributions.get(name), categorical) for t in study.trials)
+    ][:3]  # fmt: skip
+    complete = [t for t in study.trials if set(numeric) <= t.params.keys()]
+    if len(numeric) > 2 and len(complete) < MIN_TRIALS:
+        numeric = numeric[:1] + numeric[2:]
+    if len(numeric) < 2 or len(study.trials) < MIN_TRIALS:
+        return None
+    figure = visualization.plot_contour(study, params=numeric, target_name="score")
+    figure.update_layout(height=420 if len(numeric) == 2 else 640)
+    caption = "Interpolated between the trials (dots): believe it near dots only. Darker is better."
+    return Interactive("contour", "Score over two parameters at a time", caption, figure)
+
+
+def importances(run: Run, study: optuna.Study, folder: Path) -> Plot | None:
+    """fANOVA importances, of the trials with a penalty and of those that regroup, beside chance."""
+    shared = parameters(study)
+    sets = {
+        "trials with a penalty": [n for n in shared if n != "group_update_period"],
+        "trials that regroup": shared if "group_update_period" in shared else [],
+    }
+    found = {}
+    for label, names in sets.items():
+        part = [t for t in study.trials if set(names) <= t.params.keys()]
+        if len(names) > 1 and len(part) >= MIN_TRIALS and len({t.value for t in part}) > 1:
+            found[f"{label} ({len(part)})"] = _fanova(part, names)
+    if not found:
+        run.gaps.append(
+            f"Parameter importances need {MIN_TRIALS} scored trials with different scores."
+        )
+        return None
+    with rc_context(RC):
+        rows = max(len(measured) for measured, _ in found.values())
+        figure = Figure(figsize=(10.5, 1.2 + 0.42 * rows), layout="constrained")
+        panels: Any = figure.subplots(1, len(found), sharex=True, squeeze=False)
+        for panel, (label, (measured, chance)) in zip(panels.flat, found.items(), strict=True):
+            names = sorted(measured, key=lambda name: measured[name])
+            panel.barh(
+                [NAMES.get(name, name) for name in names], [measured[n] for n in names],
+                color=BLUE, height=0.55, label="measured",
+            )  # fmt: skip
+            panel.plot(
+                [chance[n] for n in names], range(len(names)), "d", color="black",
+                label="the same with shuffled scores, largest", linestyle="",
+            )  # fmt: skip
+            panel.set_title(label)
+            panel.set_xlabel("share of the score's variance (fANOVA)")
+            plain(panel)
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    first = next(iter(found))
+    measured, _ = found[first]
+    above = [
+        NAMES.get(name, name)
+        for name in sorted(measured, key=lambda name: -measured[name])
+        if all(m[name] > c[name] for m, c in found.values() if name in m)
+    ]
+    title = (
+        f"What the score hung on: {', '.join(above)} (more than by chance)"
+        if above
+        else "No parameter is more important than it would be by chance"
+    )
+    caption = (
+        f"fANOVA over a forest of {TREES} trees; importances sum to 1 whatever the data, so the "
+        f"black mark shows the largest in {SHUFFLES} repetitions with shuffled scores. A parameter "
+        "below its mark is not shown to matter."
+    )
+    return draw(figure, "importances", title, caption, folder)
+
+
+def _fanova(trials: list[Any], names: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Importances, and the largest of each with shuffled scores."""
+    values = np.array([trial.value for trial in trials])
+    measured = _importance(trials, values, names)
+    rng = np.random.default_rng(0)
+    shuffled = [_importance(trials, rng.permutation(values), names) for _ in range(SHUFFLES)]
+    return measured, {name: max(draw[name] for draw in shuffled) for name in names}
+
+
+def _importance(trials: list[Any], values: np.ndarray, names: list[str]) -> dict[str, float]:
+    import optuna
+
+    study = optuna.create_study(direction="maximize")
+    for trial, value in zip(trials, values, strict=True):
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=float(value),
+                params={name: trial.params[name] for name in names},
+                distributions={name: trial.distributions[name] for name in names},
+            )
+        )
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, max_depth=DEPTH, seed=0)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _nth(number: int) -> str:
+    if 10 <= number % 100 <= 20:
+        return f"{number}th"
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th') }"

@@ -1,0 +1,306 @@
+"""The report's sentences: what was found, how sure it is, and what cannot be said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from raysae.analysis.predictors import MIN_TRIALS, PREDICTORS, SENSITIVITY
+from raysae.report.run import Run
+from raysae.search.live import describe
+
+
+def headline(run: Run) -> str:
+    """The answer in one sentence."""
+    if run.trials.empty:
+        return "No trial has ended: there is nothing to report yet."
+    if run.scored.empty:
+        return f"Every trial failed ({len(run.searched)}): there is no score."
+    if not run.runs.empty:
+        return _study_headline(run)
+    if run.finished.empty:
+        return "No trial was trained to its end: the scores below are of trials stopped early."
+    best = run.finished.iloc[0]
+    name = describe(run.specs[best["trial"]])
+    if best["score"] == 0:
+        return f"Every trial trained to its end has score 0; the first because: {best['cause']}."
+    if run.confirmation.empty:
+        return (
+            f"The best of {len(run.scored)} trials is {name}: a lead, not a proof, since nothing "
+            "was trained again with fresh seeds."
+        )
+    against_none = run.confirmation[run.confirmation["baseline"] == "none"]
+    winners = against_none[against_none["beats"]]
+    if not winners.empty:
+        winner = winners.sort_values("difference", ascending=False).iloc[0]
+        return (
+            f"{describe(run.specs[winner['candidate']])} separates better than an SAE without a "
+            f"regularizer: held-out score {_difference(winner)} over {winner['seeds']} fresh seeds."
+        )
+    if against_none.empty:
+        return f"The best trial, {name}, has no regularizer itself: none of the methods beat it."
+    top = against_none.sort_values("difference", ascending=False).iloc[0]
+    found = (
+        "The best of this search are worse than an SAE without a regularizer"
+        if top["high"] < 0
+        else "No configuration of this search is shown to beat an SAE without a regularizer"
+    )
+    return (
+        f"{found}: with fresh seeds {describe(run.specs[top['candidate']])} differs from it by "
+        f"{_difference(top)} in held-out score."
+    )
+
+
+def _study_headline(run: Run) -> str:
+    runs = run.runs[run.runs["seeds"] > 0]
+    if runs.empty:
+        return "No run has a seed that was trained to its end."
+    best = runs.sort_values("heldout_score", ascending=False).iloc[0]
+    first = (
+        f"The best of {len(runs)} runs by held-out score is {best['run']}: "
+        f"{best['heldout_score']:.3f}, mean of {best['seeds']} seed{_s(best['seeds'])}"
+    )
+    if "difference" not in runs or runs["difference"].isna().all():
+        return first + "."
+    ahead = int((runs["difference_low"] > 0).sum())
+    compared = int(runs["difference"].notna().sum())
+    return (
+        f"{first}. {ahead} of {compared} runs are ahead of the run without a regularizer by more "
+        "than their seeds disagree."
+    )
+
+
+def best_facts(run: Run) -> list[tuple[str, str]]:
+    """The best trial of a search in name–value pairs; [] where none was trained to its end."""
+    if run.finished.empty or not run.runs.empty:
+        return []
+    best = run.finished.iloc[0]
+    trial = best["trial"]
+    facts = [
+        ("best configuration", f"trial {trial}: {describe(run.specs[trial])}"),
+        ("score, questions the search saw", f"{best['score']:.3f}, the best of {len(run.scored)}"),
+        ("score, held-out questions", f"{best['heldout_score']:.3f}{_wilson(run, trial)}"),
+        ("SAEBench's score, all questions", f"{best['saebench_score']:.3f}"),
+    ]
+    again = run.confirmation[run.confirmation["candidate"] == trial]
+    if not again.empty:
+        row = again.iloc[0]
+        facts.append(
+            (
+                "the same, trained again",
+                f"{row['candidate_heldout']:.3f} held-out, mean of {row['seeds']} fresh seeds",
+            )
+        )
+    baseline = run.finished[run.finished["regularizer"] == "none"]
+    if not baseline.empty and baseline.iloc[0]["trial"] != trial:
+        row = baseline.iloc[0]
+        facts.append(
+            (
+                "best without a regularizer",
+                f"trial {row['trial']}: {row['score']:.3f}, held-out {row['heldout_score']:.3f} "
+                f"({describe(run.specs[row['trial']])})",
+            )
+        )
+    if best["status"] != "ok":
+        facts.append(("why it is 0", str(best["cause"])))
+    return facts
+
+
+def _wilson(run: Run, trial: int) -> str:
+    """The held-out score's interval by the questions' number, Wilson's of the forget accuracy."""
+    best = run.results[trial]["halves"]["heldout"]["best"]
+    if not best or "forget_interval" not in best:
+        return ""
+    low, high = best["forget_interval"]
+    return f" [{1 - high:.3f}, {1 - low:.3f}] by the number of questions ({best['forget_total']})"
+
+
+def verdict(run: Run, row: pd.Series[Any]) -> str:
+    """One line of the confirmation."""
+    word = "is worse than" if row["high"] < 0 else "is not shown to beat"
+    word = "beats" if row["beats"] else word
+    return (
+        f"Trial {row['candidate']} ({describe(run.specs[row['candidate']])}) {word} "
+        f"{row['baseline']} at equal budget and sparsity: held-out "
+        f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
+        f"{_difference(row)}, ahead in {row['wins']} of {row['seeds']} fresh seeds."
+    )
+
+
+def prediction(run: Run) -> str:
+    """Whether conditioning or overlap predict the score, in one paragraph."""
+    table = run.associations
+    if table.empty:
+        most = int(run.rungs["step"].value_counts().max()) if len(run.rungs) else 0
+        return (
+            "Whether conditioning or overlap predict the unlearning score cannot be said from this "
+            f"run: it needs {MIN_TRIALS} trials scored at one training step, and there are at most "
+            f"{most}."
+        )
+    asked = table[~table["predictor"].isin(SENSITIVITY[1:])]
+    if asked["rho"].isna().all():
+        return (
+            "Whether conditioning or overlap predict the unlearning score cannot be said from this "
+            "run: all scores are the same."
+        )
+    parts = []
+    for step, part in asked.groupby("step"):
+        parts.append(_at_step(int(str(step)), part))
+    return " ".join(
+        text for text in [*parts, _saturation(run), _tolerance(table), _limits(asked)] if text
+    )
+
+
+def _at_step(step: int, part: pd.DataFrame) -> str:
+    usable = part[part["partial_low"].notna()]
+    head = (
+        f"At training step {step}, over {part['trials'].max()} trials of "
+        f"{part['configurations'].max()} configurations:"
+    )
+    plain = part[(part["rho_low"] > 0) | (part["rho_high"] < 0)]
+    found = usable[usable["evidence"]]
+    leads = usable[
+        ((usable["partial_low"] > 0) | (usable["partial_high"] < 0)) & ~usable["evidence"]
+    ]
+    if plain.empty:
+        first = "no figure of conditioning or overlap goes with the score,"
+    else:
+        first = f"{_list(plain, 'rho')} by itself goes with the score,"
+    if found.empty:
+        second = (
+            "and beyond L0, explained variance and dead features there is no evidence for any of "
+            f"the {len(usable)}."
+        )
+    else:
+        second = (
+            "and what holds beyond L0, explained variance and dead features is "
+            f"{_list(found, 'partial')}."
+        )
+    third = (
+        f" {_list(leads, 'partial')} would stand out if it had been the only question; among "
+        f"{len(usable)}, chance makes one such a find now and then."
+        if not leads.empty
+        else ""
+    )
+    return f"{head} {first} {second}{third}"
+
+
+def _list(rows: pd.DataFrame, kind: str) -> str:
+    words = [
+        f"{PREDICTORS[row['predictor']]} (ρ {_signed(row[kind], 2)} "
+        f"[{_signed(row[f'{kind}_low'], 2)}, {_signed(row[f'{kind}_high'], 2)}])"
+        for _, row in rows.iterrows()
+    ]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _tolerance(table: pd.DataFrame) -> str:
+    last = table[(table["step"] == table["step"].max()) & table["predictor"].isin(SENSITIVITY)]
+    last = last.dropna(subset=["partial"])
+    if len(last) < 2:
+        return (
+            "How far this hangs on the tolerance of the numerical rank is not in this run's "
+            "journal."
+        )
+    spread = last["partial"].max() - last["partial"].min()
+    if spread < 0.05:
+        return (
+            "The tolerance of the numerical rank makes no difference: κ at cut-offs from rounding "
+            f"to 1e-2 gives partial correlations within {spread:.2f} of each other."
+        )
+    values = ", ".join(
+        f"{PREDICTORS[row['predictor']]}: {_signed(row['partial'], 2)}"
+        for _, row in last.iterrows()
+    )
+    return f"The answer for κ hangs on the tolerance of the numerical rank ({values})."
+
+
+def _saturation(run: Run) -> str:
+    """The overlap of two row spaces says nothing once one of them fills the space."""
+    last = run.rungs[run.rungs["step"] == run.rungs["step"].max()]
+    full = int((last["forget_retain_overlap"] > 1 - 1e-9).sum())
+    if full < len(last) / 4:
+        return ""
+    return (
+        f"The overlap is 1 in {full} of {len(last)} trials at the last step, because the features "
+        "of one side span the whole residual stream: among those it cannot tell."
+    )
+
+
+def _limits(asked: pd.DataFrame) -> str:
+    text = (
+        "These are correlations among trials whose regularizer moves both sides: none is a cause."
+    )
+    width = (asked["partial_high"] - asked["partial_low"]).median()
+    if width > 0.5:
+        text += (
+            f" The intervals are {width:.1f} wide (median), so that even moderate relations can "
+            "hide in them."
+        )
+    return text
+
+
+def _difference(row: pd.Series[Any]) -> str:
+    return f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    """With its sign and a real minus; 0 has none."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
+
+
+def _s(number: int) -> str:
+    return "" if number == 1 else "s"
+
+
+def stability(run: Run) -> str:
+    """How far groups stay the same between the rungs."""
+    column = run.rungs.get("adjusted_rand_index", pd.Series(dtype=float))
+    values = pd.to_numeric(column, errors="coerce").dropna()
+    if values.empty:
+        return (
+            "Group stability: no trial of this run has the groups of two rungs to compare "
+            "(adjusted Rand index)."
+        )
+    return (
+        f"Group stability: between two rungs the groups agree with an adjusted Rand index of "
+        f"{values.median():.2f} (median of {len(values)}, {values.min():.2f} to "
+        f"{values.max():.2f}; 1: the same groups, 0: as by chance)."
+    )
+
+
+def budget(run: Run) -> list[tuple[str, str]]:
+    """What the run cost, in name–value pairs."""
+    trials, facts = run.trials, run.facts
+    states = trials["state"].value_counts()
+    rows = [
+        (
+            "trials",
+            f"{len(trials)}: "
+            + ", ".join(
+                f"{states[s]} {s}" for s in ("finished", "stopped", "failed") if s in states
+            ),
+        )
+    ]
+    confirmation = int((trials["stage"] == "confirmation").sum())
+    if confirmation:
+        rows.append(("of them in the confirmation", str(confirmation)))
+    rows.append(("activation rows trained on", f"{trials['tokens'].sum():,.0f}"))
+    for column, name in (("train_seconds", "training"), ("score_seconds", "scoring, last rungs")):
+        rows.append((name, f"{pd.to_numeric(trials[column]).sum():,.0f} s"))
+    planned = pd.Series([s["rungs"][-1] for s in run.specs.values()], dtype=float).sum()
+    if planned and len(run.searched):
+        saved = 1 - trials["tokens"].sum() / planned
+        rows.append(("saved by stopping early", f"{saved:.0%} of the planned training"))
+    hours = pd.to_numeric(trials["gpu_hours"], errors="coerce")
+    if hours.notna().any():
+        rows.append(("GPU-hours", f"{hours.sum():.2f}" if hours.sum() else "0 (ran on the CPU)"))
+    names = {"wall_seconds": "wall time", "first_result_seconds": "first result after"}
+    rows += [(name, f"{facts[key]:,.0f} s") for key, name in names.items() if key in facts]
+    if "busy_share" in facts:
+        rows.append(("training and scoring", f"{facts['busy_share']:.0%} of wall × workers"))
+    if "peak_gib" in facts:
+        rows.append(("peak memory", f"{facts['peak_gib']:.1f} GiB"))
+    return rows

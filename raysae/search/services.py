@@ -1,0 +1,165 @@
+"""What runs beside the trials in the search's process: pool, store and a memory watch."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from raysae.config import RunConfig
+from raysae.search import cluster
+
+POOL_FAILURES = 50
+"""Times that the pool may lose a worker before the search stops, to be resumed by hand."""
+
+
+def background(target: Any, *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=args, name=target.__name__, daemon=True)
+    thread.start()
+    return thread
+
+
+class Store:
+    """Fills the activation store and publishes it, again where a broker is restarted."""
+
+    def __init__(self, config: RunConfig, broker: Any, console: Console) -> None:
+        self._config, self._broker, self._console = config, broker, console
+        self._handle: Any = None
+
+    def fill(self) -> None:
+        """Harvest or find again, and publish; if that fails, no trial can run."""
+        import ray
+
+        from raysae.store.cache import cache_folder
+        from raysae.store.harvest import harvest
+
+        config = self._config
+        try:
+            assert config.hook is not None
+            harvested = harvest(
+                config.world,
+                [config.hook],
+                config.resources.store_dtype,
+                evaluation_cache=config.objective.evaluator == "cached",
+                tasks_at_a_time=cluster.HARVEST_CPUS,
+                cache=cache_folder(config.resources.cache),
+            )
+            self._handle = ray.put(harvested.stores[config.hook])
+            self.publish()
+            self._say(harvested.lines)
+            self._say(harvested.finish())
+        except Exception as error:
+            ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
+
+    def _say(self, lines: list[str]) -> None:
+        for line in lines:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def publish(self) -> None:
+        """Tell the broker where the store is, once it is there."""
+        import ray
+
+        if self._handle is not None:
+            # Nested, the reference reaches the broker unopened: opening it would import torch.
+            ray.get(self._broker.set_store.remote([self._handle]))
+
+
+def run_pool(
+    config: RunConfig, plan: cluster.Plan, namespace: str, run_dir: Path, broker: Any
+) -> None:
+    """The one Ray Train run of the search; returns when the broker is closed."""
+    import ray
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRunConfig
+
+    from raysae.pool.client import serve_pool
+
+    resources = config.resources
+    trainer = _trainer_class(plan, use_gpu=resources.use_gpu)(
+        serve_pool,
+        train_loop_config={
+            "namespace": namespace,
+            "world": config.world,
+            "hook": config.hook,
+            "evaluator": config.objective.evaluator,
+            "split_seed": config.objective.split_seed,
+            "frontier_weight": config.objective.frontier_weight,
+            "evals": config.evals,
+            "workers_per_trial": plan.workers_per_trial,
+            "threads": resources.threads_per_worker,
+            "use_gpu": resources.use_gpu,
+            "checkpoint_seconds": resources.checkpoint_seconds,
+            "run_dir": str(run_dir),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=plan.pool_size,  # type: ignore[arg-type]
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"CPU": resources.threads_per_worker}
+            | ({"GPU": 1} if resources.use_gpu else {}),
+        ),
+        run_config=TrainRunConfig(
+            name=namespace,
+            storage_path=str(run_dir / "pool"),
+            failure_config=FailureConfig(max_failures=POOL_FAILURES),
+        ),
+    )
+    reason = "the worker pool ended before the search did"
+    try:
+        trainer.fit()
+    except Exception as error:
+        (run_dir / "pool_error.log").write_text(str(error), encoding="utf-8")
+        reason = f"the worker pool failed: {last_line(error)} (log: {run_dir / 'pool_error.log'})"
+    if ray.is_initialized():
+        ray.get(broker.halt.remote(reason))
+
+
+def _trainer_class(plan: cluster.Plan, *, use_gpu: bool) -> Any:
+    """Ray Train's trainer; the one with a torch process group only where workers train together.
+
+    Its controller and this process import torch for it, at the cost of seconds before the first
+    trial; a pool whose workers train alone needs no group.
+    """
+    if plan.workers_per_trial > 1:
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        return partial(
+            TorchTrainer, torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo")
+        )
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error that carries a remote traceback: what was raised there."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+class MemoryWatch:
+    """Peak of the memory in use on this machine above what was in use at the start, in GiB."""
+
+    def __init__(self) -> None:
+        self._start = self._peak = _used_bytes()
+        self._stop = threading.Event()
+        self._thread = background(self._watch)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            self._peak = max(self._peak, _used_bytes())
+
+    def stop(self) -> float:
+        """Stop watching; the peak."""
+        self._stop.set()
+        self._thread.join()
+        return (self._peak - self._start) / 2**30
+
+
+def _used_bytes() -> int:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)

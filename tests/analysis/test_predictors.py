@@ -1,0 +1,158 @@
+"""Rank correlations against scipy and statsmodels; what is compared with what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+from scipy.stats import pearsonr, rankdata, spearmanr
+
+from raysae.analysis import predictors
+from raysae.analysis.predictors import (
+    ASSOCIATION_COLUMNS,
+    COVARIATES,
+    MIN_TRIALS,
+    OUTCOME,
+    PREDICTORS,
+    SENSITIVITY,
+    associations_table,
+    rank_correlations,
+    rungs_table,
+)
+from raysae.analysis.statistics import rank_interval
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictors, "RESAMPLES", 300)
+
+
+def made_up(n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three predictors, an outcome, three covariates; with ties."""
+    rng = np.random.default_rng(seed)
+    covariates = np.column_stack([rng.integers(3, 9, n), rng.random(n), rng.integers(0, 4, n)])
+    x = rng.standard_normal((n, 3)) + covariates[:, [0]] * [0.4, 0.0, 0.1]
+    outcome = np.round(x[:, 0] + covariates[:, 0] + rng.standard_normal(n), 1)
+    return x, outcome, covariates
+
+
+def by_statsmodels(x: np.ndarray, y: np.ndarray, covariates: np.ndarray) -> float:
+    design = sm.add_constant(rankdata(covariates, axis=0))
+    residuals = [sm.OLS(rankdata(v), design).fit().resid for v in (x, y)]
+    return float(pearsonr(*residuals)[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rank_correlations_are_those_of_scipy_and_statsmodels(seed: int):
+    x, y, covariates = made_up(seed=seed)
+    plain, partial = rank_correlations(x, y, covariates)
+    for i in range(3):
+        assert plain[i] == pytest.approx(spearmanr(x[:, i], y)[0], abs=1e-12)
+        assert partial[i] == pytest.approx(by_statsmodels(x[:, i], y, covariates), abs=1e-10)
+
+
+def test_what_the_covariates_explain_alone_leaves_nothing():
+    """A predictor and an outcome that both only follow L0."""
+    _, _, covariates = made_up()
+    l0 = covariates[:, 0]
+    plain, partial = rank_correlations(np.column_stack([l0**2]), -l0, covariates)
+    assert plain[0] == pytest.approx(-1)
+    assert np.isnan(partial[0])
+
+
+def test_constant_columns_have_no_correlation_and_constant_covariates_change_nothing():
+    x, y, covariates = made_up()
+    plain, partial = rank_correlations(np.column_stack([x[:, 0], np.ones(len(y))]), y, covariates)
+    assert np.isnan(plain[1])
+    assert np.isnan(partial[1])
+    _, same = rank_correlations(x, y, np.column_stack([covariates, np.full(len(y), 3.0)]))
+    _, before = rank_correlations(x, y, covariates)
+    np.testing.assert_allclose(same, before)
+    assert np.isnan(rank_correlations(x, np.ones(len(y)), covariates)[0]).all()
+
+
+def test_rank_interval_is_scipys_correlation_and_about_its_bootstrap():
+    x, y, _ = made_up(60)
+    rho, low, high = rank_interval(x[:, 0], y)
+    assert rho == pytest.approx(spearmanr(x[:, 0], y)[0])
+    assert low < rho < high
+    rng = np.random.default_rng(9)
+    draws = [spearmanr(x[rows, 0], y[rows])[0] for rows in rng.integers(60, size=(800, 60))]
+    np.testing.assert_allclose((low, high), np.quantile(draws, (0.025, 0.975)), atol=0.06)
+    assert np.isnan(rank_interval([1, 2, 3], [3, 1, 2])[1])
+    assert np.isnan(rank_interval(np.ones(20), np.arange(20))[0])
+
+
+def rungs(n: int, strength: float, *, step: int = 100, copies: int = 1) -> pd.DataFrame:
+    """A rungs table in which κ decides the score with `strength`, and nothing else does."""
+    rng = np.random.default_rng(1)
+    kappa = np.repeat(rng.random(n // copies), copies)
+    frame = pd.DataFrame(
+        {name: rng.random(n) for name in (*PREDICTORS, *COVARIATES)}
+        | {"trial": range(n), "step": step}
+        | dict.fromkeys(SENSITIVITY, kappa)
+    )
+    frame["configuration"] = np.repeat([f"c{i}" for i in range(n // copies)], copies)
+    frame[OUTCOME] = strength * kappa + (1 - strength) * rng.random(n)
+    return frame
+
+
+def test_a_predictor_that_decides_the_score_is_found_and_no_other(monkeypatch):
+    monkeypatch.setattr(predictors, "RESAMPLES", 1000)  # the tails are asked
+    table = associations_table(rungs(60, 0.8))
+    assert list(table.columns) == list(ASSOCIATION_COLUMNS)
+    assert list(table.loc[table["evidence"], "predictor"]) == list(SENSITIVITY)
+    row = table.set_index("predictor").loc["condition_number"]
+    assert row["partial_low"] <= row["partial"] <= row["partial_high"]
+    assert (row["trials"], row["configurations"]) == (60, 60)
+
+
+def test_nothing_is_found_where_nothing_is():
+    assert not associations_table(rungs(60, 0.0))["evidence"].any()
+
+
+def test_seeds_of_one_configuration_are_resampled_together():
+    """Twenty copies of three configurations are three witnesses: the interval must be wide."""
+    alone = associations_table(rungs(60, 0.5)).set_index("predictor").loc["condition_number"]
+    copied = associations_table(rungs(60, 0.5, copies=20))
+    copied = copied.set_index("predictor").loc["condition_number"]
+    assert copied["configurations"] == 3
+    width = copied["rho_high"] - copied["rho_low"]
+    assert not width < alone["rho_high"] - alone["rho_low"]
+
+
+def test_steps_are_apart_and_those_with_few_trials_are_left_out():
+    both = pd.concat([rungs(20, 0.5), rungs(MIN_TRIALS - 1, 0.5, step=200)])
+    assert set(associations_table(both)["step"]) == {100}
+    sparse = rungs(20, 0.5)
+    sparse.loc[5:, "adjusted_rand_index"] = np.nan
+    found = associations_table(sparse)["predictor"]
+    assert "adjusted_rand_index" not in set(found)
+    assert "condition_number" in set(found)
+    assert associations_table(rungs_table([])).empty
+
+
+def test_rungs_have_scores_figures_and_size_matched_ratios(make_spec):
+    def row(group: str, kappa: float | None, random: float | None) -> dict[str, Any]:
+        return {
+            "trial": 0, "step": 8, "group": group, "condition_number": kappa,
+            "random_condition_number_p50": random,
+        }  # fmt: skip
+
+    record = {
+        "event": "rung", "trial": 0, "step": 8, "score": 0.1, "heldout_score": 0.2,
+        "saebench_score": 0.3, "metrics": {"l0": 4.0},
+        "conditioning": [row("all", 5.0, 2.0), row("forget", 6.0, 2.0), row("retain", None, None)],
+    }  # fmt: skip
+    ends = [
+        {"event": "end", "trial": i, "spec": make_spec(number=i, seed=i).to_dict()} for i in (0, 1)
+    ]
+    table = rungs_table([record, record | {"trial": 1}, *ends])
+    first = table.iloc[0]
+    assert (first["condition_number"], first["forget_condition"]) == (5.0, 3.0)
+    assert np.isnan(first["retain_condition"])
+    assert (first["l0"], first["saebench_score"]) == (4.0, 0.3)
+    assert table["configuration"].nunique() == 1  # another seed of the same

@@ -1,0 +1,112 @@
+"""The report of a whole run: one file, the answer in it, nothing from outside."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from raysae import cli
+from raysae.config import load_config
+from raysae.report.build import FIGURES, REPORT_FILE, build_report
+from raysae.report.run import read_run
+from raysae.search.live import describe
+from raysae.training.spec import config_hash
+
+PNGS = {
+    "score_against_alpha", "score_against_group_update_period", "frontier", "importances",
+    "conditioning_predictors", "conditioning_scatter", "conditioning_random",
+    "conditioning_training",
+}  # fmt: skip
+
+
+def text(folder: Path) -> str:
+    """The page without its scripts and pictures."""
+    page = (folder / REPORT_FILE).read_text(encoding="utf-8")
+    page = re.sub(r"<script.*?</script>|data:[^\"]*", "", page, flags=re.S)
+    return page.replace("&#39;", "'")
+
+
+def test_the_answer_stands_first_with_its_interval_and_its_confirmation(search: Path):
+    page, run = text(search), read_run(search)
+    best = run.finished.iloc[0]
+    assert f"trial {best['trial']}: {describe(run.specs[best['trial']])}" in page
+    held_out = f"{best['heldout_score']:.3f} ["
+    assert held_out in page
+    assert page.index(held_out) < page.index("Leaderboard</h2>")
+    for _, row in run.confirmation.iterrows():
+        assert f"Trial {row['candidate']} " in page
+        assert f"ahead in {row['wins']} of {row['seeds']} fresh seeds" in page
+
+
+def test_everything_is_in_one_file_of_bounded_size(search: Path):
+    page = (search / REPORT_FILE).read_text(encoding="utf-8")
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    sources = re.findall(r"(?:src|href)=\"([^\"]*)\"", markup)
+    assert sources
+    assert [s for s in sources if not s.startswith(("data:", "#", "trials/"))] == []
+    assert all((search / s).is_dir() for s in sources if s.startswith("trials/"))
+    assert page.count("plotly.js v") <= 1 < page.count("Plotly.newPlot(")
+    assert (search / REPORT_FILE).stat().st_size < 6e6
+    assert {path.stem for path in (search / FIGURES).glob("*.png")} == PNGS
+
+
+def test_leaderboard_failures_budget_and_environment_are_there(search: Path):
+    page, run = text(search), read_run(search)
+    assert "Group stability: between two rungs" in page
+    failed = run.trials[run.trials["state"] == "failed"]
+    assert len(failed)
+    for error in failed["error"].unique():
+        assert error in page
+    for words in ("600 s", "0" * 40, "made up", "raysae 0.1.0", "SAE without a regularizer"):
+        assert words in page
+    shown = page.count('class="words">') - page.count('<th class="words">')
+    assert shown >= 20
+
+
+def test_the_commands_train_the_best_trial_again(search: Path):
+    run = read_run(search)
+    best = run.finished.iloc[0]
+    config = load_config(search / "reproduce.yaml")
+    (spec,) = config.fixed_trials()
+    assert config_hash(spec.to_dict()) == best["config_hash"]
+    assert config.world == run.config["world"]
+    assert config.hook == run.config["hook"]
+    assert load_config(search / "config.yaml").space is not None
+
+
+def test_associations_come_as_a_table(search: Path):
+    table = pd.read_csv(search / "associations.csv")
+    assert len(table) == len(read_run(search).associations) > 0
+
+
+def test_a_study_shows_its_runs_and_its_five_figures(study: Path):
+    page = text(study)
+    assert "The best of 3 runs by held-out score is run" in page
+    assert page.count("<img") >= 5
+    names = ("unlearning_score", "l2_loss", "sparsity_loss", "loss", "training_curves")
+    assert {f"{name}.png" for name in names} <= {p.name for p in (study / FIGURES).iterdir()}
+    assert "Plotly" not in (study / REPORT_FILE).read_text(encoding="utf-8")
+    assert "needs 12 trials" in page
+
+
+def test_the_command_says_where_the_report_is(
+    copied, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = copied()
+    monkeypatch.setattr("sys.argv", ["raysae", "report", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        cli.commands()
+    assert ended.value.code == 0
+    assert str(folder / REPORT_FILE) in capsys.readouterr().out
+    assert (folder / REPORT_FILE).is_file()
+
+
+@pytest.mark.slow
+def test_a_thousand_trials_make_a_page_of_bounded_size(tmp_path: Path):
+    from synthetic_runs import write_search
+
+    folder = write_search(tmp_path / "large", 1000, confirm=False)
+    assert build_report(folder).path.stat().st_size < 10e6
