@@ -230,6 +230,7 @@ class Worker:
 
         def on_event(event: Progress | Rung) -> bool:
             if isinstance(event, Progress):
+                self.source.publish()
                 word = ray.get(self.broker.progress.remote(number, _row(event)))
                 if word == "go":
                     checkpoints.save_if_due(run)
