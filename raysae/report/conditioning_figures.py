@@ -94,9 +94,12 @@ def scatter(run: Run, folder: Path) -> Plot | None:
                 rungs[name], rungs[OUTCOME], c=rungs["l0"], cmap="cividis", s=22, linewidth=0
             )
             rho, low, high = rank_interval(rungs[name], rungs[OUTCOME])
-            figures = f"ρ = {rho:+.2f}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
-            figures = figures.replace("-", "−")
-            panel.set_title(figures if np.isfinite(rho) else "constant")
+            figures = f"ρ = {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+            if np.isnan(low):
+                figures = "constant" if np.isnan(rho) else "too few trials for ρ"
+            panel.set_title(figures)
+            panel.ticklabel_format(axis="x", useOffset=False)
+            panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel(PREDICTORS[name])
             plain(panel)
         panels.flat[0].set_ylabel("SAEBench's score")

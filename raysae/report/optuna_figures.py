@@ -31,6 +31,8 @@ TREES, DEPTH = 16, 6
 SHUFFLES = 5
 MOST_LINES = 200
 """Of the parallel coordinates: every line is a trace of its own, of kilobytes."""
+MOST_DOTS = 150
+"""Of a contour: its grid has a cell for every pair of values."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,11 @@ def _ranges(trials: list[Any]) -> dict[str, Any]:
 
 def parameters(study: optuna.Study) -> list[str]:
     """Parameters that more than one method shares, those of the penalty first."""
-    found = dict.fromkeys(name for trial in study.trials for name in trial.params)
+    trials = study.trials  # a copy at every call
+    found = dict.fromkeys(name for trial in trials for name in trial.params)
     own = [name for name in found if name not in COMMON and "." not in name]
     varied = [name for name in (*COMMON, *own) if name in found]
-    return [name for name in varied if len({t.params.get(name) for t in study.trials}) > 1]
+    return [name for name in varied if len({t.params.get(name) for t in trials}) > 1]
 
 
 def history(run: Run, study: optuna.Study) -> Interactive:
@@ -182,19 +185,24 @@ def contour(study: optuna.Study) -> Interactive | None:
     import optuna
     import optuna.visualization as visualization
 
+    trials = study.trials
     categorical = optuna.distributions.CategoricalDistribution
     numeric = [
         name for name in parameters(study)
-        if not any(isinstance(t.distributions.get(name), categorical) for t in study.trials)
+        if not any(isinstance(t.distributions.get(name), categorical) for t in trials)
     ][:3]  # fmt: skip
-    complete = [t for t in study.trials if set(numeric) <= t.params.keys()]
+    complete = [t for t in trials if set(numeric) <= t.params.keys()]
     if len(numeric) > 2 and len(complete) < MIN_TRIALS:
         numeric = numeric[:1] + numeric[2:]
-    if len(numeric) < 2 or len(study.trials) < MIN_TRIALS:
+    if len(numeric) < 2 or len(trials) < MIN_TRIALS:
         return None
-    figure = visualization.plot_contour(study, params=numeric, target_name="score")
+    few = optuna.create_study(direction="maximize")
+    few.add_trials(trials[:: -(-len(trials) // MOST_DOTS)])
+    figure = visualization.plot_contour(few, params=numeric, target_name="score")
     figure.update_layout(height=420 if len(numeric) == 2 else 640)
     caption = "Interpolated between the trials (dots): believe it near dots only. Darker is better."
+    if len(trials) > MOST_DOTS:
+        caption += f" {len(few.trials)} of {len(trials)} trials, evenly taken."
     return Interactive("contour", "Score over two parameters at a time", caption, figure)
 
 
@@ -267,14 +275,14 @@ def _importance(trials: list[Any], values: np.ndarray, names: list[str]) -> dict
     import optuna
 
     study = optuna.create_study(direction="maximize")
-    for trial, value in zip(trials, values, strict=True):
-        study.add_trial(
-            optuna.trial.create_trial(
-                value=float(value),
-                params={name: trial.params[name] for name in names},
-                distributions={name: trial.distributions[name] for name in names},
-            )
+    study.add_trials(
+        optuna.trial.create_trial(
+            value=float(value),
+            params={name: trial.params[name] for name in names},
+            distributions={name: trial.distributions[name] for name in names},
         )
+        for trial, value in zip(trials, values, strict=True)
+    )
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, max_depth=DEPTH, seed=0)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
     return {name: float(value) for name, value in found.items()}
