@@ -67,7 +67,8 @@ def trainer_worker(settings: dict[str, Any]) -> None:
     """The documented pattern's training function: one trial, then the process ends."""
     import torch
 
-    from raysae.training.loop import Progress, Rung, TrialRun
+    from raysae.training.loop import train_one
+    from raysae.training.run import Progress, Rung, SAERun
     from raysae.training.spec import TrialSpec
     from raysae.unlearning import CachedEvaluator, default_eval_config
     from raysae.worlds import load_world
@@ -86,8 +87,8 @@ def trainer_worker(settings: dict[str, Any]) -> None:
             Path(settings["result"]).write_text(json.dumps(result))
         return True
 
-    run = TrialRun(TrialSpec(**settings["spec"]), store.open())
-    run.train(lambda sae, steps: evaluator.evaluate(sae, training_steps=steps), on_event)
+    run = SAERun(TrialSpec(**settings["spec"]), store.open())
+    train_one(run, lambda sae, steps: evaluator.evaluate(sae, training_steps=steps), on_event)
 
 
 def measure_trainers(

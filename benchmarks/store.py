@@ -258,7 +258,7 @@ def measure_step(rounds: int = 200) -> None:
     """Share of delivery in a training step of the default search, shared chunks."""
     import torch
 
-    from raysae.training.loop import TrialRun
+    from raysae.training.run import SAERun
     from raysae.training.spec import TrialSpec
 
     torch.set_num_threads(1)
@@ -272,7 +272,7 @@ def measure_step(rounds: int = 200) -> None:
         regularizer={"name": "none"},
         rungs=(rounds * 1024,),
     )
-    run = TrialRun(spec, store)
+    run = SAERun(spec, store)
     delivery, step = [], []
     for i in range(rounds):
         started = time.perf_counter()

@@ -25,7 +25,8 @@ import torch
 from scipy.stats import f_oneway
 
 from raysae.store.activations import local_store
-from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import CachedEvaluator, build_cache, default_eval_config
 from raysae.worlds import load_world
@@ -88,7 +89,7 @@ def run_one(task: tuple[int, dict[str, Any], int, int]) -> Outcome:
             rungs.append(event)
         return True
 
-    TrialRun(spec, store).train(lambda s, n: evaluator.evaluate(s, training_steps=n), keep)
+    train_one(SAERun(spec, store), lambda s, n: evaluator.evaluate(s, training_steps=n), keep)
     rung = rungs[-1]
     result = rung.result
     print(f"{sae} seed {seed}: {result.score:.3f}", file=sys.stderr, flush=True)

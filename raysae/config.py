@@ -71,6 +71,9 @@ class SearchConfig(_Strict):
         "tpe", description="grid: every combination of a space that has lists only"
     )
     seeds: int = Field(1, ge=1, description="of every point of a grid, of every run of a study")
+    seeds_per_trial: int = Field(
+        1, ge=1, description="SAEs a trial, on the same batches; the sampler gets their mean"
+    )
     startup_trials: int = Field(10, ge=1, description="random trials before TPE models anything")
     seed: int = Field(0, ge=0)
     max_concurrent: int | None = Field(
@@ -83,7 +86,7 @@ class ConfirmConfig(_Strict):
     """After a search: the best are trained again, with fresh seeds, beside the baselines."""
 
     top: int = Field(2, ge=0, description="how many of the best; 0: no confirmation")
-    seeds: int = Field(3, ge=2, description="fresh seeds of each")
+    seeds: int = Field(3, ge=2, description="fresh seeds of each, trained side by side")
 
 
 class RunEntry(_Strict):
@@ -226,7 +229,7 @@ class RunConfig(_Strict):
     @property
     def max_confirmation(self) -> int:
         """Trials of the confirmation at most: each of the best, and both baselines beside it."""
-        return self.confirm.seeds * 3 * self.confirm.top if self.is_search else 0
+        return 3 * self.confirm.top if self.is_search else 0
 
     def fixed_trials(self) -> list[TrialSpec]:
         """The trials of a study's runs or of a grid, seed by seed; [] where a sampler chooses them.
@@ -260,6 +263,7 @@ class RunConfig(_Strict):
             seed=self.seed_of(number if seed is None else seed)
             if own_seed is None
             else own_seed + (seed or 0),
+            seeds=self.search.seeds_per_trial,
             run=run,
             sae=SAESpec(**sae),
             training=training,

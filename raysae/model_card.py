@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from raysae.analysis.seeds import seed_records
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import TRIAL_FILE
 from raysae.search.live import describe
@@ -49,7 +50,10 @@ class _Run:
         self.spec: dict[str, Any] = trial["spec"]
         self.steps: int = trial["training_steps"]
         ended = {r["trial"]: r for r in ended_trials(read_journal(run_dir / JOURNAL))}
-        self.rung: dict[str, Any] = ended[self.spec["number"]]["rung"]
+        whole = ended[self.spec["number"]]["rung"]
+        seeds = seed_records(whole)
+        self.rung: dict[str, Any] = seeds[whole.get("typical_seed", 0)]
+        self.siblings = [record["score"] for record in seeds]
         self.searched = sum(
             r["spec"]["stage"] == "search" and r["state"] != "failed" for r in ended.values()
         )
@@ -59,10 +63,11 @@ class _Run:
         if not self.is_search:
             stage, run = self.spec["stage"], self.spec["run"]
         self.other_seeds = [
-            r["rung"]["heldout_score"]
+            seed["heldout_score"]
             for r in ended.values()
             if (r["spec"]["stage"], r["spec"]["run"], r["state"]) == (stage, run, "finished")
             and r["trial"] != self.spec["number"]
+            for seed in seed_records(r["rung"])
         ]
         self.config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         self.about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
@@ -186,9 +191,17 @@ def _origin(run: _Run) -> str:
     if run.is_search:
         return (
             f"It is the best of {run.searched} trials of a search, by its score on the questions "
-            "that the search saw."
+            f"that the search saw{_typical(run.siblings)}."
         )
     return f"It is the best of {run.searched} trials of a study (run `{run.spec['run']}`)."
+
+
+def _typical(scores: list[float]) -> str:
+    """Which of the trial's SAEs it is; "" where there is one."""
+    if len(scores) == 1:
+        return ""
+    listed = ", ".join(f"{score:.3f}" for score in scores)
+    return f": the one with the median score of the trial's {len(scores)} seeds ({listed})"
 
 
 def _confirmation(run: _Run) -> list[str]:

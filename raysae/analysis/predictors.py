@@ -13,6 +13,8 @@ import pandas as pd
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
+from raysae.analysis.seeds import SCORES, seed_records
+
 PREDICTORS = {
     "condition_number": "κ of the decoder",
     "condition_number_at_1e-06": "κ, tolerance 1e-6",
@@ -62,38 +64,39 @@ ASSOCIATION_COLUMNS = {
 
 
 def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a (trial, step) that was scored: scores, training figures, conditioning.
+    """One row an SAE that was scored, (trial, seed, step): scores, training figures, conditioning.
 
     Args:
         records: the whole journal.
 
     Returns:
-        `trial`, `step`, `configuration` (equal for seeds of one configuration), the scores, the
-        training metrics, the "all" row of the conditioning, and `forget_condition` and
+        `trial`, `seed` (index), `step`, `configuration` (equal for seeds of one configuration), the
+        scores, the training metrics, the "all" row of the conditioning, and `forget_condition` and
         `retain_condition`: κ of those groups over the median of random rows of the same size.
     """
     from raysae.training.spec import config_hash
 
     configurations = {
-        record["trial"]: config_hash(record["spec"] | {"seed": 0})
+        record["trial"]: config_hash(record["spec"] | {"seed": 0, "seeds": 1})
         for record in records
         if record["event"] == "end"
     }
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    rows: dict[tuple[int, int, int], dict[str, Any]] = {}
     for record in records:
         if record["event"] != "rung":
             continue
-        groups = {row["group"]: row for row in record["conditioning"]}
-        key = record["trial"], record["step"]
-        scores = {name: record[name] for name in ("score", "heldout_score", "saebench_score")}
-        rows[key] = groups["all"] | record["metrics"] | scores
-        rows[key]["configuration"] = configurations.get(record["trial"], f"trial {key[0]}")
-        for side in ("forget", "retain"):
-            rows[key][f"{side}_condition"] = _against_random(groups[side])
+        trial = record["trial"]
+        for index, seed in enumerate(seed_records(record)):
+            groups = {row["group"]: row for row in seed["conditioning"]}
+            row = groups["all"] | seed["metrics"] | {name: seed[name] for name in SCORES}
+            row |= {"seed": index, "configuration": configurations.get(trial, f"trial {trial}")}
+            for side in ("forget", "retain"):
+                row[f"{side}_condition"] = _against_random(groups[side])
+            rows[trial, index, record["step"]] = row
     return (
-        pd.DataFrame(list(rows.values())).sort_values(["step", "trial"], ignore_index=True)
+        pd.DataFrame(list(rows.values())).sort_values(["step", "trial", "seed"], ignore_index=True)
         if (rows)
-        else pd.DataFrame(columns=["trial", "step", "configuration", OUTCOME, *PREDICTORS])
+        else pd.DataFrame(columns=["trial", "seed", "step", "configuration", OUTCOME, *PREDICTORS])
     )
 
 

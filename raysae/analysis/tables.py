@@ -1,4 +1,4 @@
-"""Journal records → tidy tables: one row a trial, one row a point of a curve, one row a group."""
+"""Journal records → tidy tables: one row a trial, an SAE, a point of a curve, a group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
-from raysae.training.spec import config_hash
+from raysae.analysis.seeds import SCORES, seed_records
+from raysae.training.spec import TrialSpec, config_hash
 
 TRIAL_COLUMNS: dict[str, str] = {
     "trial": "number of the trial, from 0 (the baseline)",
@@ -20,6 +21,9 @@ TRIAL_COLUMNS: dict[str, str] = {
     "reached; 0 to 1, higher is better",
     "heldout_score": "the same on the other half, which no sampler sees",
     "saebench_score": "SAEBench's own score, on all questions: comparable with published ones",
+    "score_std": "sample standard deviation of the score over the trial's seeds",
+    "heldout_score_std": "the same of heldout_score",
+    "saebench_score_std": "the same of saebench_score",
     "frontier": "mean loss of forget accuracy over retain accuracies of 0.9 to 1, search half",
     "status": "why the score is what it is: ok, or the cause of a 0.0",
     "cause": "the status in a sentence, with its figures",
@@ -33,6 +37,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "l1_coefficient": "weight of the L1 term (standard, gated)",
     "l0_coefficient": "weight of the L0 term (jumprelu)",
     "seed": "of weights and batches",
+    "seeds": "SAEs of the trial; scores, losses, L0 and the like are their means, statuses, counts "
+    "and conditioning those of the one with the median score",
     "training_steps": "optimiser steps trained",
     "tokens": "activation rows seen in training",
     "forget_accuracy": "share of known forget questions still right at the best intervention",
@@ -73,7 +79,7 @@ TRIAL_COLUMNS: dict[str, str] = {
     "score_seconds": "wall time in scoring at the last rung, s",
     "wall_seconds": "from the start of the trial on its worker to its end, s",
     "gpu_hours": "wall_seconds × GPUs of the trial, h; 0 on the CPU",
-    "tokens_per_second": "tokens / train_seconds",
+    "tokens_per_second": "tokens × seeds / train_seconds",
     "attempts": "1, or more if a worker died under it",
     "config_hash": "12 hex digits over everything that decides the trial's numbers but its number",
     "error": "why it failed",
@@ -111,6 +117,21 @@ def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = Non
     return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
 
 
+def seeds_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row an SAE, with its own figures: columns as in `TRIAL_COLUMNS`, and `seed_index`."""
+    rows = []
+    for record in ended:
+        spec, rungs = record["spec"], seed_records(record["rung"])
+        seeds = TrialSpec.model_validate(spec).members()
+        for index, (rung, member) in enumerate(zip(rungs, seeds, strict=len(rungs) > 1)):
+            row = _trial_row(record | {"rung": rung, "spec": spec | {"seed": member.seed}})
+            rows.append(row | {"seeds": 1, "seed_index": index})
+    frame = pd.DataFrame(rows)
+    extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
+    shared = [name for name in TRIAL_COLUMNS if name in frame.columns]
+    return frame.reindex(columns=[*shared, *extra])
+
+
 def curves_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
     """One row a (trial, logged step): the losses and figures of the trials table, over training."""
     rows = [{"trial": r["trial"], **point} for r in ended for point in r["curve"]]
@@ -118,22 +139,26 @@ def curves_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a (trial, step, group), at every rung; columns as in `conditioning.COLUMNS`."""
+    """One row a (trial, seed, step, group), at every rung: `conditioning.COLUMNS` and `seed`, the
+    index of the SAE in its trial."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         if record["event"] == "rung":
-            for row in record["conditioning"]:
-                rows[(row["trial"], row["step"], row["group"])] = row
-    return pd.DataFrame(list(rows.values()), columns=list(CONDITIONING_COLUMNS))
+            for index, seed in enumerate(seed_records(record)):
+                for row in seed["conditioning"]:
+                    key = (row["trial"], index, row["step"], row["group"])
+                    rows[key] = row | {"seed": index}
+    return pd.DataFrame(list(rows.values()), columns=["seed", *CONDITIONING_COLUMNS])
 
 
 def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[str, Any]]) -> None:
-    """Write trials, curves and conditioning to the run folder, as Parquet and CSV each."""
+    """Write trials, seeds, curves and conditioning to the run folder, as Parquet and CSV each."""
     about = run_dir / "about.json"
     tables = {
         "trials": trials_table(
             ended, json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
         ),
+        "seeds": seeds_table(ended),
         "curves": curves_table(ended),
         "conditioning": conditioning_rows(records),
     }
@@ -182,6 +207,7 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "l1_coefficient": spec["sae"]["l1_coefficient"],
         "l0_coefficient": spec["sae"]["l0_coefficient"],
         "seed": spec["seed"],
+        "seeds": spec.get("seeds", 1),
         "training_steps": rung.get("step", 0),
         "tokens": rung.get("tokens", 0),
         "attempts": record["attempts"],
@@ -197,7 +223,8 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     metrics = rung["metrics"]
     row |= {name: metrics[name] for name in metrics if name in TRIAL_COLUMNS and name != "alpha"}
     row |= {name: rung[name] for name in ("train_seconds", "score_seconds")}
-    row["tokens_per_second"] = rung["tokens"] / rung["train_seconds"]
+    row |= {f"{name}_std": rung.get(f"{name}_std") for name in SCORES}
+    row["tokens_per_second"] = rung["tokens"] * row["seeds"] / rung["train_seconds"]
     result = rung["halves"]["search"]
     row["frontier"] = result["frontier"]
     row |= rung.get("sparse_probing") or {}

@@ -12,7 +12,7 @@ from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
 from raysae.analysis.conditioning import conditioning_table
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
-from raysae.training.loop import Rung
+from raysae.training.run import Rung
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import halve, sae_cfg_dict
 from raysae.worlds import World
@@ -25,7 +25,7 @@ DENSE_RATE = 0.1
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The folder of one trial; a later rung overwrites the SAE and the result of the one before."""
+    """The folder of one SAE; a later rung overwrites the SAE and the result of the one before."""
 
     folder: Path
     world: World
@@ -42,7 +42,7 @@ class Artifacts:
         """Write everything and return the rung as plain data, for the journal.
 
         Args:
-            spec: of the trial.
+            spec: of the SAE.
             rung: the scored SAE.
             probing: sparse-probing accuracies of the same SAE, where they were asked for.
         """

@@ -14,3 +14,8 @@ TRIAL_FILE = "trial.json"
 def trial_folder(run_dir: Path, number: int) -> Path:
     """`trials/NNNN` of a run folder."""
     return run_dir / "trials" / f"{number:04d}"
+
+
+def seed_folder(folder: Path, index: int, seeds: int) -> Path:
+    """Where a trial's SAE lies: in the trial's own folder if it is the only one."""
+    return folder if seeds == 1 else folder / f"seed_{index}"

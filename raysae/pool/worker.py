@@ -17,16 +17,18 @@ import torch.distributed as dist
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from sae_lens import SAE
 
+from raysae.analysis.seeds import mean_curve, over_seeds
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
-from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
+from raysae.pool.folder import LAST_GOOD_FOLDER, seed_folder, trial_folder
 from raysae.pool.jobs import HaltedError
 from raysae.pool.waits import TimedSource
 from raysae.sparse_probing import SparseProbing
 from raysae.store.handle import StoreHandle
 from raysae.training.checkpoint import Checkpoints
 from raysae.training.collective import Alone, Group
-from raysae.training.loop import Progress, Rung, TrainingDivergedError, TrialRun
+from raysae.training.loop import Event, train
+from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import (
     CachedEvaluator,
@@ -178,25 +180,31 @@ class Worker:
         """
         folder = trial_folder(Path(self.config.run_dir), spec.number)
         checkpoints = Checkpoints(folder, seconds_between=self.config.checkpoint_seconds)
-        run = None
+        runs: list[SAERun] = []
         try:
-            run = TrialRun(
-                spec,
-                self.source,
-                model_name=self.world.saebench_model_name,
-                hook_name=self.config.hook,
-                device=self.device,
-                collective=self.collective,
-            )
-            artifacts = Artifacts(
-                folder,
-                self.world,
-                self.config.hook,
-                self.eval_config,
-                self.config.split_seed,
-                self.config.frontier_weight,
-            )
-            self._drive(run, artifacts, checkpoints)
+            runs += [
+                SAERun(
+                    member,
+                    self.source,
+                    model_name=self.world.saebench_model_name,
+                    hook_name=self.config.hook,
+                    device=self.device,
+                    collective=self.collective,
+                )
+                for member in spec.members()
+            ]
+            artifacts = [
+                Artifacts(
+                    seed_folder(folder, index, spec.seeds),
+                    self.world,
+                    self.config.hook,
+                    self.eval_config,
+                    self.config.split_seed,
+                    self.config.frontier_weight,
+                )
+                for index in range(spec.seeds)
+            ]
+            self._drive(runs, artifacts, checkpoints)
         except HaltedError:
             return
         except Exception as error:
@@ -212,44 +220,59 @@ class Worker:
             log = folder / "error.log"
             log.write_text(traceback.format_exc(), encoding="utf-8")
             reason = f"{type(error).__name__}: {error} (log: {log})"
-            curve = [] if run is None else [_row(point) for point in run.curve]
+            curve = _curve(runs) if len(runs) == spec.seeds else []
             ray.get(self.broker.fail.remote(spec.number, reason, curve))
             if self.collective.size > 1:
                 # The other workers of the trial are waiting in a collective that will not come:
                 # only a restart of the group by Ray Train brings them back.
                 raise
 
-    def _drive(self, run: TrialRun, artifacts: Artifacts, checkpoints: Checkpoints) -> None:
-        """Train one trial from where it was, telling the broker of everything; ends early when it
-        says so.
+    def _drive(
+        self, runs: list[SAERun], artifacts: list[Artifacts], checkpoints: Checkpoints
+    ) -> None:
+        """Train one trial's SAEs from where they were, telling the broker of everything; ends early
+        when it says so.
         """
-        number = run.spec.number
+        number = runs[0].spec.number
 
-        def evaluate(sae: SAE, steps: int) -> UnlearningResult:
-            return self.evaluator.evaluate(sae, training_steps=steps)
+        def evaluate(saes: list[SAE], steps: int) -> list[UnlearningResult]:
+            return [self.evaluator.evaluate(sae, training_steps=steps) for sae in saes]
 
-        def on_event(event: Progress | Rung) -> bool:
-            if isinstance(event, Progress):
+        def on_events(events: list[Event]) -> list[bool]:
+            rungs = [event for event in events if isinstance(event, Rung)]
+            if not rungs:
                 self.source.publish()
-                word = ray.get(self.broker.progress.remote(number, _row(event)))
+                row = _curve(runs)[-1]
+                word = ray.get(self.broker.progress.remote(number, row))
                 if word == "go":
-                    checkpoints.save_if_due(run)
+                    checkpoints.save_if_due(runs)
             else:
-                probing = None
-                if event.last and "sparse_probing" in self.config.evals:
-                    probing = self.probing.evaluate(event.sae)
-                record = artifacts.write(run.spec, event, probing)
-                curve = [_row(point) for point in run.curve]
-                word = ray.get(self.broker.rung.remote(number, record, curve))
+                records = [
+                    kept.write(run.spec, rung, self._probe(rung))
+                    for kept, run, rung in zip(artifacts, runs, rungs, strict=True)
+                ]
+                record = over_seeds(records)
+                word = ray.get(self.broker.rung.remote(number, record, _curve(runs)))
             if word == "pause":
-                checkpoints.save(run)
+                checkpoints.save(runs)
                 ray.get(self.broker.paused.remote(number))
             elif word == "stop":
                 checkpoints.remove()
-            return bool(word == "go")
+            return [word == "go"] * len(events)
 
-        checkpoints.restore(run)
-        run.train(evaluate, on_event, before_scoring=lambda: self.evaluator)
+        checkpoints.restore(runs)
+        train(runs, evaluate, on_events, before_scoring=lambda: self.evaluator)
+
+    def _probe(self, rung: Rung) -> dict[str, float] | None:
+        """Sparse probing of a finished SAE, where it is asked for."""
+        if not rung.last or "sparse_probing" not in self.config.evals:
+            return None
+        return self.probing.evaluate(rung.sae)
+
+
+def _curve(runs: list[SAERun]) -> list[dict[str, Any]]:
+    """The trial's training curve so far, means over its SAEs, as plain data."""
+    return mean_curve([[_row(point) for point in run.curve] for run in runs])
 
 
 def _row(point: Progress) -> dict[str, Any]:

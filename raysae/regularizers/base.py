@@ -16,7 +16,8 @@ Every worker sees the same sums and the same decoder, hence holds the same state
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -26,19 +27,35 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
 class StepView:
     """What a regularizer may look at in one training step of one worker."""
 
-    W_dec: Tensor  # (d_sae, d_in)
-    acts: Tensor  # feature activations (batch, d_sae), at least 0
-    is_forget: Tensor  # which tokens come from the forget corpus (batch,), bool
-    error: Tensor  # reconstruction − input (batch, d_in)
+    def __init__(
+        self, W_dec: Tensor, acts: Tensor | Callable[[], Tensor], is_forget: Tensor, error: Tensor
+    ) -> None:
+        """
+        Args:
+            W_dec: decoder (d_sae, d_in).
+            acts: feature activations of the batch (batch, d_sae), at least 0; or what makes them,
+                called when a method looks at them: most never do, and sparse ones are not at hand.
+            is_forget: which tokens come from the forget corpus (batch,), bool.
+            error: reconstruction − input (batch, d_in).
+        """
+        self.W_dec, self.is_forget, self.error = W_dec, is_forget, error
+        self._acts = acts
+
+    @cached_property
+    def acts(self) -> Tensor:
+        """Feature activations (batch, d_sae), at least 0."""
+        if isinstance(self._acts, Tensor):
+            return self._acts
+        with torch.enable_grad():  # whoever looks first, the penalty must find a gradient
+            return self._acts()
 
     def detach(self) -> StepView:
         """The same without gradients."""
         return StepView(
-            self.W_dec.detach(), self.acts.detach(), self.is_forget, self.error.detach()
+            self.W_dec.detach(), lambda: self.acts.detach(), self.is_forget, self.error.detach()
         )
 
 

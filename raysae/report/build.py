@@ -83,6 +83,7 @@ def _page(run: Run) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = _number
+    environment.filters["spread"] = lambda value: "" if pd.isna(value) else f" ± {value:.3f}"
     return environment.get_template(TEMPLATE).render(
         name=run.folder.resolve().name,
         headline=words.headline(run),
@@ -91,6 +92,7 @@ def _page(run: Run) -> str:
         gaps=run.gaps,
         leaderboard=_leaderboard(run),
         trials=len(run.searched),
+        spread=bool(run.searched["seeds"].max() > 1) if len(run.searched) else False,
         study=_study(run),
         interactive=[_embed(plot) for plot in interactive],
         plotly=get_plotlyjs() if interactive else "",

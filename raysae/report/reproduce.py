@@ -32,7 +32,11 @@ def write_space(run: Run) -> Path | None:
 def _space(run: Run, trial: int) -> dict[str, Any]:
     spec = run.specs[trial]
     keep = ("world", "hook", "objective", "evals", "resources")
-    search = {"seeds": 1, "scheduler": run.config["search"]["scheduler"]}
+    search = {
+        "seeds": 1,
+        "seeds_per_trial": spec.get("seeds", 1),  # of an older version: one
+        "scheduler": run.config["search"]["scheduler"],
+    }
     return {name: run.config[name] for name in keep if name in run.config} | {
         "search": search,
         "runs": {

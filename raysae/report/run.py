@@ -13,7 +13,7 @@ import yaml
 
 from raysae.analysis.predictors import associations_table, rungs_table
 from raysae.analysis.runs import runs_table
-from raysae.analysis.tables import conditioning_rows, curves_table, trials_table
+from raysae.analysis.tables import conditioning_rows, curves_table, seeds_table, trials_table
 from raysae.errors import UserError
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.search.confirm import verdicts
@@ -92,7 +92,7 @@ def read_run(folder: Path) -> Run:
     if not facts:
         gaps.append("The run has not come to its end: this is what there is so far.")
     trials = trials_table(ended, about if {"plan", "versions"} <= about.keys() else None)
-    rungs = rungs_table(records)
+    rungs, seeds = rungs_table(records), seeds_table(ended)
     return Run(
         folder=folder,
         trials=trials,
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> Run:
         rungs=rungs,
         associations=associations_table(rungs),
         confirmation=verdicts(ended),
-        runs=runs_table(trials[trials["stage"] == "search"]),
+        runs=runs_table(seeds[seeds["stage"] == "search"]),
         specs={record["trial"]: record["spec"] for record in ended},
         results={record["trial"]: record["rung"] for record in ended},
         config=config,

@@ -79,9 +79,12 @@ def best_facts(run: Run) -> list[tuple[str, str]]:
     trial = best["trial"]
     facts = [
         ("best configuration", f"trial {trial}: {describe(run.specs[trial])}"),
-        ("score, questions the search saw", f"{best['score']:.3f}, the best of {len(run.scored)}"),
-        ("score, held-out questions", f"{best['heldout_score']:.3f}{_wilson(run, trial)}"),
-        ("SAEBench's score, all questions", f"{best['saebench_score']:.3f}"),
+        (
+            f"score, questions the search saw{_seeds(best)}",
+            f"{_spread(best, 'score')}, the best of {len(run.scored)}",
+        ),
+        ("score, held-out questions", f"{_spread(best, 'heldout_score')}{_wilson(run, trial)}"),
+        ("SAEBench's score, all questions", _spread(best, "saebench_score")),
     ]
     again = run.confirmation[run.confirmation["candidate"] == trial]
     if not again.empty:
@@ -98,13 +101,23 @@ def best_facts(run: Run) -> list[tuple[str, str]]:
         facts.append(
             (
                 "best without a regularizer",
-                f"trial {row['trial']}: {row['score']:.3f}, held-out {row['heldout_score']:.3f} "
+                f"trial {row['trial']}: {_spread(row, 'score')}, "
+                f"held-out {_spread(row, 'heldout_score')} "
                 f"({describe(run.specs[row['trial']])})",
             )
         )
     if best["status"] != "ok":
         facts.append(("why it is 0", str(best["cause"])))
     return facts
+
+
+def _seeds(row: pd.Series[Any]) -> str:
+    return "" if row["seeds"] == 1 else f", mean ± standard deviation of {row['seeds']} seeds"
+
+
+def _spread(row: pd.Series[Any], figure: str) -> str:
+    spread = row[f"{figure}_std"]
+    return f"{row[figure]:.3f}" + ("" if pd.isna(spread) else f" ± {spread:.3f}")
 
 
 def _wilson(run: Run, trial: int) -> str:

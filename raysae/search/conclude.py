@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
+from raysae.analysis.seeds import seed_records
 from raysae.journal import JOURNAL, ended_trials, read_journal
-from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, trial_folder
+from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, seed_folder, trial_folder
 from raysae.search.services import last_line
 
 
@@ -45,7 +46,7 @@ def conclude(
         peak_gib: memory of everything together.
     """
     from raysae.analysis.runs import runs_table
-    from raysae.analysis.tables import curves_table, trials_table, write_tables
+    from raysae.analysis.tables import curves_table, seeds_table, trials_table, write_tables
     from raysae.model_card import write_card
     from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
@@ -56,7 +57,8 @@ def conclude(
     write_tables(run_dir, records, ended)
     write_missing(run_dir, ended)
     trials = trials_table(ended)
-    confirmation, study = verdicts(ended), runs_table(trials[trials["stage"] == "search"])
+    seeds = seeds_table(ended)
+    confirmation, study = verdicts(ended), runs_table(seeds[seeds["stage"] == "search"])
     for name, table in (("confirmation", confirmation), ("runs", study)):
         if not table.empty:
             table.to_csv(run_dir / f"{name}.csv", index=False)
@@ -79,7 +81,7 @@ def conclude(
     finished = trials[(trials["state"] == "finished") & (trials["stage"] == "search")]
     if not finished.empty:
         best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
-        copy_best(run_dir, best)
+        copy_best(run_dir, next(record for record in ended if record["trial"] == best))
         write_card(run_dir)
     note = _report(run_dir, facts)
     whole = time.time() - started + _time_before(begun, records)
@@ -122,9 +124,12 @@ def _report(run_dir: Path, facts: dict[str, Any]) -> str:
         )
 
 
-def copy_best(run_dir: Path, trial: int) -> None:
-    """`best/` = the SAELens SAE of that trial, with its result and its spec beside it."""
-    source, target = trial_folder(run_dir, trial), run_dir / "best"
+def copy_best(run_dir: Path, record: dict[str, Any]) -> None:
+    """`best/` = the SAELens SAE of that trial, with its result and its spec beside it; of several
+    seeds the one with the median score."""
+    seeds, typical = len(seed_records(record["rung"])), record["rung"].get("typical_seed", 0)
+    folder = trial_folder(run_dir, record["trial"])
+    source, target = seed_folder(folder, typical, seeds), run_dir / "best"
     if target.exists():  # of an earlier session
         shutil.rmtree(target)
     shutil.copytree(source / SAE_FOLDER, target)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from raysae.analysis.seeds import seed_records
 from raysae.analysis.statistics import bootstrap_interval
 from raysae.config import RunConfig
 from raysae.regularizers import REGISTRY
@@ -21,7 +22,7 @@ from raysae.training.schedules import Constant
 from raysae.training.spec import TrialSpec
 
 FRESH = 500_000
-"""Seeds of a confirmation start here, above the number of any trial."""
+"""Index of the confirmation's first seed, above the number of any trial."""
 
 BASELINES = ("none", "fixed_orthogonal")
 COLUMNS = {
@@ -80,12 +81,11 @@ def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[
             name = f"{changes['regularizer'].name} beside {_budget(candidate)}"
             chosen.setdefault(name, candidate.model_copy(update=end | changes | {"run": name}))
     number = max((record["trial"] for record in ended), default=-1) + 1
-    specs: list[TrialSpec] = []
-    for seed in range(config.confirm.seeds):
-        for spec in chosen.values():
-            fresh = {"number": number + len(specs), "seed": config.seed_of(FRESH + seed)}
-            specs.append(spec.model_copy(update=fresh))
-    return specs
+    fresh = {"seed": config.seed_of(FRESH), "seeds": config.confirm.seeds}
+    return [
+        spec.model_copy(update=fresh | {"number": number + index})
+        for index, spec in enumerate(chosen.values())
+    ]
 
 
 def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
@@ -101,7 +101,9 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
     specs: dict[str, TrialSpec] = {}
     for record in records:
         spec = TrialSpec.model_validate(record["spec"])
-        scores.setdefault(spec.run, {})[spec.seed] = record["rung"]["heldout_score"]
+        of_run = scores.setdefault(spec.run, {})
+        for member, seed in zip(spec.members(), seed_records(record["rung"]), strict=True):
+            of_run[member.seed] = seed["heldout_score"]
         specs[spec.run] = spec
     rows = []
     for run, spec in specs.items():

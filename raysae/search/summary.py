@@ -71,7 +71,7 @@ def _print_leaderboard(
         shown = pd.concat([shown, baseline])
     table = Table(
         title=f"Leaderboard: {len(trials)} trials, those trained longest first, then by score",
-        caption="score: on the half of the questions that the search sees; SAEBench: on all",
+        caption=_caption(trials),
         title_justify="left",
         caption_justify="left",
         box=None,
@@ -90,8 +90,8 @@ def _print_leaderboard(
         words += " (baseline)" if row["trial"] == 0 else ""
         table.add_row(
             f"{row['trial']}",
-            f"{row['score']:.3f}",
-            f"{row['heldout_score']:.3f}",
+            _spread(row, "score", 3),
+            _spread(row, "heldout_score", 3),
             f"{row['saebench_score']:.3f}",
             _count(row["forget_correct"], row["forget_total"]),
             _count(row["retain_correct"], row["retain_total"]),
@@ -110,19 +110,29 @@ def _print_leaderboard(
     best = finished.sort_values("score", ascending=False, kind="stable").iloc[0]
     _say(
         console,
-        f"Best: trial {best['trial']}, unlearning score {best['score']:.3f} (held-out "
-        f"{best['heldout_score']:.3f}): {describe(specs[best['trial']])}",
+        f"Best: trial {best['trial']}, unlearning score {_spread(best, 'score', 3)} (held-out "
+        f"{_spread(best, 'heldout_score', 3)}): {describe(specs[best['trial']])}",
         style="bold green",
     )
     if not baseline.empty and best["trial"] != 0:
         base = baseline.iloc[0]
         _say(
             console,
-            f"Baseline: trial 0, unlearning score {base['score']:.3f} (held-out "
-            f"{base['heldout_score']:.3f}): {describe(specs[0])} (difference "
-            f"{best['score'] - base['score']:+.3f}, one seed each, the best picked among "
+            f"Baseline: trial 0, unlearning score {_spread(base, 'score', 3)} (held-out "
+            f"{_spread(base, 'heldout_score', 3)}): {describe(specs[0])} (difference "
+            f"{best['score'] - base['score']:+.3f}, {_seeds(best)} each, the best picked among "
             f"{len(ranked)}: a lead, not a proof)",
         )
+
+
+def _caption(trials: pd.DataFrame) -> str:
+    seeds = int(trials["seeds"].max())
+    spread = f"; ±: standard deviation over {seeds} seeds" if seeds > 1 else ""
+    return f"score: on the half of the questions that the search sees; SAEBench: on all{spread}"
+
+
+def _seeds(row: pd.Series[Any]) -> str:
+    return "one seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
 
 
 def _print_runs(console: Console, trials: pd.DataFrame) -> None:

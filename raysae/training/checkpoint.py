@@ -6,13 +6,14 @@ import logging
 import os
 import pickle
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raysae import __version__
-from raysae.training.loop import TrialRun
+from raysae.training.run import SAERun
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ SHARE = 0.02
 
 
 class Checkpoints:
-    """Saves a run now and then, and takes it up again; in the trial's folder, one file."""
+    """Saves the SAEs of a trial now and then, and takes them up again; in its folder, one file."""
 
     def __init__(self, folder: Path, *, seconds_between: float) -> None:
         """
@@ -35,13 +36,13 @@ class Checkpoints:
         self._seconds = seconds_between
         self._due = time.monotonic() + seconds_between
 
-    def save_if_due(self, run: TrialRun) -> None:
+    def save_if_due(self, runs: Sequence[SAERun]) -> None:
         """Save, if the last checkpoint is old enough."""
         if time.monotonic() >= self._due:
-            self.save(run)
+            self.save(runs)
 
-    def save(self, run: TrialRun) -> None:
-        """Write the run's state, at one of its events; the file is replaced as a whole.
+    def save(self, runs: Sequence[SAERun]) -> None:
+        """Write the runs' states, at one of their events; the file is replaced as a whole.
 
         Raises OSError where it cannot be written.
         """
@@ -49,32 +50,33 @@ class Checkpoints:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         with partial.open("wb") as file:
-            torch.save({**_identity(run), "run": run.state_dict()}, file)
+            torch.save({**_identity(runs), "runs": [run.state_dict() for run in runs]}, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path)
         took = time.monotonic() - started
         self._due = started + took + max(self._seconds, took / SHARE)
 
-    def restore(self, run: TrialRun) -> bool:
-        """Bring a new run to where the checkpoint was taken; False: it begins at step 0.
+    def restore(self, runs: Sequence[SAERun]) -> bool:
+        """Bring new runs to where the checkpoint was taken; False: they begin at step 0.
 
         A file that is damaged, or of another spec or version, is left aside: training is
         deterministic, so starting again costs time and changes nothing.
         """
         try:
             saved: dict[str, Any] = torch.load(
-                self._path, map_location=run.device, weights_only=True
+                self._path, map_location=runs[0].device, weights_only=True
             )
         except FileNotFoundError:
             return False
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             log.warning("%s cannot be read, the trial begins again: %s", self._path, error)
             return False
-        if any(saved.get(name) != value for name, value in _identity(run).items()):
+        if any(saved.get(name) != value for name, value in _identity(runs).items()):
             log.warning("%s is not of this trial, which begins again", self._path)
             return False
-        run.load_state_dict(saved["run"])
+        for run, state in zip(runs, saved["runs"], strict=True):
+            run.load_state_dict(state)
         return True
 
     def remove(self) -> None:
@@ -82,5 +84,5 @@ class Checkpoints:
         self._path.unlink(missing_ok=True)
 
 
-def _identity(run: TrialRun) -> dict[str, Any]:
-    return {"spec": run.spec.to_dict(), "version": __version__}
+def _identity(runs: Sequence[SAERun]) -> dict[str, Any]:
+    return {"specs": [run.spec.to_dict() for run in runs], "version": __version__}

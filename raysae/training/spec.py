@@ -20,6 +20,8 @@ SPARSITY_FIELD: dict[str, str] = {
     "batchtopk": "k",
     "matryoshka_batchtopk": "k",
 }
+SEED_STRIDE = 1_000_000_007
+"""Between the seeds of a trial's SAEs: above any distance of two trials' own."""
 SPARSITY_FIELDS = tuple(dict.fromkeys(SPARSITY_FIELD.values()))
 
 
@@ -97,6 +99,9 @@ class TrainingSpec(_Frozen):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = Field(1.0, gt=0, description="global norm")
     dead_after: int = Field(200, ge=1, description="steps without firing after which one is dead")
+    step: Literal["packed", "saelens"] = Field(
+        "packed", description="packed: SAELens' step for several SAEs at once; saelens: its own"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSpec:
@@ -119,7 +124,9 @@ class TrialSpec(_Frozen):
     """One trial: SAE, training, penalty, seed, and the tokens at which it is scored."""
 
     number: int = Field(ge=0)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, description="of the batches, and of the first SAE's weights")
+    seeds: int = Field(1, ge=1, description="SAEs that differ in the seed of their weights alone")
+    batch_seed: int | None = Field(None, ge=0, description="of the batches, where it is another")
     run: str = Field("", description="name of the run or candidate that the trial is a seed of")
     stage: Literal["search", "confirmation"] = "search"
     sae: SAESpec
@@ -149,6 +156,21 @@ class TrialSpec(_Frozen):
                 f"({self.training.steps * self.training.batch_size} tokens)"
             )
         return self
+
+    @property
+    def batches(self) -> int:
+        """Seed of the batches."""
+        return self.seed if self.batch_seed is None else self.batch_seed
+
+    def members(self) -> list[TrialSpec]:
+        """The trial's SAEs one by one: each trained alone gives what it gives in the trial."""
+        if self.seeds == 1:
+            return [self]
+        same = {"seeds": 1, "batch_seed": self.batches}
+        return [
+            self.model_copy(update=same | {"seed": self.seed + i * SEED_STRIDE})
+            for i in range(self.seeds)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `TrialSpec(**data)` makes an equal spec."""

@@ -34,21 +34,22 @@ class FiringRecord:
 
         return cls(zero(d_sae), zero(d_sae), zero(d_sae), zero(), zero(), zero(d_sae), zero(d_sae))
 
-    def add(self, fired: Tensor, is_forget: Tensor, collective: Alone) -> None:
-        """Add a batch: `fired` (batch, d_sae) float 0/1, `is_forget` (batch,) bool."""
-        forget = is_forget.to(fired.dtype)
-        counts = torch.cat([torch.stack([forget, 1 - forget]) @ fired, fired.new_zeros(2, 1)], 1)
-        counts[0, -1], counts[1, -1] = forget.sum(), (1 - forget).sum()
-        collective.sum_(counts)
-        self.fired_forget += counts[0, :-1]
-        self.fired_retain += counts[1, :-1]
-        self.tokens_forget += counts[0, -1]
-        self.tokens_retain += counts[1, -1]
-        rates = counts[:, :-1] / counts[:, -1:].clamp_min(1)
+    def add(self, fired: Tensor, tokens: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            fired: forget and retain tokens on which each feature fires (2, d_sae).
+            tokens: forget and retain tokens (2,).
+        """
+        self.fired_forget += fired[0]
+        self.fired_retain += fired[1]
+        self.tokens_forget += tokens[0]
+        self.tokens_retain += tokens[1]
+        rates = fired / tokens[:, None].clamp_min(1)
         self.recent_forget.lerp_(rates[0], 1 - RATE_EMA)
         self.recent_retain.lerp_(rates[1], 1 - RATE_EMA)
         self.steps_since_fired += 1
-        self.steps_since_fired[counts[:, :-1].sum(0) > 0] = 0
+        self.steps_since_fired[fired.sum(0) > 0] = 0
 
     def rates(self) -> tuple[Tensor, Tensor]:
         """Firing rates on forget and on retain tokens (d_sae,) since the last reset."""
@@ -137,7 +138,10 @@ def train_step(
         for tensor in regularizer_state.values():
             collective.broadcast_(tensor)
         fired = (seen.acts > 0).to(batch.dtype)
-        firing.add(fired, is_forget, collective)
+        tasks = torch.stack([is_forget, ~is_forget]).to(batch.dtype)
+        counts = torch.cat([tasks @ fired, tasks.sum(1, keepdim=True)], 1)
+        collective.sum_(counts)
+        firing.add(counts[:, :-1], counts[:, -1])
 
     loss, losses = output.loss, dict(output.losses)
     if regularizer.uses_alpha:

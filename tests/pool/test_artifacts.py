@@ -14,7 +14,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from raysae.pool.artifacts import GROUPS_FILE, Artifacts
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
-from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import default_eval_config, split_questions
 from raysae.unlearning.grid import GridPoint
@@ -65,8 +66,8 @@ def write(make_spec, make_store, tmp_path: Path) -> Callable[[float], tuple[Tria
         )
         spec = make_spec(steps=2, number=5)
         events: list[Progress | Rung] = []
-        run = TrialRun(spec, make_store(d_in=128))
-        run.train(lambda *_: lopsided(), lambda event: events.append(event) or True)
+        run = SAERun(spec, make_store(d_in=128))
+        train_one(run, lambda *_: lopsided(), lambda event: events.append(event) or True)
         (rung,) = (event for event in events if isinstance(event, Rung))
         return spec, artifacts.write(spec, rung)
 
@@ -120,8 +121,8 @@ def test_groups_are_compared_with_the_rung_before_and_kept(make_spec, make_store
     method = {"group_update_period": 2, "n_groups": 3}
     spec = make_spec("topk", "grouped", method, number=5, steps=8, rungs=(2 * 64, 8 * 64))
     events: list[Progress | Rung] = []
-    run = TrialRun(spec, make_store(d_in=128))
-    run.train(lambda *_: lopsided(), lambda event: events.append(event) or True)
+    run = SAERun(spec, make_store(d_in=128))
+    train_one(run, lambda *_: lopsided(), lambda event: events.append(event) or True)
     first, last = (event for event in events if isinstance(event, Rung))
 
     def index(rung: Rung) -> float | None:

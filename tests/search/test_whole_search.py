@@ -18,7 +18,8 @@ from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
 from raysae.analysis.tables import TRIAL_COLUMNS
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.store.activations import local_store
-from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import (
     CachedEvaluator,
@@ -150,10 +151,9 @@ def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model)
     cache = build_cache(world, model, world.default_hook_name, config)
     evaluator = CachedEvaluator(world, model, cache, config)
     events: list[Progress | Rung] = []
-    trial = TrialRun(
-        TrialSpec(**record["spec"]), local_store(world, model, world.default_hook_name)
-    )
-    trial.train(
+    trial = SAERun(TrialSpec(**record["spec"]), local_store(world, model, world.default_hook_name))
+    train_one(
+        trial,
         lambda sae, steps: evaluator.evaluate(sae, training_steps=steps),
         lambda event: events.append(event) is None,
     )

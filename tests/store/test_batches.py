@@ -10,7 +10,7 @@ from raysae.store import batches
 from raysae.store.batches import ChunkedActivations
 from raysae.store.chunks import Moments
 from raysae.store.rows import batch_rows, mixed_batch_rows
-from raysae.training.loop import TrialRun
+from raysae.training.run import SAERun
 from raysae.training.spec import TrainingSpec
 
 N_ROWS, BATCH = 103, 10
@@ -128,7 +128,7 @@ def test_training_never_writes_to_the_chunks(dtype: str, sparse_rows, make_spec)
     )
     batch, _ = store.batch(0, 0, 64)
     batch.zero_()  # a batch is the caller's own
-    run = TrialRun(make_spec(), store)
+    run = SAERun(make_spec(), store)
     for _ in range(4):
         run.advance()
     assert digest(chunks) == before
@@ -271,14 +271,14 @@ def test_a_store_with_a_share_has_the_units_of_its_mixture(sparse_rows):
 
 def test_a_trial_trains_on_the_share_that_it_asks_for(make_spec, sparse_rows):
     store = with_moments(sparse_rows(), np.arange(512) % 4 == 0, prefetch=True)
-    run = TrialRun(make_spec(batch_size=50, forget_share=0.6), store)
+    run = SAERun(make_spec(batch_size=50, forget_share=0.6), store)
     _, is_forget = run.source.batch(0, 0, 50)
     assert int(is_forget.sum()) == 30
     for _ in range(3):
         run.advance()
     # The store itself, which other trials use, stays as it is.
     np.testing.assert_array_equal(store.batch(0, 0, 50)[1], batch_rows(512, 0, 0, 50) % 4 == 0)
-    b_dec = TrialRun(make_spec(forget_share=0.6), store).sae.b_dec
+    b_dec = SAERun(make_spec(forget_share=0.6), store).sae.b_dec
     assert torch.equal(b_dec.detach(), run.source.mean)
 
 

@@ -18,7 +18,7 @@ from raysae.store.batches import ChunkedActivations
 from raysae.store.cache import MANIFEST
 from raysae.store.handle import StoreHandle
 from raysae.store.harvest import Harvest, harvest
-from raysae.training.loop import TrialRun
+from raysae.training.run import SAERun
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
 
@@ -225,7 +225,7 @@ def test_nobody_can_write_to_the_chunks_and_training_does_not(
             array[0, 0] = 1
     before = digest(store)
     source: ChunkedActivations = store.open()
-    run = TrialRun(make_spec(batch_size=512), source)
+    run = SAERun(make_spec(batch_size=512), source)
     for _ in range(3):
         run.advance()
     batch, _ = source.batch(0, 0, 512)

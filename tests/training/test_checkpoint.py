@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from raysae.training.checkpoint import CHECKPOINT_FILE, SHARE, Checkpoints
-from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import Progress, Rung, SAERun
 
 
-def train(run: TrialRun, fake_result, on_event=None) -> list[Progress | Rung]:
+def train(run: SAERun, fake_result, on_event=None) -> list[Progress | Rung]:
     events: list[Progress | Rung] = []
 
     def listen(event: Progress | Rung) -> bool:
         events.append(event)
         return on_event is None or on_event(event)
 
-    run.train(lambda *_: fake_result(), listen)
+    train_one(run, lambda *_: fake_result(), listen)
     return events
 
 
@@ -31,20 +32,20 @@ def test_a_trial_taken_up_ends_as_if_it_had_never_stopped(
     parameters = {"group_update_period": 4, "n_groups": 4} if regularizer == "grouped" else {}
     spec = make_spec("topk", regularizer, parameters, rungs=(512, 1536))
     store = make_store()
-    whole = TrialRun(spec, store)
+    whole = SAERun(spec, store)
     expected = train(whole, fake_result)
 
     checkpoints = Checkpoints(tmp_path, seconds_between=0)
-    killed = TrialRun(spec, store)
+    killed = SAERun(spec, store)
 
     def save_and_die(event: Progress | Rung) -> bool:
         if isinstance(event, Progress):
-            checkpoints.save(killed)
+            checkpoints.save([killed])
         return not (isinstance(event, Progress) and event.step == stop_at)
 
     train(killed, fake_result, save_and_die)
-    resumed = TrialRun(spec, store)
-    assert Checkpoints(tmp_path, seconds_between=0).restore(resumed)
+    resumed = SAERun(spec, store)
+    assert Checkpoints(tmp_path, seconds_between=0).restore([resumed])
     assert resumed.step == stop_at
     found = train(resumed, fake_result)
     last, wanted = found[-1], expected[-1]
@@ -60,16 +61,16 @@ def test_a_rung_that_was_trained_to_and_not_scored_is_scored(
     tmp_path: Path, make_spec, make_store, fake_result
 ):
     spec, store = make_spec(rungs=(512, 1536)), make_store()
-    checkpoints, run = Checkpoints(tmp_path, seconds_between=0), TrialRun(spec, store)
+    checkpoints, run = Checkpoints(tmp_path, seconds_between=0), SAERun(spec, store)
 
     def die_before_scoring(event: Progress | Rung) -> bool:
         if event.step == 8:
-            checkpoints.save(run)
+            checkpoints.save([run])
         return event.step < 8
 
     train(run, fake_result, die_before_scoring)
-    resumed = TrialRun(spec, store)
-    checkpoints.restore(resumed)
+    resumed = SAERun(spec, store)
+    checkpoints.restore([resumed])
     rungs = [e.step for e in train(resumed, fake_result) if isinstance(e, Rung)]
     assert rungs == [8, 24]
 
@@ -79,8 +80,8 @@ def test_a_checkpoint_that_is_no_good_is_left_aside(
     damage: str, tmp_path: Path, make_spec, make_store, fake_result, caplog
 ):
     spec, store = make_spec(), make_store()
-    checkpoints, run = Checkpoints(tmp_path, seconds_between=0), TrialRun(spec, store)
-    train(run, fake_result, lambda _: checkpoints.save(run) or True)
+    checkpoints, run = Checkpoints(tmp_path, seconds_between=0), SAERun(spec, store)
+    train(run, fake_result, lambda _: checkpoints.save([run]) or True)
     path = tmp_path / CHECKPOINT_FILE
     data = path.read_bytes()
     if damage == "none there":
@@ -89,8 +90,8 @@ def test_a_checkpoint_that_is_no_good_is_left_aside(
         spec = make_spec(alpha=2.0)
     else:
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": b"x" * 99}[damage])
-    fresh = TrialRun(spec, store)
-    assert not checkpoints.restore(fresh)
+    fresh = SAERun(spec, store)
+    assert not checkpoints.restore([fresh])
     assert fresh.step == 0
     assert bool(caplog.records) == (damage != "none there")
 
@@ -98,18 +99,18 @@ def test_a_checkpoint_that_is_no_good_is_left_aside(
 def test_a_save_that_fails_leaves_the_checkpoint_before(
     tmp_path: Path, make_spec, make_store, fake_result, monkeypatch
 ):
-    run = TrialRun(make_spec(), make_store())
+    run = SAERun(make_spec(), make_store())
     checkpoints = Checkpoints(tmp_path, seconds_between=0)
-    train(run, fake_result, lambda event: checkpoints.save(run) or event.step < 5)
+    train(run, fake_result, lambda event: checkpoints.save([run]) or event.step < 5)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save(run)
-    again = TrialRun(run.spec, make_store())
-    assert checkpoints.restore(again) and again.step == 5
+        checkpoints.save([run])
+    again = SAERun(run.spec, make_store())
+    assert checkpoints.restore([again]) and again.step == 5
 
 
 def test_checkpoints_take_a_small_share_of_the_time(
@@ -118,7 +119,7 @@ def test_checkpoints_take_a_small_share_of_the_time(
     """A save of 3 s may be followed by the next after 3 s / SHARE, however short the interval."""
     now = [0.0]
     monkeypatch.setattr("raysae.training.checkpoint.time.monotonic", lambda: now[0])
-    run, checkpoints = TrialRun(make_spec(), make_store()), Checkpoints(tmp_path, seconds_between=1)
+    run, checkpoints = SAERun(make_spec(), make_store()), Checkpoints(tmp_path, seconds_between=1)
     saves = []
 
     def slow(*_):
@@ -127,7 +128,7 @@ def test_checkpoints_take_a_small_share_of_the_time(
 
     monkeypatch.setattr(torch, "save", slow)
     while now[0] < 1000:
-        checkpoints.save_if_due(run)
+        checkpoints.save_if_due([run])
         now[0] += 1
     assert saves[0] == pytest.approx(1)
     assert all(b - a >= 3 / SHARE for a, b in pairwise(saves))

@@ -21,7 +21,8 @@ from training_bench import METHODS, small
 
 from raysae.store.batches import ChunkedActivations
 from raysae.training.collective import Alone, Group
-from raysae.training.loop import Progress, Rung, TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import UnlearningResult, UnlearningStatus
@@ -51,7 +52,7 @@ def score(*_: Any) -> UnlearningResult:
 
 
 def observe(spec: TrialSpec, store: ChunkedActivations, collective: Alone) -> Record:
-    run = TrialRun(spec, store, collective=collective)
+    run = SAERun(spec, store, collective=collective)
     record = Record([], [], [], [], 0)
     for _ in range(STEPS):
         run.advance()
@@ -65,9 +66,9 @@ def observe(spec: TrialSpec, store: ChunkedActivations, collective: Alone) -> Re
             record.rungs.append((event.step, event.forget_rate, event.retain_rate))
         return True
 
-    TrialRun(spec, store, collective=collective).train(score, listen)
-    stopping = TrialRun(spec, store, collective=collective)
-    stopping.train(score, lambda event: event.step < 5)
+    train_one(SAERun(spec, store, collective=collective), score, listen)
+    stopping = SAERun(spec, store, collective=collective)
+    train_one(stopping, score, lambda event: event.step < 5)
     record.stopped_at = stopping.step
     return record
 
@@ -94,7 +95,10 @@ def folder(tmp_path_factory) -> Path:
 def records(folder: Path, make_spec, make_store) -> tuple[dict[str, Record], ...]:
     """By case: the two processes' records, and that of one process alone; made once."""
     if not (folder / "alone").exists():
-        specs = {name: make_spec(steps=STEPS, lr=5e-3, **case) for name, case in CASES.items()}
+        specs = {
+            name: make_spec(steps=STEPS, lr=5e-3, step="saelens", **case)
+            for name, case in CASES.items()
+        }
         feedback = Dynamic(target=0.5, every=4)
         specs["dynamic"] = specs["dynamic"].model_copy(update={"alpha_schedule": feedback})
         store = make_store()

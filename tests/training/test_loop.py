@@ -19,7 +19,8 @@ from training_bench import (
     small,
 )
 
-from raysae.training.loop import EXPLODED, Progress, Rung, TrainingDivergedError, TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import EXPLODED, Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.saes import export_sae
 from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
@@ -27,7 +28,7 @@ from raysae.training.spec import TrialSpec
 FEEDBACK = Dynamic(target=0.5, gain=0.2, every=4)
 
 
-def advance(run: TrialRun, steps: int) -> list[dict[str, float]]:
+def advance(run: SAERun, steps: int) -> list[dict[str, float]]:
     return [{name: v.item() for name, v in run.advance().items()} for _ in range(steps)]
 
 
@@ -42,7 +43,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, item in items for k, v in flatten(item, f"{path}/{key}").items()}
 
 
-def assert_same_state(first: TrialRun, second: TrialRun) -> None:
+def assert_same_state(first: SAERun, second: SAERun) -> None:
     """Bit for bit equal in everything that decides the rest of the run."""
     a, b = flatten(first.state_dict()), flatten(second.state_dict())
     assert a.keys() == b.keys()
@@ -51,14 +52,14 @@ def assert_same_state(first: TrialRun, second: TrialRun) -> None:
         assert same, name
 
 
-def train(run: TrialRun, fake_result: Any, on_event: Any = None) -> list[Progress | Rung]:
+def train(run: SAERun, fake_result: Any, on_event: Any = None) -> list[Progress | Rung]:
     events: list[Progress | Rung] = []
 
     def listen(event: Progress | Rung) -> bool:
         events.append(event)
         return on_event is None or on_event(event)
 
-    run.train(lambda *_: fake_result(), listen)
+    train_one(run, lambda *_: fake_result(), listen)
     return events
 
 
@@ -87,15 +88,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     if schedule == "dynamic":
         spec = spec.model_copy(update={"alpha_schedule": FEEDBACK})
     store = make_store()
-    whole = TrialRun(spec, store)
+    whole = SAERun(spec, store)
     losses = advance(whole, 24)
 
-    interrupted = TrialRun(spec, store)
+    interrupted = SAERun(spec, store)
     advance(interrupted, 13)
     file = io.BytesIO()
     torch.save(interrupted.state_dict(), file)
     file.seek(0)
-    resumed = TrialRun(spec, store)
+    resumed = SAERun(spec, store)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert (resumed.step, resumed.tokens) == (13, 13 * 64)
     assert_same_state(resumed, interrupted)
@@ -105,8 +106,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 def test_loading_a_state_leaves_the_run_it_came_from_alone(make_spec, make_store):
     spec, store = make_spec(regularizer="grouped", parameters=small("grouped")), make_store()
-    expected = advance(TrialRun(spec, store), 24)
-    first, second = TrialRun(spec, store), TrialRun(spec, store)
+    expected = advance(SAERun(spec, store), 24)
+    first, second = SAERun(spec, store), SAERun(spec, store)
     advance(first, 13)
     second.load_state_dict(first.state_dict())
     assert advance(second, 11) == expected[13:]
@@ -119,7 +120,7 @@ def test_a_checkpoint_taken_at_an_event_gives_the_same_remaining_events(
 ):
     spec = make_spec(regularizer="grouped", parameters=small("grouped"), rungs=(512, 1536))
     store = make_store()
-    run, saved = TrialRun(spec, store), io.BytesIO()
+    run, saved = SAERun(spec, store), io.BytesIO()
 
     def save(event: Progress | Rung) -> bool:
         if event.step == 8 and isinstance(event, Rung) == (at == "rung"):
@@ -128,7 +129,7 @@ def test_a_checkpoint_taken_at_an_event_gives_the_same_remaining_events(
 
     expected = [event for event in train(run, fake_result, save) if event.step > 8]
     saved.seek(0)
-    resumed = TrialRun(spec, store)
+    resumed = SAERun(spec, store)
     resumed.load_state_dict(torch.load(saved, weights_only=True))
     events = train(resumed, fake_result)
     assert progress(events) == progress(expected)
@@ -149,14 +150,14 @@ def test_the_same_spec_gives_the_same_numbers_twice(
     architecture: str, regularizer: str, make_spec, make_store
 ):
     spec = make_spec(architecture, regularizer, small(regularizer))
-    first, second = TrialRun(spec, make_store()), TrialRun(spec, make_store())
+    first, second = SAERun(spec, make_store()), SAERun(spec, make_store())
     assert advance(first, 24) == advance(second, 24)
     assert_same_state(first, second)
 
 
 def test_another_seed_gives_other_weights_and_other_batches(make_spec, make_store):
     store = make_store()
-    first, second = (TrialRun(make_spec(seed=seed), store) for seed in (1, 2))
+    first, second = (SAERun(make_spec(seed=seed), store) for seed in (1, 2))
     assert not torch.equal(first.sae.W_dec, second.sae.W_dec)
     assert advance(first, 1) != advance(second, 1)
 
@@ -170,7 +171,7 @@ def test_training_neither_uses_nor_changes_global_random_states(
         np.random.seed(seed)
         random.seed(seed)
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-        run = TrialRun(make_spec("topk", regularizer, small(regularizer)), make_store())
+        run = SAERun(make_spec("topk", regularizer, small(regularizer)), make_store())
         losses = advance(run, 24)
         assert torch.equal(torch.get_rng_state(), states[0])
         assert np.array_equal(np.random.get_state()[1], states[1])
@@ -186,7 +187,7 @@ def test_training_neither_uses_nor_changes_global_random_states(
 def test_the_sae_is_scored_at_the_rungs_asked_for_and_at_the_end(
     make_spec, make_store, fake_result
 ):
-    run = TrialRun(make_spec(rungs=(8 * 64, 16 * 64, 24 * 64)), make_store())
+    run = SAERun(make_spec(rungs=(8 * 64, 16 * 64, 24 * 64)), make_store())
     scored: list[int] = []
 
     def evaluate(_: Any, steps: int) -> Any:
@@ -194,7 +195,7 @@ def test_the_sae_is_scored_at_the_rungs_asked_for_and_at_the_end(
         return fake_result(score=steps / 100)
 
     events: list[Progress | Rung] = []
-    run.train(evaluate, lambda event: events.append(event) or True)
+    train_one(run, evaluate, lambda event: events.append(event) or True)
     found = rungs(events)
     assert scored == [r.step for r in found] == [8, 16, 24]
     assert [r.tokens for r in found] == [512, 1024, 1536]
@@ -203,7 +204,7 @@ def test_the_sae_is_scored_at_the_rungs_asked_for_and_at_the_end(
 
 
 def test_a_rung_inside_a_step_is_scored_after_that_step(make_spec, make_store, fake_result):
-    run = TrialRun(make_spec(rungs=(8 * 64 + 1, 24 * 64)), make_store())
+    run = SAERun(make_spec(rungs=(8 * 64 + 1, 24 * 64)), make_store())
     assert [r.step for r in rungs(train(run, fake_result))] == [9, 24]
 
 
@@ -211,8 +212,8 @@ def test_rates_at_a_rung_are_those_of_the_second_half_of_the_way(
     make_spec, make_store, fake_result
 ):
     spec, store = make_spec(rungs=(8 * 64, 24 * 64)), make_store()
-    found = rungs(train(TrialRun(spec, store), fake_result))
-    again = TrialRun(spec, store)
+    found = rungs(train(SAERun(spec, store), fake_result))
+    again = SAERun(spec, store)
     for rung, (unseen, steps) in zip(found, ((4, 4), (8, 8)), strict=True):
         fired = torch.zeros(2, 32)
         tokens = torch.zeros(2)
@@ -248,7 +249,7 @@ def test_a_rung_is_a_snapshot_that_further_training_leaves_alone(
             )
         return True
 
-    found = rungs(train(TrialRun(spec, make_store()), fake_result, copy))
+    found = rungs(train(SAERun(spec, make_store()), fake_result, copy))
     for rung, kept in zip(found, copies, strict=True):
         for name, value in contents(rung).items():
             assert torch.equal(value, kept[name]) if torch.is_tensor(value) else value == kept[name]
@@ -257,7 +258,7 @@ def test_a_rung_is_a_snapshot_that_further_training_leaves_alone(
 
 def test_groups_are_reported_by_methods_that_have_them_only(make_spec, make_store, fake_result):
     for regularizer in METHODS:
-        run = TrialRun(make_spec("topk", regularizer, small(regularizer)), make_store())
+        run = SAERun(make_spec("topk", regularizer, small(regularizer)), make_store())
         groups = rungs(train(run, fake_result))[-1].groups
         assert (groups is not None) == ("groups" in run.regularizer_state)
 
@@ -266,21 +267,21 @@ def test_groups_are_reported_by_methods_that_have_them_only(make_spec, make_stor
 def test_false_from_the_listener_ends_the_trial_there(
     kind: type, make_spec, make_store, fake_result
 ):
-    run = TrialRun(make_spec(rungs=(10 * 64, 24 * 64)), make_store())
+    run = SAERun(make_spec(rungs=(10 * 64, 24 * 64)), make_store())
     events = train(run, fake_result, lambda e: not (isinstance(e, kind) and e.step == 10))
     assert run.step == 10
     assert isinstance(events[-1], kind)
 
 
 def test_a_trial_of_one_step_is_scored(make_spec, make_store, fake_result):
-    events = train(TrialRun(make_spec(steps=1), make_store()), fake_result)
+    events = train(SAERun(make_spec(steps=1), make_store()), fake_result)
     assert [type(event) for event in events] == [Progress, Rung]
 
 
 def test_a_method_that_does_not_fit_the_run_is_refused_before_training(make_spec, make_store):
     spec = make_spec(regularizer="grouped", parameters={"group_update_period": 25})
     with pytest.raises(ValueError, match="longer than the run"):
-        TrialRun(spec, make_store())
+        SAERun(spec, make_store())
 
 
 # --- Curves ---------------------------------------------------------------------------------------
@@ -294,9 +295,9 @@ def test_every_method_trains_every_architecture_or_says_why_not(
     spec = make_spec(architecture, regularizer, small(regularizer), lr=5e-3)
     if (regularizer, architecture) in REFUSED:
         with pytest.raises(ValueError, match=rf"{regularizer} cannot work on {architecture}"):
-            TrialRun(spec, make_store())
+            SAERun(spec, make_store())
         return
-    run = TrialRun(spec, make_store())
+    run = SAERun(spec, make_store())
     before = run.sae.W_dec.detach().clone()
     for losses in advance(run, 3):
         assert all(math.isfinite(loss) for loss in losses.values()), losses
@@ -312,7 +313,7 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_step(
     store = make_store()
     for chunk in store._chunks:
         chunk[::7] = bad
-    run = TrialRun(make_spec(architecture), store)
+    run = SAERun(make_spec(architecture), store)
     with pytest.raises(TrainingDivergedError, match=r"loss is (nan|inf) at step 1 of 24") as error:
         train(run, fake_result)
     assert (error.value.last_good, error.value.last_good_step) == (None, 0)
@@ -335,13 +336,13 @@ class Spoiled:
 def test_a_trial_that_meets_nan_keeps_the_sae_from_before(
     architecture: str, make_spec, make_store, fake_result
 ):
-    spec, store = make_spec(architecture), make_store()
+    spec, store = make_spec(architecture, step="saelens"), make_store()
     # Step 7 is the eighth; its row of the curve is the first that is not finite.
-    run = TrialRun(spec, Spoiled(store, step=7))
+    run = SAERun(spec, Spoiled(store, step=7))
     with pytest.raises(TrainingDivergedError, match="loss is nan at step 8 of 24") as error:
         train(run, fake_result)
     assert error.value.last_good_step == 7
-    good = TrialRun(spec, store)
+    good = SAERun(spec, store)
     advance(good, 7)
     wanted = export_sae(good.sae, store.scale).state_dict()
     kept = error.value.last_good.state_dict()
@@ -352,9 +353,9 @@ def test_a_trial_that_meets_nan_keeps_the_sae_from_before(
 def test_a_loss_that_explodes_ends_the_trial_with_the_last_good_sae(
     make_spec, make_store, fake_result
 ):
-    run, events = TrialRun(make_spec("standard", lr=1e6, lr_warmup=0.0), make_store()), []
+    run, events = SAERun(make_spec("standard", lr=1e6, lr_warmup=0.0), make_store()), []
     with pytest.raises(TrainingDivergedError, match=r"loss is \S+ at step \d+ of 24") as error:
-        run.train(lambda *_: fake_result(), lambda event: events.append(event) or True)
+        train_one(run, lambda *_: fake_result(), lambda event: events.append(event) or True)
     # Nothing is scored, and no row of the curve shows the explosion.
     assert [event.step for event in events] == list(range(1, run.step))
     losses = [row.metrics["loss"] for row in events]
@@ -367,7 +368,7 @@ def test_a_loss_that_explodes_ends_the_trial_with_the_last_good_sae(
 def test_the_last_good_sae_is_finite_even_if_weights_go_before_the_loss_does(
     make_spec, make_store, fake_result
 ):
-    run = TrialRun(make_spec("topk"), make_store())
+    run = SAERun(make_spec("topk", step="saelens"), make_store())
     steps = iter(range(24))
     run.sae.W_dec.register_hook(lambda grad: grad * (math.nan if next(steps) == 5 else 1))
     with pytest.raises(TrainingDivergedError, match="loss is nan at step 7 of 24") as error:
@@ -379,7 +380,7 @@ def test_the_last_good_sae_is_finite_even_if_weights_go_before_the_loss_does(
 
 
 def test_a_loss_that_only_rises_is_no_explosion(make_spec, make_store, fake_result):
-    run = TrialRun(make_spec("standard", lr=0.5, lr_warmup=0.0), make_store())
+    run = SAERun(make_spec("standard", lr=0.5, lr_warmup=0.0), make_store())
     losses = [row.metrics["loss"] for row in progress(train(run, fake_result))]
     assert max(losses) > 2 * losses[0]
     assert run.step == 24
@@ -389,7 +390,7 @@ def test_a_loss_that_only_rises_is_no_explosion(make_spec, make_store, fake_resu
 def test_the_loss_falls_on_a_learnable_problem(
     architecture: str, make_spec, make_store, fake_result
 ):
-    run = TrialRun(make_spec(architecture, steps=300, lr=5e-3, sparsity=None), make_store())
+    run = SAERun(make_spec(architecture, steps=300, lr=5e-3, sparsity=None), make_store())
     rows = progress(train(run, fake_result))
     first, last = rows[0].metrics, rows[-1].metrics
     assert last["l2_loss"] < 0.5 * first["l2_loss"]
@@ -399,9 +400,9 @@ def test_the_loss_falls_on_a_learnable_problem(
 def test_a_short_run_logs_every_step_and_a_long_one_about_64_times(
     make_spec, make_store, fake_result
 ):
-    short = progress(train(TrialRun(make_spec(steps=20), make_store()), fake_result))
+    short = progress(train(SAERun(make_spec(steps=20), make_store()), fake_result))
     assert [row.step for row in short] == list(range(1, 21))
-    long = progress(train(TrialRun(make_spec(steps=200, batch_size=8), make_store()), fake_result))
+    long = progress(train(SAERun(make_spec(steps=200, batch_size=8), make_store()), fake_result))
     assert [row.step for row in long] == [*range(3, 200, 3), 200]
     assert [row.tokens for row in long] == [row.step * 8 for row in long]
 
@@ -410,8 +411,8 @@ def test_a_curve_row_is_the_mean_over_the_steps_since_the_last_one(
     make_spec, make_store, fake_result
 ):
     spec = make_spec(steps=200, batch_size=8, regularizer="fixed_orthogonal")
-    rows = progress(train(TrialRun(spec, make_store()), fake_result))
-    losses = advance(TrialRun(spec, make_store()), 200)
+    rows = progress(train(SAERun(spec, make_store()), fake_result))
+    losses = advance(SAERun(spec, make_store()), 200)
     start = 0
     for row in rows:
         steps = losses[start : row.step]
@@ -433,11 +434,11 @@ def test_explained_variance_l0_and_losses_equal_a_direct_computation(
     architecture: str, make_spec, make_store, fake_result
 ):
     spec, store = make_spec(architecture, steps=12), make_store()
-    rows = progress(train(TrialRun(spec, store), fake_result))
+    rows = progress(train(SAERun(spec, store), fake_result))
     every_row = torch.cat([torch.from_numpy(chunk) for chunk in store._chunks]).double()
     every_row *= store.scale
     variance = (every_row - every_row.mean(0)).pow(2).sum(1).mean()
-    again = TrialRun(spec, store)
+    again = SAERun(spec, store)
     for row in rows:
         x, _ = store.batch(spec.seed, again.step, 64)
         with torch.no_grad():
@@ -459,7 +460,7 @@ def test_explained_variance_l0_and_losses_equal_a_direct_computation(
 
 def test_alpha_follows_its_schedule(make_spec, make_store):
     spec = make_spec(regularizer="fixed_orthogonal", schedule="cosine", alpha=2.0, steps=21)
-    run = TrialRun(spec, make_store())
+    run = SAERun(spec, make_store())
     used = []
     for _ in range(21):
         losses = run.advance()
@@ -477,7 +478,7 @@ def feedback(target: float, make_spec: Any) -> TrialSpec:
 
 @pytest.mark.parametrize("target", [0.01, 1.0])
 def test_alpha_follows_the_overlap_measured_before_the_step(target: float, make_spec, make_store):
-    run = TrialRun(feedback(target, make_spec), make_store())
+    run = SAERun(feedback(target, make_spec), make_store())
     alpha = 2.0
     for step in range(21):
         overlap = run.firing.overlap()
@@ -492,8 +493,8 @@ def test_alpha_follows_the_overlap_measured_before_the_step(target: float, make_
 
 def test_the_curve_shows_the_alpha_that_was_used(make_spec, make_store, fake_result):
     spec = feedback(0.5, make_spec)
-    rows = progress(train(TrialRun(spec, make_store()), fake_result))
-    again, used = TrialRun(spec, make_store()), []
+    rows = progress(train(SAERun(spec, make_store()), fake_result))
+    again, used = SAERun(spec, make_store()), []
     for _ in range(21):
         again.advance()
         used.append(again.alpha)
@@ -502,7 +503,7 @@ def test_the_curve_shows_the_alpha_that_was_used(make_spec, make_store, fake_res
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero(make_spec, make_store):
-    run = TrialRun(make_spec(steps=20, lr=0.01, lr_warmup=0.2, lr_decay=0.5), make_store())
+    run = SAERun(make_spec(steps=20, lr=0.01, lr_warmup=0.2, lr_decay=0.5), make_store())
     used = []
     for _ in range(20):
         used.append(run.optimizer.param_groups[0]["lr"])

@@ -13,7 +13,7 @@ from sae_lens import SAE
 from torch import Tensor
 from training_bench import ARCHITECTURES, PICKS_OVER_A_BATCH, every_architecture
 
-from raysae.training.loop import TrialRun
+from raysae.training.run import SAERun
 from raysae.training.saes import export_sae, make_training_sae
 from raysae.training.spec import SPARSITY_FIELD, SAESpec
 
@@ -22,9 +22,9 @@ TRAINED: dict[str, dict[str, Any]] = {}
 
 
 @pytest.fixture
-def trained(make_spec, make_store, request) -> tuple[TrialRun, Tensor]:
+def trained(make_spec, make_store, request) -> tuple[SAERun, Tensor]:
     """A run of 150 steps on rows of norm about 12 (scale about 1/3), and the raw rows."""
-    run = TrialRun(make_spec(request.param, steps=150, lr=5e-3), make_store())
+    run = SAERun(make_spec(request.param, steps=150, lr=5e-3), make_store())
     if request.param in TRAINED:
         run.load_state_dict(TRAINED[request.param])
     else:
@@ -38,7 +38,7 @@ def per_architecture(test: Any) -> Any:
     return pytest.mark.parametrize("trained", ARCHITECTURES, indirect=True)(test)
 
 
-def training_acts(run: TrialRun, raw: Tensor) -> Tensor:
+def training_acts(run: SAERun, raw: Tensor) -> Tensor:
     """What the training SAE makes of the rows at inference, in its own scaled units.
 
     Where training picks over a batch, inference goes by the threshold.
@@ -89,7 +89,7 @@ def test_decoder_rows_of_any_norm_are_folded_into_the_encoder(trained):
 def test_batchtopk_is_exported_as_jumprelu_with_its_threshold_in_raw_units(
     architecture: str, make_spec, make_store
 ):
-    run = TrialRun(make_spec(architecture, steps=150), make_store())
+    run = SAERun(make_spec(architecture, steps=150), make_store())
     for _ in range(150):
         run.advance()
     exported = export_sae(run.sae, run.source.scale)
@@ -101,7 +101,7 @@ def test_batchtopk_is_exported_as_jumprelu_with_its_threshold_in_raw_units(
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
 def test_other_architectures_keep_theirs(architecture: str, make_spec, make_store):
-    run = TrialRun(make_spec(architecture), make_store())
+    run = SAERun(make_spec(architecture), make_store())
     assert export_sae(run.sae, 0.3).cfg.architecture() == architecture
 
 
@@ -145,7 +145,7 @@ def test_exporting_leaves_the_training_sae_as_it_was(trained):
 def test_exporting_leaves_the_global_random_state_as_it_was(
     architecture: str, make_spec, make_store
 ):
-    run = TrialRun(make_spec(architecture), make_store())
+    run = SAERun(make_spec(architecture), make_store())
     before = torch.get_rng_state()
     export_sae(run.sae, 0.5)
     assert torch.equal(torch.get_rng_state(), before)

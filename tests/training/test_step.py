@@ -21,7 +21,8 @@ from training_bench import (
 
 from raysae.regularizers import REGISTRY, Regularizer, StepView
 from raysae.training.collective import Alone
-from raysae.training.loop import TrialRun
+from raysae.training.loop import train_one
+from raysae.training.run import SAERun
 from raysae.training.saes import make_training_sae
 from raysae.training.step import RATE_EMA, FiringRecord, train_step
 
@@ -61,7 +62,7 @@ def gradients(
     return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 
 
-def saelens_trainer(run: TrialRun, rows: Any) -> SAETrainer[Any, Any]:
+def saelens_trainer(run: SAERun, rows: Any) -> SAETrainer[Any, Any]:
     """SAELens' trainer with the spec's own hyperparameters and initial weights."""
     training = run.spec.training
     sae = make_training_sae(
@@ -95,7 +96,7 @@ def test_training_without_a_penalty_is_saelens_own_plus_renormalised_decoder_row
 ):
     # Twelve steps go through warm-up and decay of the learning rate and have dead features.
     spec, store = with_dead_features(architecture, make_spec), make_store()
-    run = TrialRun(spec, store)
+    run = SAERun(spec, store)
     batches = [store.batch(spec.seed, step, 8)[0] for step in range(steps)]
     trainer = saelens_trainer(run, iter(batches))
     for batch in batches:
@@ -115,14 +116,14 @@ def test_training_without_a_penalty_is_saelens_own_plus_renormalised_decoder_row
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_that_comparison_meets_dead_features(architecture: str, make_spec, make_store):
-    run = TrialRun(with_dead_features(architecture, make_spec), make_store())
+    run = SAERun(with_dead_features(architecture, make_spec), make_store())
     assert max(run.advance()["auxiliary_reconstruction_loss"] for _ in range(12)) > 0
 
 
 @every_penalty
 def test_decoder_rows_stay_at_unit_norm(regularizer: str, make_spec, make_store):
     spec = make_spec("topk", regularizer, {}, alpha=5.0, steps=300, lr=0.02)
-    run = TrialRun(spec, make_store())
+    run = SAERun(spec, make_store())
     for _ in range(8):
         run.advance()
         torch.testing.assert_close(run.sae.W_dec.norm(dim=-1), torch.ones(32))
@@ -194,7 +195,7 @@ def test_gradients_are_clipped_to_the_global_norm(make_spec, make_store):
 
 def test_the_penalty_is_reported_before_alpha(make_spec, make_store):
     store = make_store()
-    run = TrialRun(make_spec(regularizer="fixed_orthogonal", alpha=3.0), store)
+    run = SAERun(make_spec(regularizer="fixed_orthogonal", alpha=3.0), store)
     W = run.sae.W_dec.detach().double()
     cosines = W @ W.T - torch.eye(32)
     losses = run.advance()
@@ -219,12 +220,17 @@ def firing_batches(n: int) -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
+def count(record: FiringRecord, fired: Tensor, is_forget: Tensor) -> None:
+    on_task = [(fired[task].sum(0), task.sum()) for task in (is_forget, ~is_forget)]
+    record.add(*(torch.stack(part).float() for part in zip(*on_task, strict=True)))
+
+
 def test_firing_rates_equal_a_count_by_hand():
     record = FiringRecord.zeros(6, CPU)
     forget, retain = [0] * 6, [0] * 6
     tokens_forget = tokens_retain = 0
     for fired, is_forget in firing_batches(5):
-        record.add(fired, is_forget, Alone())
+        count(record, fired, is_forget)
         for row, label in zip(fired.tolist(), is_forget.tolist(), strict=True):
             tokens_forget, tokens_retain = tokens_forget + label, tokens_retain + (not label)
             for feature, value in enumerate(row):
@@ -238,7 +244,7 @@ def test_firing_rates_equal_a_count_by_hand():
 def test_steps_since_firing_are_counted_from_the_last_time():
     record = FiringRecord.zeros(6, CPU)
     for fired, is_forget in firing_batches(5):
-        record.add(fired, is_forget, Alone())
+        count(record, fired, is_forget)
     assert record.steps_since_fired.tolist() == [0, 0, 0, 0, 4, 5]
 
 
@@ -246,18 +252,18 @@ def test_resetting_rates_forgets_rates_but_not_who_is_dead():
     record = FiringRecord.zeros(6, CPU)
     batches = firing_batches(5)
     for fired, is_forget in batches:
-        record.add(fired, is_forget, Alone())
+        count(record, fired, is_forget)
     record.reset_rates()
     assert not torch.cat(record.rates()).any()
     assert record.steps_since_fired.tolist() == [0, 0, 0, 0, 4, 5]
     fired, is_forget = batches[1]
-    record.add(fired, is_forget, Alone())
+    count(record, fired, is_forget)
     torch.testing.assert_close(record.rates()[0], fired[is_forget].mean(0))
 
 
 def test_rates_without_any_token_are_zero():
     record = FiringRecord.zeros(3, CPU)
-    record.add(torch.ones(4, 3), torch.zeros(4, dtype=torch.bool), Alone())
+    count(record, torch.ones(4, 3), torch.zeros(4, dtype=torch.bool))
     forget_rate, retain_rate = record.rates()
     assert (forget_rate.tolist(), retain_rate.tolist()) == ([0, 0, 0], [1, 1, 1])
 
@@ -266,7 +272,7 @@ def test_the_overlap_is_that_of_moving_averages_by_hand():
     record = FiringRecord.zeros(6, CPU)
     forget, retain = [0.0] * 6, [0.0] * 6
     for fired, is_forget in firing_batches(5):
-        record.add(fired, is_forget, Alone())
+        count(record, fired, is_forget)
         for feature in range(6):
             for average, label in ((forget, True), (retain, False)):
                 on = [
@@ -298,17 +304,17 @@ def test_the_overlap_does_not_depend_on_how_many_batches_were_seen(
     is_forget = torch.tensor([True, False, False])
     assert record.overlap() == 0.0
     for _ in range(3):
-        record.add(torch.tensor([on_forget, on_retain, on_retain]).float(), is_forget, Alone())
+        count(record, torch.tensor([on_forget, on_retain, on_retain]).float(), is_forget)
         assert record.overlap() == pytest.approx(overlap)
     record.reset_rates()
     assert record.overlap() == pytest.approx(overlap)
 
 
 def test_features_that_cannot_fire_are_counted_as_dead(make_spec, make_store, fake_result):
-    run = TrialRun(make_spec("standard", steps=10, dead_after=4), make_store())
+    run = SAERun(make_spec("standard", steps=10, dead_after=4), make_store())
     with torch.no_grad():
         run.sae.b_enc[:3] = -1e6
     rows = []
-    run.train(lambda *_: fake_result(), lambda event: rows.append(event) or True)
+    train_one(run, lambda *_: fake_result(), lambda event: rows.append(event) or True)
     dead = [row.metrics["dead_features"] for row in rows[:-1]]
     assert dead == [0.0] * 4 + [3.0] * 6

@@ -1,0 +1,133 @@
+"""Several SAEs trained in lock-step on the same batch, their parameters stacked.
+
+Each member gets what training it alone with SAELens' own step (`train_step`) gives, to rounding:
+the loss terms are SAELens' (`raysae.training.stacked`), and optimiser, schedules, regularizer state
+and counters stay each member's own. What is shared is the batch, the matrix products and the
+overhead around them.
+
+A member's parameters are views of the stack, so whatever reads or saves a member alone needs to
+know nothing of its pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from raysae.regularizers import StepView
+from raysae.training.run import SAERun
+from raysae.training.stacked import FORWARD, DenseActs, Forward, Parameters, Settings, SparseActs
+
+
+def can_pack(runs: Sequence[SAERun]) -> bool:
+    """Whether runs of one source may share their steps: architecture, shapes and batches agree."""
+    return len({_common(run) for run in runs}) == 1
+
+
+def _common(run: SAERun) -> tuple[object, ...]:
+    spec = run.spec
+    shapes = (spec.sae.architecture, spec.sae.d_sae, spec.sae.matryoshka_widths)
+    batches = (spec.batches, spec.training.batch_size, spec.training.forget_share, run.step)
+    return (*shapes, *batches)
+
+
+class Pack:
+    """The stacked parameters of some runs, and the step that they take together."""
+
+    def __init__(self, runs: Sequence[SAERun]) -> None:
+        """Stack the parameters; those of the runs become views.
+
+        Raises:
+            ValueError: the runs cannot share their steps, see `can_pack`.
+        """
+        if not can_pack(runs):
+            raise ValueError("these SAEs differ in architecture, shape, batches or position")
+        self.runs = list(runs)
+        self._forward = FORWARD[runs[0].spec.sae.architecture]
+        self._stack: Parameters = {}
+        for name, _ in runs[0].sae.named_parameters():
+            parts = [run.sae.get_parameter(name) for run in runs]
+            stack = torch.stack([part.detach() for part in parts])
+            for part, view in zip(parts, stack.unbind(), strict=True):
+                part.data = view
+            self._stack[name] = stack.requires_grad_()
+
+    def advance(self) -> dict[str, Tensor]:
+        """One training step of all members; their losses by name, (m,), unsynchronised."""
+        runs = self.runs
+        batch, is_forget = runs[0].next_batch()
+        alphas = batch.new_tensor([run.next_alpha() for run in runs])
+        for stack in self._stack.values():
+            stack.grad = None
+        forward = self._forward(self._stack, batch, [_settings(run) for run in runs])
+        with torch.no_grad():
+            fired = forward.acts.fired(is_forget)
+        penalties = self._penalties(forward, is_forget, fired)
+        losses = dict(forward.losses)
+        loss = torch.stack(list(losses.values())).sum(0)
+        if penalties is not None:
+            loss = loss + alphas * penalties
+            losses["penalty"] = penalties
+        loss.sum().backward()
+        for i, run in enumerate(runs):
+            for name, stack in self._stack.items():
+                assert stack.grad is not None
+                run.sae.get_parameter(name).grad = stack.grad[i]
+            parameters = [p for p in run.sae.parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(parameters, run.spec.training.grad_clip)
+            run.optimizer.step()
+            run.schedules_step()
+        with torch.no_grad():
+            W_dec = self._stack["W_dec"]
+            W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+            self._follow_threshold(forward.acts)
+            losses = {name: value.detach() for name, value in losses.items()}
+            losses |= {"loss": loss.detach(), "squared_error": losses["mse_loss"] * len(batch)}
+            losses["fired"] = fired.sum((1, 2))
+        return losses
+
+    def _penalties(self, forward: Forward, is_forget: Tensor, fired: Tensor) -> Tensor | None:
+        """(m,) penalties after their states have been updated; None if no member has one."""
+        tasks = torch.stack([is_forget, ~is_forget]).to(fired.dtype).sum(1)
+        decoders, errors = self._stack["W_dec"].unbind(), forward.error.unbind()
+        penalties: list[Tensor | None] = []
+        for i, run in enumerate(self.runs):
+            regularizer, state = run.spec.regularizer, run.regularizer_state
+            view = StepView(decoders[i], partial(forward.acts.member, i), is_forget, errors[i])
+            with torch.no_grad():
+                seen = view.detach()
+                statistics = regularizer.statistics(seen, state, run.step)
+                regularizer.update(state, statistics, seen.W_dec, run.step)
+                run.firing.add(fired[i], tasks)
+            uses = regularizer.uses_alpha
+            penalties.append(regularizer.penalty(view, state) if uses else None)
+        if all(penalty is None for penalty in penalties):
+            return None
+        zero = fired.new_zeros(())
+        return torch.stack([zero if penalty is None else penalty for penalty in penalties])
+
+    def _follow_threshold(self, acts: DenseActs | SparseActs) -> None:
+        """SAELens' moving average of the smallest activation that was picked (BatchTopK)."""
+        if not isinstance(acts, SparseActs) or "topk_threshold" not in dict(
+            self.runs[0].sae.named_buffers()
+        ):
+            return
+        members = acts.support.rows // acts.support.n
+        for i, run in enumerate(self.runs):
+            values = acts.values[members == i]
+            run.sae.update_topk_threshold(values)
+
+
+def _settings(run: SAERun) -> Settings:
+    spec = run.spec.sae
+    coefficients = list(run.coefficients.values())
+    return Settings(
+        coefficient=coefficients[0].value if coefficients else 0.0,
+        k=spec.k or 0,
+        dead=run.firing.steps_since_fired > run.spec.training.dead_after,
+        widths=tuple(getattr(run.sae.cfg, "matryoshka_widths", ())),
+        bandwidth=getattr(run.sae.cfg, "jumprelu_bandwidth", 0.0),
+    )

@@ -1,0 +1,173 @@
+"""Sparse activations of a stack of SAEs: encode and decode that touch the firing features only.
+
+Of d_sae features a top-k SAE fires k on a token. Its decoder and both weight gradients then need
+k / d_sae of the dense products: rows of one matrix are summed as the other's entries say, which
+PyTorch has as `embedding_bag`. Only the encoder's pre-activations stay a dense product, because
+they decide which features fire.
+
+Members of a stack are handled as one: feature j of member i is row i · d_sae + j of the stacked
+decoder, token t of member i is row i · n + t of the stacked batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which features fire on which tokens, of all members: an (m · n, m · d_sae) sparsity pattern.
+
+    Entries are sorted by row.
+    """
+
+    members: int
+    n: int
+    """Tokens a member."""
+    d_sae: int
+    features: Tensor
+    """(entries,) column of each entry, int64."""
+    rows: Tensor
+    """(entries,)"""
+    offsets: Tensor
+    """(m · n,) first entry of each row."""
+
+    @classmethod
+    def from_flat(cls, chosen: Tensor, members: int, n: int, d_sae: int) -> Support:
+        """From positions in the flattened (m, n, d_sae) activations, ascending."""
+        rows, local = chosen // d_sae, chosen % d_sae
+        counts = torch.bincount(rows, minlength=members * n)
+        offsets = counts.cumsum(0) - counts
+        return cls(members, n, d_sae, local + (rows // n) * d_sae, rows, offsets)
+
+    @classmethod
+    def from_indices(cls, indices: Tensor, d_sae: int) -> Support:
+        """From k features a token, (m, n, k), not offset by member."""
+        members, n, k = indices.shape
+        device = indices.device
+        first = torch.arange(members, device=device)[:, None, None] * d_sae
+        offsets = torch.arange(0, members * n * k, k, device=device)
+        rows = torch.arange(members * n, device=device).repeat_interleave(k)
+        return cls(members, n, d_sae, (indices + first).flatten(), rows, offsets)
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transposed pattern: entries in order of their feature, their rows, and the first
+        entry of each feature (m · d_sae,)."""
+        order = torch.argsort(self.features)
+        counts = torch.bincount(self.features, minlength=self.members * self.d_sae)
+        return order, self.rows[order], counts.cumsum(0) - counts
+
+    def sum_by_feature(self, values: Tensor, of: Tensor) -> Tensor:
+        """Transposed pattern · `of`: (m · d_sae, d) sums of the rows of `of` (m · n, d), weighted
+        by `values` (entries,)."""
+        order, rows, offsets = self.by_feature
+        return embedding_bag(rows, of, offsets, mode="sum", per_sample_weights=values[order])
+
+    def sampled_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left · rightᵀ at the entries only, (entries,); of (m · n, d) and (m · d_sae, d)."""
+        pattern = torch.sparse_csr_tensor(
+            torch.cat([self.offsets, self.offsets.new_tensor([len(self.features)])]),
+            self.features,
+            left.new_zeros(len(self.features)),
+            (len(left), len(right)),
+            check_invariants=False,
+        )
+        products: Tensor = torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        return products
+
+    def count_by_feature(self, values: Tensor) -> Tensor:
+        """Sums of `values` (entries,) over each feature's entries: (m, d_sae)."""
+        sums = values.new_zeros(self.members * self.d_sae)
+        return sums.index_add_(0, self.features, values).view(self.members, self.d_sae)
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The activations as (m, n, d_sae); differentiable in `values`."""
+        flat = values.new_zeros(self.members * self.n * self.d_sae)
+        return flat.scatter(0, self._flat, values).view(self.members, self.n, self.d_sae)
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        return self.rows * self.d_sae + self.features % self.d_sae
+
+
+def encode_at(
+    support: Support, hidden: Tensor, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor
+) -> Tensor:
+    """Pre-activations (entries,) at the support, differentiable in the parameters.
+
+    Args:
+        support: chosen from `hidden`.
+        hidden: centred · W_enc + b_enc, (m, n, d_sae), without gradient.
+        centred: batch − b_dec, (m, n, d_in), without gradient.
+        W_enc, b_enc, b_dec: (m, d_in, d_sae), (m, d_sae), (m, d_in).
+    """
+    values: Tensor = _EncodeAt.apply(support, hidden, centred, W_enc, b_enc, b_dec)
+    return values
+
+
+def decode(support: Support, values: Tensor, W_dec: Tensor) -> Tensor:
+    """activations · W_dec, (m, n, d_in), for activations with `values` (entries,) at the support
+    and `W_dec` (m, d_sae, d_in)."""
+    decoded: Tensor = _Decode.apply(support, values, W_dec)
+    return decoded
+
+
+class _EncodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        support: Support,
+        hidden: Tensor,
+        centred: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004 - its gradient is returned
+        b_dec: Tensor,  # noqa: ARG004
+    ) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(centred, W_enc)
+        return hidden.flatten()[support._flat]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), support = grads, ctx.support
+        centred, W_enc = ctx.saved_tensors
+        grad_W = support.sum_by_feature(grad, centred.flatten(0, 1))
+        grad_b = support.count_by_feature(grad)
+        # b_dec is subtracted from every token alike: what reaches it is summed over tokens first.
+        grad_b_dec = -(W_enc @ grad_b[:, :, None])[:, :, 0]
+        return None, None, None, grad_W.view_as(W_enc.mT).mT, grad_b, grad_b_dec
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, support: Support, values: Tensor, W_dec: Tensor) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(values, W_dec)
+        decoded = embedding_bag(
+            support.features,
+            W_dec.flatten(0, 1),
+            support.offsets,
+            mode="sum",
+            per_sample_weights=values,
+        )
+        return decoded.view(support.members, support.n, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        support, grad = ctx.support, grads[0].flatten(0, 1)
+        values, W_dec = ctx.saved_tensors
+        grad_values = None
+        if ctx.needs_input_grad[1]:
+            grad_values = support.sampled_product(grad, W_dec.flatten(0, 1))
+        grad_W = support.sum_by_feature(values, grad).view_as(W_dec)
+        return None, grad_values, grad_W

@@ -1,0 +1,246 @@
+"""Forward passes of a stack of SAEs on one batch: SAELens' formulas, with a leading member axis.
+
+Each function gives what SAELens' `training_forward_pass` gives for each member: reconstruction
+(less the batch), activations and loss terms (sae-lens 6.54, `sae_lens.saes`). Its rescaling of
+activations by decoder norms is left out of the reconstruction, where the norm cancels; decoder rows
+are kept at norm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from sae_lens.saes.jumprelu_sae import JumpReLU, Step
+from sae_lens.saes.topk_sae import calculate_topk_aux_acts
+from torch import Tensor
+
+from raysae.training.sparse import Support, decode, encode_at
+
+Parameters = dict[str, Tensor]
+"""SAELens' parameters by name, stacked: W_enc (m, d_in, d_sae), W_dec (m, d_sae, d_in), …"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What differs between the members of a stack, beside their parameters."""
+
+    coefficient: float
+    """Of the sparsity term at this step; 0 where the architecture has none."""
+    k: float
+    dead: Tensor
+    """(d_sae,) bool."""
+    widths: tuple[int, ...]
+    """Of a Matryoshka SAE, ascending; () otherwise."""
+    bandwidth: float
+    """Of a JumpReLU's straight-through estimator; 0 otherwise."""
+
+
+@dataclass(frozen=True)
+class DenseActs:
+    """Activations (m, n, d_sae) of architectures that may fire anywhere."""
+
+    acts: Tensor
+
+    def member(self, i: int) -> Tensor:
+        """(n, d_sae) of one member, differentiable."""
+        return self._unbound[i]
+
+    @cached_property
+    def _unbound(self) -> tuple[Tensor, ...]:
+        return self.acts.unbind()
+
+    def fired(self, is_forget: Tensor) -> Tensor:
+        """(m, 2, d_sae): forget and retain tokens on which each feature fires."""
+        tasks = torch.stack([is_forget, ~is_forget]).to(self.acts.dtype)
+        return tasks @ (self.acts > 0).to(self.acts.dtype)
+
+
+@dataclass(frozen=True)
+class SparseActs:
+    """Activations of architectures that pick their features, as values at a `Support`."""
+
+    support: Support
+    values: Tensor
+
+    def member(self, i: int) -> Tensor:
+        """(n, d_sae) of one member, differentiable."""
+        return self._unbound[i]
+
+    @cached_property
+    def _unbound(self) -> tuple[Tensor, ...]:
+        return self.support.dense(self.values).unbind()
+
+    def fired(self, is_forget: Tensor) -> Tensor:
+        """(m, 2, d_sae): forget and retain tokens on which each feature fires."""
+        fires = (self.values > 0).to(self.values.dtype)
+        on_forget = fires * is_forget[self.support.rows % self.support.n]
+        counts = [self.support.count_by_feature(v) for v in (on_forget, fires - on_forget)]
+        return torch.stack(counts, 1)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a stack's forward pass gives."""
+
+    error: Tensor  # reconstruction − batch (m, n, d_in)
+    acts: DenseActs | SparseActs
+    losses: dict[str, Tensor]
+    """SAELens' loss terms by name, (m,) each; their sum is a member's own loss."""
+
+
+def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+    """ReLU and an L1 term weighted by decoder norms."""
+    acts = _pre_activations(p, batch, p["b_enc"]).relu()
+    error = _error(acts @ p["W_dec"], p, batch)
+    l1 = (acts @ p["W_dec"].norm(dim=-1)[:, :, None]).squeeze(-1).mean(1)
+    losses = {"mse_loss": _mse(error), "l1_loss": _coefficients(members, l1) * l1}
+    return Forward(error, DenseActs(acts), losses)
+
+
+def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+    """A gate that decides what fires, a magnitude that shares its weights, and the gate's own L1
+    and reconstruction terms."""
+    pre = _pre_activations(p, batch, None)
+    gate = pre + p["b_gate"][:, None]
+    magnitude = (pre * p["r_mag"].exp()[:, None] + p["b_mag"][:, None]).relu()
+    acts = (gate > 0).to(batch.dtype) * magnitude
+    error = _error(acts @ p["W_dec"], p, batch)
+    gate = gate.relu()
+    l1 = (gate @ p["W_dec"].norm(dim=-1)[:, :, None]).squeeze(-1).mean(1)
+    losses = {
+        "mse_loss": _mse(error),
+        "l1_loss": _coefficients(members, l1) * l1,
+        "auxiliary_reconstruction_loss": _mse(_error(gate @ p["W_dec"], p, batch)),
+    }
+    return Forward(error, DenseActs(acts), losses)
+
+
+def jumprelu(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+    """JumpReLU with SAELens' straight-through estimators and an L0 term."""
+    pre = _pre_activations(p, batch, p["b_enc"]).transpose(0, 1)  # the estimators sum over axis 0
+    threshold, bandwidth = p["threshold"].to(pre.dtype), members[0].bandwidth
+    acts = JumpReLU.apply(pre, threshold, bandwidth, False).transpose(0, 1)
+    error = _error(acts @ p["W_dec"], p, batch)
+    l0 = Step.apply(pre, threshold, bandwidth, False).sum(-1).mean(0)
+    losses = {"mse_loss": _mse(error), "l0_loss": _coefficients(members, l0) * l0}
+    return Forward(error, DenseActs(acts), losses)
+
+
+def topk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+    """The k largest of every token."""
+    return _picked(p, batch, members, _largest_of_tokens)[0]
+
+
+def batchtopk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+    """The k · n largest of the batch."""
+    return _picked(p, batch, members, _largest_of_batch)[0]
+
+
+def matryoshka_batchtopk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+    """BatchTopK, with the reconstruction of every prefix of the features as a further term."""
+    forward, support, values = _picked(p, batch, members, _largest_of_batch)
+    local = support.features % support.d_sae
+    for width in members[0].widths[:-1]:
+        inner = decode(support, values * (local < width), p["W_dec"])
+        forward.losses[f"inner_mse_loss_{width}"] = _mse(_error(inner, p, batch))
+    return forward
+
+
+FORWARD: dict[str, Callable[[Parameters, Tensor, list[Settings]], Forward]] = {
+    f.__name__: f for f in (standard, gated, jumprelu, topk, batchtopk, matryoshka_batchtopk)
+}
+
+
+def _pre_activations(p: Parameters, batch: Tensor, bias: Tensor | None) -> Tensor:
+    """(batch − b_dec) · W_enc + bias, (m, n, d_sae)."""
+    product = (batch - p["b_dec"][:, None]) @ p["W_enc"]
+    return product if bias is None else product + bias[:, None]
+
+
+def _error(decoded: Tensor, p: Parameters, batch: Tensor) -> Tensor:
+    return decoded + (p["b_dec"][:, None] - batch)
+
+
+def _mse(error: Tensor) -> Tensor:
+    """(m,) squared error of a token, mean over the batch."""
+    return error.pow(2).sum((1, 2)) / error.shape[1]
+
+
+def _coefficients(members: list[Settings], like: Tensor) -> Tensor:
+    return like.new_tensor([member.coefficient for member in members])
+
+
+def _picked(
+    p: Parameters,
+    batch: Tensor,
+    members: list[Settings],
+    pick: Callable[[Tensor, list[Settings]], Support],
+) -> tuple[Forward, Support, Tensor]:
+    """Also the support and the values at it without SAELens' factor, the decoder's norm."""
+    with torch.no_grad():
+        centred = batch - p["b_dec"][:, None]
+        hidden = (centred @ p["W_enc"]).add_(p["b_enc"][:, None])
+        support = pick(hidden, members)
+    values = encode_at(support, hidden, centred, p["W_enc"], p["b_enc"], p["b_dec"]).relu()
+    error = _error(decode(support, values, p["W_dec"]), p, batch)
+    losses = {
+        "mse_loss": _mse(error),
+        "auxiliary_reconstruction_loss": _revive(p, batch, error, members),
+    }
+    norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
+    return Forward(error, SparseActs(support, values * norms), losses), support, values
+
+
+def _largest_of_tokens(hidden: Tensor, members: list[Settings]) -> Support:
+    d_sae = hidden.shape[-1]
+    ks = {int(member.k) for member in members}
+    if len(ks) == 1:
+        return Support.from_indices(hidden.topk(ks.pop(), sorted=False).indices, d_sae)
+    flat = [
+        _flat(hidden[i].topk(int(member.k), sorted=False).indices, d_sae) + i * hidden[i].numel()
+        for i, member in enumerate(members)
+    ]
+    return Support.from_flat(torch.cat(flat), *hidden.shape)
+
+
+def _flat(indices: Tensor, d_sae: int) -> Tensor:
+    """Positions in the flattened (n, d_sae) of `indices` (n, k), row by row."""
+    return (indices + torch.arange(len(indices), device=indices.device)[:, None] * d_sae).flatten()
+
+
+def _largest_of_batch(hidden: Tensor, members: list[Settings]) -> Support:
+    n = hidden.shape[1]
+    flat = []
+    for i, member in enumerate(members):
+        chosen = hidden[i].relu().flatten().topk(int(member.k * n), sorted=False).indices
+        flat.append(chosen.sort().values + i * hidden[i].numel())
+    return Support.from_flat(torch.cat(flat), *hidden.shape)
+
+
+def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]) -> Tensor:
+    """(m,) SAELens' auxiliary loss: the dead features with the largest pre-activations reconstruct
+    what is left over. Only their columns are computed."""
+    losses = [error.new_zeros(()) for _ in members]
+    if any(bool(member.dead.any()) for member in members):
+        W_enc, W_dec, b_enc, b_dec = (p[name].unbind() for name in _NAMES)
+        for i, member in enumerate(members):
+            dead = member.dead.nonzero()[:, 0]
+            if not len(dead):
+                continue
+            W, norms = W_dec[i][dead], W_dec[i][dead].norm(dim=-1)
+            hidden = ((batch - b_dec[i]) @ W_enc[i][:, dead] + b_enc[i][dead]) * norms
+            half = batch.shape[1] // 2
+            acts = calculate_topk_aux_acts(
+                k_aux=min(half, len(dead)),
+                hidden_pre=hidden,
+                dead_neuron_mask=torch.ones_like(dead, dtype=torch.bool),
+            )
+            missed = ((acts / norms) @ W + error[i].detach()).pow(2).sum(-1).mean()
+            losses[i] = min(len(dead) / half, 1.0) * missed
+    return torch.stack(losses)
+
+
+_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")

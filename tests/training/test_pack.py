@@ -1,0 +1,189 @@
+"""SAEs trained together are the SAEs that SAELens' own step trains alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from training_bench import ARCHITECTURES, METHODS, REFUSED, every_architecture, small
+
+from raysae.training.loop import train, train_one
+from raysae.training.pack import Pack, can_pack
+from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
+from raysae.training.spec import TrialSpec
+
+PAIRS = [
+    (regularizer, architecture)
+    for regularizer in METHODS
+    for architecture in ARCHITECTURES
+    if (regularizer, architecture) not in REFUSED
+]
+
+
+def doubled(run: SAERun) -> SAERun:
+    """The run in float64, in which rounding stays out of the way over a whole training."""
+    run.sae.double()
+    run.sae.cfg.dtype = "float64"
+    run.sae.dtype = torch.float64
+    for name, tensor in run.regularizer_state.items():
+        if tensor.is_floating_point():
+            run.regularizer_state[name] = tensor.double()
+    for name, tensor in vars(run.firing).items():
+        setattr(run.firing, name, tensor.double())
+    batch = run.source.batch
+
+    class Source:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(run_source, name)
+
+        def batch(self, *args: Any) -> Any:
+            rows, labels = batch(*args)
+            return rows.double(), labels
+
+    run_source, run.source = run.source, Source()
+    return run
+
+
+def alone(spec: TrialSpec, store: Any, steps: int) -> tuple[SAERun, list[dict[str, float]]]:
+    run = doubled(SAERun(spec, store))
+    return run, [{k: v.item() for k, v in run.advance().items()} for _ in range(steps)]
+
+
+@pytest.mark.parametrize(("regularizer", "architecture"), PAIRS)
+def test_every_member_gets_what_saelens_own_step_gives(
+    regularizer, architecture, make_spec, make_store
+):
+    """Two seeds, the whole training; features die on the way."""
+    spec = make_spec(
+        architecture,
+        regularizer,
+        small(regularizer),
+        schedule="dynamic",
+        steps=16,
+        dead_after=3,
+        sparsity=2 if "topk" in architecture else None,
+    ).model_copy(update={"seeds": 2})
+    store = make_store()
+    pack = Pack([doubled(SAERun(member, store)) for member in spec.members()])
+    packed = [pack.advance() for _ in range(16)]
+    for i, member in enumerate(spec.members()):
+        run, losses = alone(member, store, 16)
+        for ours, expected in zip(packed, losses, strict=True):
+            found = {name: value[i].item() for name, value in ours.items()}
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        state = pack.runs[i].sae.state_dict()
+        for name, tensor in run.sae.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-9)
+        for name, tensor in run.regularizer_state.items():
+            found_state = pack.runs[i].regularizer_state[name]
+            if name == "bases":  # the sign of a singular vector is a matter of rounding
+                tensor, found_state = tensor.mT @ tensor, found_state.mT @ found_state
+            torch.testing.assert_close(found_state, tensor, rtol=1e-6, atol=1e-9)
+        for name, tensor in vars(run.firing).items():
+            torch.testing.assert_close(vars(pack.runs[i].firing)[name], tensor)
+
+
+@every_architecture
+def test_in_float32_members_agree_to_rounding(architecture, make_spec, make_store):
+    spec = make_spec(architecture, "fixed_orthogonal", steps=24)
+    spec, store = spec.model_copy(update={"seeds": 2}), make_store()
+    pack = Pack([SAERun(member, store) for member in spec.members()])
+    packed = [pack.advance()["loss"] for _ in range(24)]
+    for i, member in enumerate(spec.members()):
+        run = SAERun(member, store)
+        for ours in packed:
+            assert ours[i].item() == pytest.approx(run.advance()["loss"].item(), rel=2e-4)
+
+
+def test_members_keep_alpha_rates_sparsity_and_method_to_themselves(make_spec, make_store):
+    specs = [
+        make_spec("topk", "fixed_orthogonal", alpha=2.0, sparsity=3, lr=1e-3),
+        make_spec("topk", "none", sparsity=5, lr=3e-3),
+        make_spec(
+            "topk",
+            "task_masked",
+            small("task_masked"),
+            alpha=0.5,
+            sparsity=4,
+            schedule="linear_warmup",
+        ),
+    ]
+    store = make_store()
+    pack = Pack([doubled(SAERun(spec, store)) for spec in specs])
+    packed = [pack.advance()["loss"] for _ in range(24)]
+    for i, spec in enumerate(specs):
+        _, losses = alone(spec, store, 24)
+        for ours, expected in zip(packed, losses, strict=True):
+            assert ours[i].item() == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_the_seeds_of_a_trial_share_batches_and_differ_in_their_weights(make_spec, make_store):
+    spec = make_spec().model_copy(update={"seeds": 3})
+    runs = [SAERun(member, make_store()) for member in spec.members()]
+    batches = [run.next_batch()[0] for run in runs]
+    assert torch.equal(batches[0], batches[1])
+    assert torch.equal(batches[0], batches[2])
+    assert not torch.equal(runs[0].sae.W_dec, runs[1].sae.W_dec)
+    assert torch.equal(runs[0].sae.W_dec, SAERun(make_spec(), make_store()).sae.W_dec)
+    assert len({member.seed for member in spec.members()}) == 3
+
+
+def test_a_trial_of_several_seeds_is_not_one_run(make_spec, make_store):
+    with pytest.raises(ValueError, match="3 seeds"):
+        SAERun(make_spec().model_copy(update={"seeds": 3}), make_store())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"architecture": "batchtopk"}, {"d_sae": 48}, {"seed": 4}, {"batch_size": 32, "steps": 48}],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_shares_no_batch_or_shape_is_not_packed(other, make_spec, make_store):
+    store = make_store()
+    runs = [SAERun(make_spec(), store), SAERun(make_spec(**other), store)]
+    assert not can_pack(runs)
+    with pytest.raises(ValueError, match="differ"):
+        Pack(runs)
+
+
+def test_who_is_stopped_leaves_and_the_others_go_on_as_if_alone(make_spec, make_store, fake_result):
+    spec = make_spec("topk", "grouped", small("grouped"), rungs=(8 * 64, 24 * 64))
+    spec, store = spec.model_copy(update={"seeds": 3}), make_store()
+    runs = [SAERun(member, store) for member in spec.members()]
+    told: list[int] = []
+
+    def on_events(events: list[Progress | Rung]) -> list[bool]:
+        told.append(len(events))
+        at_rung = isinstance(events[0], Rung) and not events[0].last
+        return [not (at_rung and i == 1) for i in range(len(events))]
+
+    train(runs, lambda saes, _: [fake_result() for _ in saes], on_events)
+    assert runs[1].step == 8
+    assert set(told) == {2, 3}
+    for i in (0, 2):
+        whole = SAERun(spec.members()[i], store)
+        train_one(whole, lambda *_: fake_result(), lambda _: True)
+        assert runs[i].step == 24
+        torch.testing.assert_close(runs[i].sae.W_dec, whole.sae.W_dec, rtol=1e-4, atol=1e-5)
+        curves = [[row.metrics["loss"] for row in run.curve] for run in (runs[i], whole)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_a_member_that_diverges_ends_the_trial_with_its_last_good_weights(
+    make_spec, make_store, fake_result
+):
+    spec = make_spec("standard").model_copy(update={"seeds": 2})
+    runs = [SAERun(member, make_store()) for member in spec.members()]
+
+    def poison(events: list[Any]) -> list[bool]:
+        if events[0].step == 5:
+            with torch.no_grad():
+                runs[1].sae.b_enc.fill_(float("nan"))
+        return [True, True]
+
+    with pytest.raises(TrainingDivergedError) as caught:
+        train(runs, lambda saes, _: [fake_result() for _ in saes], poison)
+    assert caught.value.last_good_step == 5
+    assert caught.value.last_good is not None
+    assert torch.isfinite(caught.value.last_good.W_dec).all()
