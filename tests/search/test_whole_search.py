@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,7 +19,7 @@ from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
 from raysae.analysis.tables import TRIAL_COLUMNS
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.store.activations import local_store
-from raysae.training.loop import train_one
+from raysae.training.loop import train
 from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import (
@@ -85,7 +86,8 @@ def test_the_best_is_confirmed_beside_the_baselines_with_fresh_seeds(search):
     confirmed = trials[trials["stage"] == "confirmation"]
     best = searched.sort_values("score", ascending=False, kind="stable").iloc[0]
     candidate = confirmed[confirmed["run"] == f"trial {best['trial']}"]
-    assert len(candidate) == 2 and set(candidate["regularizer"]) == {best["regularizer"]}
+    assert len(candidate) == 1 and set(candidate["regularizer"]) == {best["regularizer"]}
+    assert set(confirmed["seeds"]) == {2}
     assert not set(confirmed["seed"]) & set(searched["seed"])
     baselines = {"none", "fixed_orthogonal"} - {best["regularizer"]}
     assert baselines <= set(confirmed["regularizer"])
@@ -107,11 +109,11 @@ def test_every_finished_trial_was_probed(search):
 
 def test_the_run_folder_holds_what_the_readme_promises(search):
     out = search[0]
-    for name in ("trials", "curves", "conditioning"):
+    for name in ("trials", "seeds", "curves", "conditioning"):
         parquet, csv = pd.read_parquet(out / f"{name}.parquet"), pd.read_csv(out / f"{name}.csv")
         assert len(parquet) == len(csv) > 0
     conditioning = pd.read_parquet(out / "conditioning.parquet")
-    assert list(conditioning.columns) == list(CONDITIONING_COLUMNS)
+    assert list(conditioning.columns) == ["seed", *CONDITIONING_COLUMNS]
     assert {"all", "forget", "retain"} <= set(conditioning["group"])
     about = json.loads((out / "about.json").read_text())
     assert about["versions"]["sae-bench"] == "0.6.0"
@@ -145,25 +147,39 @@ def test_sae_lens_loads_the_best_sae_and_saebench_gives_its_stored_score(
     assert result.score == stored["eval_result_metrics"]["unlearning"]["unlearning_score"]
 
 
+def test_a_trial_is_the_mean_of_its_seeds_with_their_spread_beside_it(search):
+    trials = pd.read_parquet(search[0] / "trials.parquet").set_index("trial")
+    seeds = pd.read_parquet(search[0] / "seeds.parquet")
+    searched = seeds[seeds["stage"] == "search"]
+    assert (searched.groupby("trial")["seed"].nunique() == 3).all()
+    for figure in ("score", "heldout_score", "saebench_score"):
+        by_trial = seeds.groupby("trial")[figure]
+        assert trials[figure].to_dict() == pytest.approx(by_trial.mean().to_dict())
+        assert trials[f"{figure}_std"].to_dict() == pytest.approx(by_trial.std().to_dict())
+    assert trials["score_std"].max() > 0
+
+
 def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model):
     record = ended_trials(read_journal(search[0] / JOURNAL))[1]
     config = default_eval_config(world)
     cache = build_cache(world, model, world.default_hook_name, config)
     evaluator = CachedEvaluator(world, model, cache, config)
-    events: list[Progress | Rung] = []
-    trial = SAERun(TrialSpec(**record["spec"]), local_store(world, model, world.default_hook_name))
-    train_one(
-        trial,
-        lambda sae, steps: evaluator.evaluate(sae, training_steps=steps),
-        lambda event: events.append(event) is None,
+    events: list[list[Progress | Rung]] = []
+    store = local_store(world, model, world.default_hook_name)
+    runs = [SAERun(member, store) for member in TrialSpec(**record["spec"]).members()]
+    train(
+        runs,
+        lambda saes, steps: [evaluator.evaluate(sae, training_steps=steps) for sae in saes],
+        lambda told: events.append(told) or [True] * len(told),
     )
-    rung = events[-1]
-    assert isinstance(rung, Rung)
-    assert rung.result.score == record["rung"]["saebench_score"]
-    halves = halve(rung.result, 0)
-    assert halves.search.score == record["rung"]["score"]
-    assert halves.heldout.score == record["rung"]["heldout_score"]
-    assert rung.result.to_dict() == record["rung"]["result"]
-    assert rung.metrics == record["rung"]["metrics"]
-    curve = [e.metrics["loss"] for e in events if isinstance(e, Progress)]
-    assert curve == [point["loss"] for point in record["curve"]]
+    assert len(events[-1]) == len(record["rung"]["seeds"]) == 3
+    for rung, kept in zip(events[-1], record["rung"]["seeds"], strict=True):
+        assert isinstance(rung, Rung)
+        assert rung.result.score == kept["saebench_score"]
+        halves = halve(rung.result, 0)
+        assert halves.search.score == kept["score"]
+        assert halves.heldout.score == kept["heldout_score"]
+        assert rung.result.to_dict() == kept["result"]
+        assert rung.metrics == kept["metrics"]
+    curve = [[e.metrics["loss"] for e in told] for told in events if isinstance(told[0], Progress)]
+    assert np.mean(curve, axis=1) == pytest.approx([point["loss"] for point in record["curve"]])
