@@ -24,6 +24,7 @@ SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
 STARTS_RAY = ("search", "chaos", "ray")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (`-n 2`), what starts Ray is one process's, and begins first.
 
