@@ -44,4 +44,5 @@ def _spearman(pairs: np.ndarray) -> np.ndarray:
     ranks -= ranks.mean(axis=-2, keepdims=True)
     norms = np.linalg.norm(ranks, axis=-2).prod(axis=-1)
     products = ranks.prod(axis=-1).sum(axis=-1)
-    return np.divide(products, norms, out=np.full_like(norms, np.nan), where=norms > 0)
+    rho: np.ndarray = np.divide(products, norms, out=np.full_like(norms, np.nan), where=norms > 0)
+    return rho
