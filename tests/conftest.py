@@ -1,13 +1,18 @@
-"""One torch thread, and the small synthetic things that several tests train and score."""
+"""One thread a process, who runs beside whom, and the small synthetic things that tests share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
+# Read when the libraries are loaded: matrices are tiny here, and two processes share the cores.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -16,6 +21,23 @@ from raysae.training.spec import SPARSITY_FIELD, TrialSpec  # noqa: E402
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS  # noqa: E402
 
 SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
+STARTS_RAY = ("search", "chaos", "ray")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (`-n 2`), what starts Ray is one process's, and begins first.
+
+    The other one works off the rest, a file at a time: as much again.
+    """
+
+    def group(item: pytest.Item) -> str:
+        starts_ray = any(item.get_closest_marker(mark) for mark in STARTS_RAY)
+        return "ray" if starts_ray else item.nodeid.partition("::")[0]
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "ray")
 
 
 @pytest.fixture(scope="session", autouse=True)

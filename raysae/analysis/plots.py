@@ -31,7 +31,7 @@ DPI = 150
 
 
 def plot_study(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write a study's five figures and return their paths; [] where every trial failed.
+    """Write a study's figures and return their paths; [] where every trial failed.
 
     Args:
         trials: `raysae.analysis.tables.trials_table`; those without a run's name are left out.
@@ -39,14 +39,16 @@ def plot_study(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
         folder: made if it is not there.
 
     unlearning_score.png, l2_loss.png, sparsity_loss.png, loss.png: every seed as a dot, the mean as
-    a bar. training_curves.png: mean over seeds by step, the range of the seeds shaded.
+    a bar; no sparsity_loss.png where SAEs choose k features and have no such loss.
+    training_curves.png: mean over seeds by step, the range of the seeds shaded.
     """
     trials = trials[(trials["run"] != "") & (trials["state"] != "failed")]
     if trials.empty:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"unlearning_score": _scores(trials)}
-    figures |= {name: _dots(trials, {name: ""}, label) for name, label in LOSSES.items()}
+    losses = {name: label for name, label in LOSSES.items() if trials[name].any()}
+    figures |= {name: _dots(trials, {name: ""}, label) for name, label in losses.items()}
     figures["training_curves"] = _curves(trials, curves)
     paths = []
     for name, figure in figures.items():
@@ -98,9 +100,13 @@ def _dots(trials: pd.DataFrame, columns: dict[str, str], label: str) -> Figure:
 def _curves(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     runs = list(dict.fromkeys(trials["run"]))
     joined = curves.merge(trials[["trial", "run"]], on="trial")
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
-    panels: Any = figure.subplots(3, 2)
-    for panel, (column, label) in zip(panels.flat, CURVES.items(), strict=True):
+    shown = {column: label for column, label in CURVES.items() if joined[column].any()}
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(11, 0.7 + 2.6 * rows), layout="constrained")
+    panels: Any = figure.subplots(rows, 2, squeeze=False)
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    for panel, (column, label) in zip(panels.flat, shown.items(), strict=False):
         for i, run in enumerate(runs):
             by_step = joined[joined["run"] == run].groupby("step")[column]
             mean, low, high = by_step.mean(), by_step.min(), by_step.max()

@@ -29,18 +29,20 @@ def rank_interval(x: ArrayLike, y: ArrayLike, at_least: int = 8) -> tuple[float,
         (ρ, low, high); ρ is nan where x or y is constant, the interval also below `at_least` pairs.
     """
     pairs = np.column_stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
-    rho = _spearman(pairs)
+    rho = float(_spearman(pairs))
     if len(pairs) < at_least or not np.isfinite(rho):
         return rho, np.nan, np.nan
     rng = np.random.default_rng(0)
     chosen = rng.integers(len(pairs), size=(RANK_RESAMPLES, len(pairs)))
-    draws = np.array([_spearman(pairs[rows]) for rows in chosen])
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    low, high = np.nanquantile(_spearman(pairs[chosen]), [0.025, 0.975])
     return rho, float(low), float(high)
 
 
-def _spearman(pairs: np.ndarray) -> float:
-    ranks = rankdata(pairs, axis=0)
-    ranks -= ranks.mean(axis=0)
-    norms = np.linalg.norm(ranks, axis=0)
-    return float(ranks[:, 0] @ ranks[:, 1] / norms.prod()) if norms.all() else np.nan
+def _spearman(pairs: np.ndarray) -> np.ndarray:
+    """Of pairs (…, n, 2), many samples at once: (…); nan where one of the two is constant."""
+    ranks = rankdata(pairs, axis=-2)
+    ranks -= ranks.mean(axis=-2, keepdims=True)
+    norms = np.linalg.norm(ranks, axis=-2).prod(axis=-1)
+    products = ranks.prod(axis=-1).sum(axis=-1)
+    rho: np.ndarray = np.divide(products, norms, out=np.full_like(norms, np.nan), where=norms > 0)
+    return rho

@@ -24,21 +24,30 @@ RETAIN_GATE = 0.99
 
 
 def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
-    """A panel a regularizer: score against the parameter; None where it was not searched."""
+    """A panel a regularizer: score against the parameter; None where it was not searched.
+
+    A study has searched nothing, so that its score is that on all questions.
+    """
+    is_study = not run.runs.empty
+    score = "saebench_score" if is_study else "score"
     trials = run.scored.dropna(subset=[parameter])
     trials = trials[trials[parameter] > 0]
     if trials[parameter].nunique() < 2:
         return None
     methods = list(dict.fromkeys(trials.sort_values("trial")["regularizer"]))
-    methods.sort(key=lambda name: -trials.loc[trials["regularizer"] == name, "score"].max())
+    methods.sort(key=lambda name: -trials.loc[trials["regularizer"] == name, score].max())
     columns = min(4, len(methods))
     rows = -(-len(methods) // columns)
     with rc_context(RC):
         figure = Figure(figsize=(2.7 * columns + 0.6, 2.1 * rows + 0.6), layout="constrained")
         panels: Any = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        baseline = run.scored[run.scored["regularizer"] == "none"]["score"]
+        baseline = run.scored[run.scored["regularizer"] == "none"][score]
         for panel, method in zip(panels.flat, methods, strict=False):
-            _method_panel(panel, trials, method, parameter, baseline)
+            _method_panel(panel, trials, method, parameter, score)
+            _baseline(panel, baseline, is_study)
+            if is_study:
+                means = trials[trials["regularizer"] == method].groupby(parameter)[score].mean()
+                panel.plot(means.index, means, color=BLUE, linewidth=1.2, alpha=0.6, zorder=2)
         for i in range(len(methods), rows * columns):
             panels.flat[i].set_visible(False)
             panels.flat[i - columns].tick_params(labelbottom=True)
@@ -46,34 +55,50 @@ def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
         figure.supylabel("unlearning score")
     name = NAMES[parameter]
     title = f"Score against {name}: {_trend(run, parameter)}"
-    caption = (
-        "Blue: trials of the panel's regularizer, filled where trained to the end, hollow where "
-        "stopped early (fewer steps, lower scores). Grey: all other trials. "
-    )
-    if not baseline.empty:
+    caption = "Blue: trials of the panel's regularizer"
+    if is_study:
+        caption += ", a dot a seed, the line their mean. "
+    else:
+        caption += (
+            ", filled where trained to the end, hollow where stopped early (fewer steps, lower "
+            "scores). "
+        )
+    if len(methods) > 1:
+        caption += "Grey: all other trials. "
+    if not baseline.empty and is_study:
+        caption += "Dashed: mean of the seeds without a regularizer, their range shaded. "
+    elif not baseline.empty:
         caption += "Dashed: the best trial without a regularizer. "
-    caption += "Score of the questions that the search sees; panels by their best score."
+    caption += "Score of all questions" if is_study else "Score of those that the search sees"
+    caption += "; panels by their best score." if len(methods) > 1 else "."
     return draw(figure, f"score_against_{parameter}", title, caption, folder)
 
 
+def _baseline(panel: Any, scores: pd.Series[Any], is_study: bool) -> None:
+    if scores.empty:
+        return
+    height = scores.mean() if is_study else scores.max()
+    panel.axhline(height, color=BLACK, linestyle="--", linewidth=0.9, zorder=2)
+    if is_study:
+        panel.axhspan(scores.min(), scores.max(), color="0.93", zorder=0)
+
+
 def _method_panel(
-    panel: Any, trials: pd.DataFrame, method: str, parameter: str, baseline: pd.Series[Any]
+    panel: Any, trials: pd.DataFrame, method: str, parameter: str, score: str
 ) -> None:
     mine = trials["regularizer"] == method
-    panel.scatter(trials[~mine][parameter], trials[~mine]["score"], s=9, color="0.85", zorder=1)
+    panel.scatter(trials[~mine][parameter], trials[~mine][score], s=9, color="0.85", zorder=1)
     for state, filled in (("finished", True), ("stopped", False)):
         part = trials[mine & (trials["state"] == state)]
         panel.scatter(
             part[parameter],
-            part["score"],
+            part[score],
             s=26,
             facecolor=BLUE if filled else "white",
             edgecolor=BLUE,
             linewidth=1.1,
             zorder=3,
         )
-    if not baseline.empty:
-        panel.axhline(baseline.max(), color=BLACK, linestyle="--", linewidth=0.9, zorder=2)
     if trials[parameter].max() > 8 * trials[parameter].min():
         panel.set_xscale("log")
         if trials[parameter].max() < 100 * trials[parameter].min():
@@ -105,7 +130,8 @@ def _trend(run: Run, parameter: str) -> str:
     figures += f", {len(at_step)} trials at step {step}"
     if low > 0 or high < 0:
         return f"higher goes with {'higher' if low > 0 else 'lower'} scores ({figures})"
-    return f"no clear trend over all regularizers ({figures})"
+    over = " over all regularizers" if run.searched["regularizer"].nunique() > 2 else ""
+    return f"no clear trend{over} ({figures})"
 
 
 def frontier(run: Run, folder: Path) -> Plot | None:

@@ -19,6 +19,8 @@ _ENVIRONMENT = {
     # `uv run` would make Ray copy the project and start every worker through uv.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # On a busy machine the dashboard takes longer than Ray's minute, and Ray would give up.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
     # Progress bars and banners of Tune: the search has its own display.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

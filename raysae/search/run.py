@@ -144,6 +144,7 @@ def run_search(
             soft_wrap=True,
         )
         broker: Any = None
+        closing: threading.Thread | None = None
         memory = MemoryWatch()
         try:
             namespace = f"raysae-{uuid.uuid4().hex[:8]}"
@@ -175,13 +176,19 @@ def run_search(
             ):
                 _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, watch)
             peak = memory.stop()
-            _close(broker, threads)
+            # Pool and Ray end one process after the other, seconds of waiting; nothing below needs
+            # them.
+            closing = background(_close, broker, threads)
         except KeyboardInterrupt:
             raise _interrupted(interruption.reason, run_dir, broker, console) from None
         finally:
             memory.stop()
-            _shut_down()
-        return conclude(run_dir, plan.groups, console, started, peak)
+            if closing is None:
+                _shut_down()
+        try:
+            return conclude(run_dir, plan.groups, console, started, peak)
+        finally:
+            closing.join()
 
 
 def _take_up(run_dir: Path, world: World) -> list[int] | None:
@@ -259,7 +266,6 @@ def _run_trials(
     """The search or the fixed trials, then the confirmation; what has ended before stays so."""
     import ray
 
-    from raysae.search.confirm import confirmation_trials
     from raysae.search.tune import run_tune
 
     def run(trials: list[TrialSpec] | None) -> None:
@@ -268,6 +274,8 @@ def _run_trials(
 
     run(config.fixed_trials() or None)
     if config.is_search and config.confirm.top:
+        from raysae.search.confirm import confirmation_trials  # brings pandas and SciPy
+
         ended = ended_trials(read_journal(run_dir / JOURNAL))
         trials = confirmation_trials(config, ended)
         watch.confirm(len(trials))
@@ -276,11 +284,15 @@ def _run_trials(
 
 
 def _close(broker: Any, threads: list[threading.Thread]) -> None:
+    """End pool, store and Ray."""
     import ray
 
-    ray.get(broker.close.remote())
-    for thread in threads:
-        thread.join(60)
+    try:
+        ray.get(broker.close.remote())
+        for thread in threads:
+            thread.join(60)
+    finally:
+        _shut_down()
 
 
 def _interrupted(

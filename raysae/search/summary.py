@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,29 +147,30 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
         pad_edge=False,
     )
     table.add_column("run", overflow="fold")
-    columns = (
-        "seeds", "score", "held-out", "− baseline", "L2 loss", "sparsity", "loss", "L0", "EV",
-        "dead", "steps",
-    )  # fmt: skip
+    runs = runs_table(trials)
+    columns: dict[str, Callable[[pd.Series[Any]], str]] = {
+        "seeds": lambda row: f"{row['seeds']}",
+        "score": lambda row: _spread(row, "score", 3),
+        "held-out": lambda row: _spread(row, "heldout_score", 3),
+        "− baseline": _interval,
+        "L2 loss": lambda row: _spread(row, "l2_loss", 2),
+        "sparsity": lambda row: _spread(row, "sparsity_loss", 2),
+        "loss": lambda row: _spread(row, "loss", 2),
+        "L0": lambda row: _spread(row, "l0", 1),
+        "EV": lambda row: f"{row['explained_variance']:.3f}",
+        "dead": lambda row: f"{row['dead_features']:.0f}",
+        "κ": lambda row: f"{row['condition_number']:.3g}",
+        "steps": lambda row: f"{row['training_steps']}",
+    }
+    if not runs["sparsity_loss"].any():  # SAEs that choose k features have none
+        del columns["sparsity"]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why 0", no_wrap=True)
-    for _, row in runs_table(trials).iterrows():
-        table.add_row(
-            Text(str(row["run"])),
-            f"{row['seeds']}",
-            _spread(row, "score", 3),
-            _spread(row, "heldout_score", 3),
-            _interval(row),
-            _spread(row, "l2_loss", 2),
-            _spread(row, "sparsity_loss", 2),
-            _spread(row, "loss", 2),
-            _spread(row, "l0", 1),
-            f"{row['explained_variance']:.3f}",
-            f"{row['dead_features']:.0f}",
-            f"{row['training_steps']}",
-            row["zeros"],
-        )
+    if runs["zeros"].any():
+        table.add_column("why 0", no_wrap=True)
+    for _, row in runs.iterrows():
+        cells = [cell(row) for cell in columns.values()]
+        table.add_row(Text(str(row["run"])), *cells, *([row["zeros"]] if row["zeros"] else []))
     console.print(table)
 
 

@@ -76,6 +76,12 @@ def test_a_single_seed_leaves_its_mark_and_trials_of_no_run_leave_none(tmp_path:
     assert changed == ["l2_loss"]
 
 
+def test_saes_that_choose_k_features_have_no_figure_of_a_sparsity_loss(tmp_path: Path):
+    trials, curves = (table.assign(sparsity_loss=0.0) for table in study(1, 1))
+    drawn = [path.stem for path in plot_study(trials, curves, tmp_path)]
+    assert drawn == [name for name in NAMES if name != "sparsity_loss"]
+
+
 def test_a_study_of_failed_trials_has_no_figures(tmp_path: Path):
     folder = tmp_path / "figures"
     assert plot_study(*study(1, 2, failed=(0, 1)), folder) == []

@@ -90,6 +90,7 @@ def test_a_study_shows_its_runs_and_its_five_figures(study: Path):
     assert {f"{name}.png" for name in names} <= {p.name for p in (study / FIGURES).iterdir()}
     assert "Plotly" not in (study / REPORT_FILE).read_text(encoding="utf-8")
     assert "needs 12 trials" in page
+    assert "a dot a seed, the line their mean. Dashed: mean of the seeds without" in page
 
 
 def test_the_command_says_where_the_report_is(

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,29 +29,12 @@ from raysae.worlds import load_world
 from raysae.worlds.model import load_model
 
 pytestmark = pytest.mark.search
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """The main job, with its working directory somewhere else, as after an installation."""
-    command = [sys.executable, str(ROOT / "run_search.py"), "--smoke", "--out", str(out), *options]
-    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=400
-    )
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory):
-    out = tmp_path_factory.mktemp("search") / "run"
-    options = [
-        *("--set", "confirm.top=1"),
-        *("--set", "confirm.seeds=2"),
-        *("--set", "evals=[unlearning, sparse_probing]"),
-    ]
-    done = run(out, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
+def search(seen):
+    """The run folder and what was printed."""
+    return seen.out, seen.stdout
 
 
 @pytest.fixture(scope="module")

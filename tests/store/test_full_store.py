@@ -12,6 +12,7 @@ from raysae.store.chunks import Moments
 from raysae.store.files import checksum
 from raysae.store.handle import HeldChunk, StoreHandle
 
+pytestmark = pytest.mark.ray
 ROWS, WIDTH = 16_384, 256  # 16 MiB a chunk
 QUIET = {
     "address": "local",

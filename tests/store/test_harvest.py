@@ -22,6 +22,7 @@ from raysae.training.run import SAERun
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
 
+pytestmark = pytest.mark.ray
 HOOKS = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
 QUIET = {
     "address": "local",
