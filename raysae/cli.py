@@ -23,6 +23,7 @@ SMOKE_OVERRIDES = {
     "training.tokens": 65_536,
     "training.batch_size": 128,  # 512 steps: room for every group-update period
     "search.num_samples": 3,
+    "search.seeds_per_trial": 2,
     "search.scheduler.name": "none",
     "confirm.top": 0,
 }

@@ -72,7 +72,7 @@ class SearchConfig(_Strict):
     )
     seeds: int = Field(1, ge=1, description="of every point of a grid, of every run of a study")
     seeds_per_trial: int = Field(
-        1, ge=1, description="SAEs a trial, on the same batches; the sampler gets their mean"
+        1, ge=1, description="SAEs a trial, trained together; the sampler gets their mean"
     )
     startup_trials: int = Field(10, ge=1, description="random trials before TPE models anything")
     seed: int = Field(0, ge=0)

@@ -71,7 +71,7 @@ def run_dir(tmp_path: Path, make_spec, fake_result) -> Path:
     (trial / "unlearning_eval_results.json").write_text("{}")
     about = {"spec": records[1]["spec"], "training_steps": 24, "tokens": 1536}
     (trial / "trial.json").write_text(json.dumps(about))
-    copy_best(folder, 1)
+    copy_best(folder, records[1])
     return folder
 
 

@@ -36,6 +36,7 @@ _TABLE_BASELINE_FIGURES = ("condition_number", "effective_rank", "stable_rank", 
 
 COLUMNS: dict[str, str] = {
     "trial": "identifier of the trial, as given by the caller",
+    "seed": "index of the SAE in its trial, from 0",
     "step": "training step at which the decoder was taken (steps)",
     "group": '"all", "forget", "retain", "shared", or "group:<k>" for label k',
     "n_features": "non-zero decoder rows in the group (count)",
@@ -106,6 +107,7 @@ def conditioning_table(
     *,
     trial: int | str,
     step: int,
+    seed: int = 0,
     baseline_draws: int = 20,
     baseline_seed: int = 0,
     threshold: float = 0.5,
@@ -127,6 +129,7 @@ def conditioning_table(
         previous_groups: the labels at the rung before, or None.
         trial: identifier of the trial, copied to every row.
         step: training step, copied to every row.
+        seed: index of the SAE in its trial, copied to every row.
         baseline_draws: draws of :func:`random_baseline` per group.
         baseline_seed: seed of :func:`random_baseline`.
         threshold: selectivity threshold of :func:`select_features`.
@@ -173,7 +176,8 @@ def conditioning_table(
         baseline = random_baseline(
             measured.n_features, d_in, baseline_draws, baseline_seed, tolerance
         )
-        record: dict[str, Any] = {"trial": trial, "step": step, "group": group, **asdict(measured)}
+        record: dict[str, Any] = {"trial": trial, "seed": seed, "step": step, "group": group}
+        record |= asdict(measured)
         for other in TOLERANCES:
             rank, ratio = rank_at(sigma, other)
             record[f"numerical_rank_at_{other:g}"] = rank

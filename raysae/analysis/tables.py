@@ -10,7 +10,7 @@ import pandas as pd
 
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
 from raysae.analysis.seeds import SCORES, seed_records
-from raysae.training.spec import TrialSpec, config_hash
+from raysae.training.spec import SEED_STRIDE, config_hash
 
 TRIAL_COLUMNS: dict[str, str] = {
     "trial": "number of the trial, from 0 (the baseline)",
@@ -113,8 +113,7 @@ def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = Non
         about: the run's `about.json`, for versions, commit and GPUs; None where there is none.
     """
     frame = pd.DataFrame([_trial_row(record) | _origin(record, about) for record in ended])
-    extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
-    return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
+    return _in_order(frame)
 
 
 def seeds_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
@@ -122,14 +121,11 @@ def seeds_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for record in ended:
         spec, rungs = record["spec"], seed_records(record["rung"])
-        seeds = TrialSpec.model_validate(spec).members()
-        for index, (rung, member) in enumerate(zip(rungs, seeds, strict=len(rungs) > 1)):
-            row = _trial_row(record | {"rung": rung, "spec": spec | {"seed": member.seed}})
+        for index, rung in enumerate(rungs):
+            seed = spec["seed"] + index * SEED_STRIDE
+            row = _trial_row(record | {"rung": rung, "spec": spec | {"seed": seed}})
             rows.append(row | {"seeds": 1, "seed_index": index})
-    frame = pd.DataFrame(rows)
-    extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
-    shared = [name for name in TRIAL_COLUMNS if name in frame.columns]
-    return frame.reindex(columns=[*shared, *extra])
+    return _in_order(pd.DataFrame(rows))
 
 
 def curves_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
@@ -139,16 +135,14 @@ def curves_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a (trial, seed, step, group), at every rung: `conditioning.COLUMNS` and `seed`, the
-    index of the SAE in its trial."""
+    """One row a (trial, seed, step, group), at every rung; columns as in `conditioning.COLUMNS`."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         if record["event"] == "rung":
             for index, seed in enumerate(seed_records(record)):
                 for row in seed["conditioning"]:
-                    key = (row["trial"], index, row["step"], row["group"])
-                    rows[key] = row | {"seed": index}
-    return pd.DataFrame(list(rows.values()), columns=["seed", *CONDITIONING_COLUMNS])
+                    rows[(row["trial"], index, row["step"], row["group"])] = {"seed": index} | row
+    return pd.DataFrame(list(rows.values()), columns=list(CONDITIONING_COLUMNS))
 
 
 def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[str, Any]]) -> None:
@@ -165,6 +159,12 @@ def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[
     for name, table in tables.items():
         table.to_parquet(run_dir / f"{name}.parquet", index=False)
         table.to_csv(run_dir / f"{name}.csv", index=False)
+
+
+def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """The documented columns, then those of methods, schedules and the like."""
+    extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
+    return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
 
 
 def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, Any]:

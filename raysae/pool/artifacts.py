@@ -35,6 +35,8 @@ class Artifacts:
     """Of the questions' halves."""
     frontier_weight: float
     """Of the frontier in what the sampler is told."""
+    seed_index: int = 0
+    """Of the SAE in its trial."""
 
     def write(
         self, spec: TrialSpec, rung: Rung, probing: dict[str, float] | None = None
@@ -64,6 +66,7 @@ class Artifacts:
             self._previous_groups(groups, rung.step),
             trial=spec.number,
             step=rung.step,
+            seed=self.seed_index,
         )
         halves = halve(rung.result, self.split_seed)
         search = halves.search

@@ -201,6 +201,7 @@ class Worker:
                     self.eval_config,
                     self.config.split_seed,
                     self.config.frontier_weight,
+                    index,
                 )
                 for index in range(spec.seeds)
             ]

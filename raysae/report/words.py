@@ -126,7 +126,11 @@ def _wilson(run: Run, trial: int) -> str:
     if not best or "forget_interval" not in best:
         return ""
     low, high = best["forget_interval"]
-    return f" [{1 - high:.3f}, {1 - low:.3f}] by the number of questions ({best['forget_total']})"
+    whose = "; the median seed's" if "seeds" in run.results[trial] else ""
+    return (
+        f"{whose} [{1 - high:.3f}, {1 - low:.3f}] by the number of questions "
+        f"({best['forget_total']})"
+    )
 
 
 def verdict(run: Run, row: pd.Series[Any]) -> str:

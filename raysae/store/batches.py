@@ -16,6 +16,9 @@ from raysae.store.rows import batch_rows, mixed_batch_rows
 BLOCK_BYTES = 1 << 20
 """Rows are gathered, converted and put into the batch in blocks that stay in a core's cache."""
 
+MOST_AHEAD = 32
+"""Batches prefetched at most: one for each SAE that is trained at the same time."""
+
 _Request = tuple[int, int, int, int, int]
 
 
@@ -123,7 +126,7 @@ class ChunkedActivations:
         self._set_units(scale, mean, variance)
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
         self._thread = ThreadPoolExecutor(1, "prefetch") if prefetch else None
-        self._ahead: tuple[_Request, Future[tuple[Tensor, Tensor]]] | None = None
+        self._ahead: dict[_Request, Future[tuple[Tensor, Tensor]]] = {}
 
     @classmethod
     def with_moments(
@@ -164,7 +167,7 @@ class ChunkedActivations:
         forget, retain = (
             np.flatnonzero(self._is_forget == wanted).astype(np.int32) for wanted in (True, False)
         )
-        other._mixed, other._ahead = (forget, retain, forget_share), None
+        other._mixed, other._ahead = (forget, retain, forget_share), {}
         mixture = self._moments["forget"].weighted(forget_share) + self._moments["retain"].weighted(
             1 - forget_share
         )
@@ -183,13 +186,12 @@ class ChunkedActivations:
         if self._thread is None:
             return self._make(seed, step, batch_size, rank, size)
         request = (seed, step, batch_size, rank, size)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == request:
-            made = ahead[1].result()
-        else:
-            made = self._make(*request)
+        ahead = self._ahead.pop(request, None)
+        made = self._make(*request) if ahead is None else ahead.result()
         following = (seed, step + 1, batch_size, rank, size)
-        self._ahead = (following, self._thread.submit(self._make, *following))
+        while len(self._ahead) >= MOST_AHEAD:  # of SAEs that have ended
+            self._ahead.pop(next(iter(self._ahead))).cancel()
+        self._ahead[following] = self._thread.submit(self._make, *following)
         return made
 
     def _make(

@@ -1,6 +1,6 @@
 """Training from start to end: advance, stop at every rung to be scored, go on or be stopped.
 
-`train` drives SAEs that share their batches in lock-step and calls back with every row of the
+`train` drives SAEs in lock-step and calls back with every row of the
 curves and every scored rung; whoever drives it (a test, a script, a worker of the pool) answers
 which of them go on. The numbers do not depend on who that is.
 """
@@ -67,7 +67,7 @@ def train(
     runs, first = list(runs), runs[0]
     lengths = {(run.spec.rungs, run.spec.training.steps, run.scored_step) for run in runs}
     if len(lengths) > 1 or not can_pack(runs):
-        raise ValueError("SAEs that are trained together share batches, position and rungs")
+        raise ValueError("SAEs that are trained together share shapes, position and rungs")
     total, batch_size = first.spec.training.steps, first.spec.training.batch_size
     rung_steps = [math.ceil(tokens / batch_size) for tokens in first.spec.rungs]
     # Rates belong to the SAE as it is scored, not to what it was at the beginning.
@@ -136,8 +136,7 @@ def _stepper(runs: Sequence[SAERun]) -> Callable[[], dict[str, Tensor]]:
         return Pack(runs).advance
 
     def advance() -> dict[str, Tensor]:
-        batch = runs[0].next_batch()
-        losses = [run.advance(batch) for run in runs]
+        losses = [run.advance() for run in runs]
         return {name: torch.stack([loss[name] for loss in losses]) for name in losses[0]}
 
     return advance

@@ -1,9 +1,10 @@
-"""Several SAEs trained in lock-step on the same batch, their parameters stacked.
+"""Several SAEs trained in lock-step, their parameters stacked.
 
 Each member gets what training it alone with SAELens' own step (`train_step`) gives, to rounding:
 the loss terms are SAELens' (`raysae.training.stacked`), and optimiser, schedules, regularizer state
-and counters stay each member's own. What is shared is the batch, the matrix products and the
-overhead around them.
+and counters stay each member's own, and so are its batches: the order of the batches moves a score
+as much as the initial weights (`benchmarks/seed_spread.py`), and a mean over seeds that share it
+would not average that out. Where they are the same they are gathered once.
 
 A member's parameters are views of the stack, so whatever reads or saves a member alone needs to
 know nothing of its pack.
@@ -23,15 +24,14 @@ from raysae.training.stacked import FORWARD, DenseActs, Forward, Parameters, Set
 
 
 def can_pack(runs: Sequence[SAERun]) -> bool:
-    """Whether runs of one source may share their steps: architecture, shapes and batches agree."""
+    """Whether runs may share their steps: architecture, shapes and position agree."""
     return len({_common(run) for run in runs}) == 1
 
 
 def _common(run: SAERun) -> tuple[object, ...]:
     spec = run.spec
     shapes = (spec.sae.architecture, spec.sae.d_sae, spec.sae.matryoshka_widths)
-    batches = (spec.batches, spec.training.batch_size, spec.training.forget_share, run.step)
-    return (*shapes, *batches)
+    return (*shapes, spec.training.batch_size, run.step)
 
 
 class Pack:
@@ -44,7 +44,7 @@ class Pack:
             ValueError: the runs cannot share their steps, see `can_pack`.
         """
         if not can_pack(runs):
-            raise ValueError("these SAEs differ in architecture, shape, batches or position")
+            raise ValueError("these SAEs differ in architecture, shape, batch size or position")
         self.runs = list(runs)
         self._forward = FORWARD[runs[0].spec.sae.architecture]
         self._stack: Parameters = {}
@@ -58,7 +58,7 @@ class Pack:
     def advance(self) -> dict[str, Tensor]:
         """One training step of all members; their losses by name, (m,), unsynchronised."""
         runs = self.runs
-        batch, is_forget = runs[0].next_batch()
+        batch, is_forget = self._batches()
         alphas = batch.new_tensor([run.next_alpha() for run in runs])
         for stack in self._stack.values():
             stack.grad = None
@@ -85,23 +85,34 @@ class Pack:
             W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
             self._follow_threshold(forward.acts)
             losses = {name: value.detach() for name, value in losses.items()}
-            losses |= {"loss": loss.detach(), "squared_error": losses["mse_loss"] * len(batch)}
+            losses |= {"loss": loss.detach(), "squared_error": losses["mse_loss"] * batch.shape[1]}
             losses["fired"] = fired.sum((1, 2))
         return losses
 
+    def _batches(self) -> tuple[Tensor, Tensor]:
+        """Every member's batch (m, n, d_in) and labels (m, n)."""
+        first = self.runs[0].spec
+        same = (first.batches, first.training.forget_share)
+        if all((r.spec.batches, r.spec.training.forget_share) == same for r in self.runs):
+            batch, is_forget = self.runs[0].next_batch()
+            members = len(self.runs)
+            return batch.expand(members, -1, -1), is_forget.expand(members, -1)
+        batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
+        return torch.stack(batches), torch.stack(labels)
+
     def _penalties(self, forward: Forward, is_forget: Tensor, fired: Tensor) -> Tensor | None:
         """(m,) penalties after their states have been updated; None if no member has one."""
-        tasks = torch.stack([is_forget, ~is_forget]).to(fired.dtype).sum(1)
+        tasks = torch.stack([is_forget, ~is_forget], 1).to(fired.dtype).sum(2)
         decoders, errors = self._stack["W_dec"].unbind(), forward.error.unbind()
         penalties: list[Tensor | None] = []
         for i, run in enumerate(self.runs):
             regularizer, state = run.spec.regularizer, run.regularizer_state
-            view = StepView(decoders[i], partial(forward.acts.member, i), is_forget, errors[i])
+            view = StepView(decoders[i], partial(forward.acts.member, i), is_forget[i], errors[i])
             with torch.no_grad():
                 seen = view.detach()
                 statistics = regularizer.statistics(seen, state, run.step)
                 regularizer.update(state, statistics, seen.W_dec, run.step)
-                run.firing.add(fired[i], tasks)
+                run.firing.add(fired[i], tasks[i])
             uses = regularizer.uses_alpha
             penalties.append(regularizer.penalty(view, state) if uses else None)
         if all(penalty is None for penalty in penalties):

@@ -181,13 +181,9 @@ class SAERun:
             collective.size,
         )
 
-    def advance(self, batch: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-        """One training step, SAELens' own; returns its losses, unsynchronised.
-
-        Args:
-            batch: of this step, where it is at hand.
-        """
-        activations, is_forget = batch or self.next_batch()
+    def advance(self) -> dict[str, Tensor]:
+        """One training step, SAELens' own; returns its losses, unsynchronised."""
+        activations, is_forget = self.next_batch()
         output = train_step(
             self.sae,
             self.optimizer,

@@ -124,8 +124,8 @@ class TrialSpec(_Frozen):
     """One trial: SAE, training, penalty, seed, and the tokens at which it is scored."""
 
     number: int = Field(ge=0)
-    seed: int = Field(ge=0, description="of the batches, and of the first SAE's weights")
-    seeds: int = Field(1, ge=1, description="SAEs that differ in the seed of their weights alone")
+    seed: int = Field(ge=0, description="of weights and batches, of the first SAE")
+    seeds: int = Field(1, ge=1, description="SAEs that differ in their seed alone")
     batch_seed: int | None = Field(None, ge=0, description="of the batches, where it is another")
     run: str = Field("", description="name of the run or candidate that the trial is a seed of")
     stage: Literal["search", "confirmation"] = "search"
@@ -164,11 +164,8 @@ class TrialSpec(_Frozen):
 
     def members(self) -> list[TrialSpec]:
         """The trial's SAEs one by one: each trained alone gives what it gives in the trial."""
-        if self.seeds == 1:
-            return [self]
-        same = {"seeds": 1, "batch_seed": self.batches}
         return [
-            self.model_copy(update=same | {"seed": self.seed + i * SEED_STRIDE})
+            self.model_copy(update={"seeds": 1, "seed": self.seed + i * SEED_STRIDE})
             for i in range(self.seeds)
         ]
 

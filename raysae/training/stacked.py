@@ -1,9 +1,9 @@
-"""Forward passes of a stack of SAEs on one batch: SAELens' formulas, with a leading member axis.
+"""Forward passes of a stack of SAEs: SAELens' formulas, with a leading member axis.
 
-Each function gives what SAELens' `training_forward_pass` gives for each member: reconstruction
-(less the batch), activations and loss terms (sae-lens 6.54, `sae_lens.saes`). Its rescaling of
-activations by decoder norms is left out of the reconstruction, where the norm cancels; decoder rows
-are kept at norm 1.
+Batches are (m, n, d_in), each member's own or one expanded. Each function gives what SAELens'
+`training_forward_pass` gives for each member: reconstruction (less the batch), activations and loss
+terms (sae-lens 6.54, `sae_lens.saes`). Its rescaling of activations by decoder norms is left out of
+the reconstruction, where the norm cancels; decoder rows are kept at norm 1.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class DenseActs:
         return self.acts.unbind()
 
     def fired(self, is_forget: Tensor) -> Tensor:
-        """(m, 2, d_sae): forget and retain tokens on which each feature fires."""
-        tasks = torch.stack([is_forget, ~is_forget]).to(self.acts.dtype)
+        """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n)."""
+        tasks = torch.stack([is_forget, ~is_forget], 1).to(self.acts.dtype)
         return tasks @ (self.acts > 0).to(self.acts.dtype)
 
 
@@ -74,9 +74,9 @@ class SparseActs:
         return self.support.dense(self.values).unbind()
 
     def fired(self, is_forget: Tensor) -> Tensor:
-        """(m, 2, d_sae): forget and retain tokens on which each feature fires."""
+        """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n)."""
         fires = (self.values > 0).to(self.values.dtype)
-        on_forget = fires * is_forget[self.support.rows % self.support.n]
+        on_forget = fires * is_forget.flatten()[self.support.rows]
         counts = [self.support.count_by_feature(v) for v in (on_forget, fires - on_forget)]
         return torch.stack(counts, 1)
 
@@ -231,8 +231,8 @@ def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]
             if not len(dead):
                 continue
             W, norms = W_dec[i][dead], W_dec[i][dead].norm(dim=-1)
-            hidden = ((batch - b_dec[i]) @ W_enc[i][:, dead] + b_enc[i][dead]) * norms
-            half = batch.shape[1] // 2
+            hidden = ((batch[i] - b_dec[i]) @ W_enc[i][:, dead] + b_enc[i][dead]) * norms
+            half = batch.shape[-1] // 2
             acts = calculate_topk_aux_acts(
                 k_aux=min(half, len(dead)),
                 hidden_pre=hidden,

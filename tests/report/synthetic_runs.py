@@ -19,6 +19,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from raysae.analysis.conditioning import conditioning_table
+from raysae.analysis.seeds import over_seeds
 from raysae.analysis.tables import write_tables
 from raysae.config import RunConfig, find_space, load_config
 from raysae.journal import JOURNAL, ended_trials
@@ -173,7 +174,8 @@ def trial_records(
     for tokens in spec.rungs:
         last = tokens == spec.rungs[-1]
         share = 1.0 if constant else tokens / spec.rungs[-1]
-        rung = _rung(spec, rng, tokens // batch, tokens, quality * (0.6 + 0.4 * share), last)
+        arguments = (spec, rng, tokens // batch, tokens, quality * (0.6 + 0.4 * share), last)
+        rung = over_seeds([_rung(*arguments) for _ in range(spec.seeds)])
         records.append({"event": "rung", "trial": spec.number, "time": 1.0, **rung})
         if stops and not last and spec.stage == "search" and spec.number and rng.random() < 0.6:
             break

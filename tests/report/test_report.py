@@ -33,7 +33,7 @@ def test_the_answer_stands_first_with_its_interval_and_its_confirmation(search: 
     page, run = text(search), read_run(search)
     best = run.finished.iloc[0]
     assert f"trial {best['trial']}: {describe(run.specs[best['trial']])}" in page
-    held_out = f"{best['heldout_score']:.3f} ["
+    held_out = f"{best['heldout_score']:.3f} ± {best['heldout_score_std']:.3f}; the median seed's ["
     assert held_out in page
     assert page.index(held_out) < page.index("Leaderboard</h2>")
     for _, row in run.confirmation.iterrows():

@@ -17,6 +17,7 @@ def test_two_workers_train_one_trial_together(tmp_path):
         "training.tokens": 32_768,
         "training.batch_size": 64,
         "search.num_samples": 2,
+        "search.seeds_per_trial": 2,
         "search.scheduler.name": "none",
         "confirm.top": 0,
         "resources.workers": 2,

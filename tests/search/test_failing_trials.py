@@ -23,6 +23,7 @@ def test_a_diverging_trial_does_not_stop_the_others(tmp_path):
         "training.tokens": 32_768,
         "training.batch_size": 64,
         "search.num_samples": 4,
+        "search.seeds_per_trial": 1,
         "search.seed": 6,
         "search.scheduler.name": "none",
         "confirm.top": 0,

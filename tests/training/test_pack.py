@@ -118,15 +118,30 @@ def test_members_keep_alpha_rates_sparsity_and_method_to_themselves(make_spec, m
             assert ours[i].item() == pytest.approx(expected["loss"], rel=1e-6)
 
 
-def test_the_seeds_of_a_trial_share_batches_and_differ_in_their_weights(make_spec, make_store):
+def test_the_seeds_of_a_trial_differ_in_weights_and_batches(make_spec, make_store):
     spec = make_spec().model_copy(update={"seeds": 3})
     runs = [SAERun(member, make_store()) for member in spec.members()]
     batches = [run.next_batch()[0] for run in runs]
-    assert torch.equal(batches[0], batches[1])
-    assert torch.equal(batches[0], batches[2])
+    assert not torch.equal(batches[0], batches[1])
     assert not torch.equal(runs[0].sae.W_dec, runs[1].sae.W_dec)
-    assert torch.equal(runs[0].sae.W_dec, SAERun(make_spec(), make_store()).sae.W_dec)
+    alone = SAERun(make_spec(), make_store())  # the first is the trial's own seed
+    assert torch.equal(runs[0].sae.W_dec, alone.sae.W_dec)
+    assert torch.equal(batches[0], alone.next_batch()[0])
     assert len({member.seed for member in spec.members()}) == 3
+
+
+@every_architecture
+def test_members_that_share_their_batches_are_those_that_gather_them_again(
+    architecture, make_spec, make_store
+):
+    spec, store = make_spec(architecture, "task_masked", small("task_masked")), make_store()
+    specs = [spec.model_copy(update={"seed": seed, "batch_seed": 9}) for seed in (1, 2)]
+    pack = Pack([doubled(SAERun(spec, store)) for spec in specs])
+    packed = [pack.advance()["loss"] for _ in range(12)]
+    for i, spec in enumerate(specs):
+        _, losses = alone(spec, store, 12)
+        for ours, expected in zip(packed, losses, strict=True):
+            assert ours[i].item() == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def test_a_trial_of_several_seeds_is_not_one_run(make_spec, make_store):
@@ -136,10 +151,10 @@ def test_a_trial_of_several_seeds_is_not_one_run(make_spec, make_store):
 
 @pytest.mark.parametrize(
     "other",
-    [{"architecture": "batchtopk"}, {"d_sae": 48}, {"seed": 4}, {"batch_size": 32, "steps": 48}],
+    [{"architecture": "batchtopk"}, {"d_sae": 48}, {"batch_size": 32, "steps": 48}],
     ids=lambda other: next(iter(other)),
 )
-def test_what_shares_no_batch_or_shape_is_not_packed(other, make_spec, make_store):
+def test_what_differs_in_shape_or_position_is_not_packed(other, make_spec, make_store):
     store = make_store()
     runs = [SAERun(make_spec(), store), SAERun(make_spec(**other), store)]
     assert not can_pack(runs)
