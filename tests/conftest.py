@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 # Read when the libraries are loaded: matrices are tiny here, and two processes share the cores.
@@ -21,23 +24,36 @@ from raysae.training.spec import SPARSITY_FIELD, TrialSpec  # noqa: E402
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS  # noqa: E402
 
 SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
-STARTS_RAY = ("search", "chaos", "ray")
+STARTS_RAY = re.compile(r"^pytestmark = .*\bmark\.(search|chaos|ray)\b", re.MULTILINE)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
+@cache
+def starts_ray(path: Path) -> bool:
+    """Whether the tests of a file start Ray, by their marks."""
+    return STARTS_RAY.search(path.read_text(encoding="utf-8")) is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`-n 2`), what starts Ray is one process's, and begins first.
+    """What starts Ray begins: it takes longest."""
+    items.sort(key=lambda item: not starts_ray(item.path))
 
-    The other one works off the rest, a file at a time: as much again.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n 2`), what starts Ray is one process's, test after test.
+
+    The other works off the rest, a file at a time: about as much.
     """
+    # Not xdist's groups: pytest 9.2 does not take the names that xdist 3.8 gives to their tests.
+    from xdist.scheduler import LoadFileScheduling
 
-    def group(item: pytest.Item) -> str:
-        starts_ray = any(item.get_closest_marker(mark) for mark in STARTS_RAY)
-        return "ray" if starts_ray else item.nodeid.partition("::")[0]
+    class OneStartsRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if starts_ray(config.rootpath / file) else file
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "ray")
+    config.option.loadscopereorder = False
+    return OneStartsRay(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -174,7 +174,7 @@ def _study(run: Run) -> list[dict[str, Any]]:
 
 
 def _study_figures(run: Run, folder: Path) -> list[dict[str, str]]:
-    """The five figures of a study; [] for a search."""
+    """The figures of a study; [] for a search."""
     if run.runs.empty:
         return []
     from raysae.analysis.plots import plot_study
