@@ -47,7 +47,7 @@ from raysae.unlearning.result import (
     too_few_known,
 )
 from raysae.unlearning.scoring import unlearning_score
-from raysae.worlds.world import World, hook_layer
+from raysae.worlds.world import World, check_hook
 
 Questions = Mapping[str, np.ndarray]
 """By data set, bool (known questions,)."""
@@ -84,7 +84,7 @@ class CachedEvaluator:
                 f"the cache was built for the world {cache.world_name!r} with {cache.config}; "
                 f"asked for {world.name!r} with {asdict(config)}"
             )
-        self.layers = layers_after(model, hook_layer(cache.hook_name), cache.answer_tokens)
+        self.layers = layers_after(model, check_hook(model, cache.hook_name), cache.answer_tokens)
         self._too_few = too_few_known(cache.known_questions, min_known)
         self._check_baseline()
 
