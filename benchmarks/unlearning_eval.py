@@ -4,11 +4,11 @@
 
 Same process, model, questions, corpora, SAE and threads. Each SAE is trained on the world's
 corpora, then scored by both; a row says the wall-clock and processor seconds of either, the ratio
-of the processor seconds (a busy machine distorts the others), the memory that either took at its peak
-beyond what the process held before (Linux), and whether the score, the sparsities and all answers
-(16 interventions, question by question) are equal. What SAEBench stores
-between SAEs (question ids, baseline) is there before its time is taken; what the cached evaluator
-shares between SAEs (the cache) is timed apart.
+of the processor seconds (a busy machine distorts the others), the memory that either took at its
+peak beyond what the process held before (Linux), and whether the score, the sparsities and all
+answers (16 interventions, question by question) are equal. What SAEBench stores between SAEs
+(question ids, baseline) is there before its time is taken; what the cached evaluator shares between
+SAEs (the cache) is timed apart.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def main() -> None:
             name = f"{spec.architecture} {spec.k or spec.l1_coefficient:g}"
             print(
                 f"{name:14} {slow_wall:6.1f} {slow_cpu:6.1f}  {wall:6.1f} {cpu:4.1f} "
-                f"{slow_cpu / cpu:6.1f}  {slow_peak / 2**20:6.0f} {peak / 2**20:4.0f}  {mine.score:.4f}  {mine.status:6}  {equal!s:5}  "
+                f"{slow_cpu / cpu:6.1f}  {slow_peak / 2**20:6.0f} {peak / 2**20:4.0f}  "
+                f"{mine.score:.4f}  {mine.status:6}  {equal!s:5}  "
                 f"{answers:7}  {sparsities:6}",
                 flush=True,
             )
