@@ -4,15 +4,17 @@
 
 Same process, model, questions, corpora, SAE and threads. Each SAE is trained on the world's
 corpora, then scored by both; a row says the wall-clock and processor seconds of either, the ratio
-of the processor seconds (a busy machine distorts the others), and whether the score, the
-sparsities and all answers (16 interventions, question by question) are equal. What SAEBench stores
-between SAEs (question ids, baseline) is there before its time is taken; what the cached evaluator
-shares between SAEs (the cache) is timed apart.
+of the processor seconds (a busy machine distorts the others), the memory that either took at its
+peak beyond what the process held before (Linux), and whether the score, the sparsities and all
+answers (16 interventions, question by question) are equal. What SAEBench stores between SAEs
+(question ids, baseline) is there before its time is taken; what the cached evaluator shares between
+SAEs (the cache) is timed apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import tempfile
 import time
@@ -64,17 +66,30 @@ def train(spec: SAESpec, rows: torch.Tensor, steps: int) -> SAE[Any]:
     return export_sae(sae, scale)
 
 
+def memory(kind: str) -> int:
+    """Bytes the process holds, now (``VmRSS``) or at most since the last reset (``VmHWM``)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {kind}")
+
+
 def timed(
     evaluate: Callable[..., UnlearningResult], sae: SAE[Any], steps: int, repeats: int
-) -> tuple[float, float, UnlearningResult]:
-    """The least wall-clock and processor seconds of `repeats` evaluations, and the result."""
+) -> tuple[float, float, int, UnlearningResult]:
+    """Of `repeats` evaluations the least wall-clock and processor seconds, the bytes at the peak
+    beyond those before, and the result.
+    """
     wall, processor = [], []
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = memory("VmRSS")
     for _ in range(repeats):
         started, used = time.perf_counter(), time.process_time()
         result = evaluate(sae, training_steps=steps)
         wall.append(time.perf_counter() - started)
         processor.append(time.process_time() - used)
-    return min(wall), min(processor), result
+    return min(wall), min(processor), memory("VmHWM") - before, result
 
 
 def differences(a: UnlearningResult, b: UnlearningResult) -> tuple[bool, int, int]:
@@ -110,24 +125,26 @@ def main() -> None:
     )
     print(f"world {world.name}, hook {hook}, known questions {cache.known_questions}")
     print(f"cache: {cache_seconds:.1f} s once, {cache.nbytes / 2**20:.0f} MiB\n")
-    print("                 saebench s      cached s")
+    print("                 saebench s      cached s          peak MiB")
     print(
-        "sae              wall    cpu    wall  cpu  ratio   score  status  equal  answers  spars."
+        "sae              wall    cpu    wall  cpu  ratio  theirs ours   score  status  equal  "
+        "answers  spars."
     )
     with tempfile.TemporaryDirectory() as folder:
         slow = SAEBenchEvaluator(world, model, hook, config, Path(folder))
         slow.prepare()
         for spec in SPECS:
             sae = train(spec, rows, arguments.steps)
-            wall, cpu, mine = timed(fast.evaluate, sae, arguments.steps, arguments.repeats)
-            slow_wall, slow_cpu, theirs = timed(
+            wall, cpu, peak, mine = timed(fast.evaluate, sae, arguments.steps, arguments.repeats)
+            slow_wall, slow_cpu, slow_peak, theirs = timed(
                 slow.evaluate, sae, arguments.steps, arguments.repeats
             )
             equal, answers, sparsities = differences(mine, theirs)
             name = f"{spec.architecture} {spec.k or spec.l1_coefficient:g}"
             print(
                 f"{name:14} {slow_wall:6.1f} {slow_cpu:6.1f}  {wall:6.1f} {cpu:4.1f} "
-                f"{slow_cpu / cpu:6.1f}  {mine.score:.4f}  {mine.status:6}  {equal!s:5}  "
+                f"{slow_cpu / cpu:6.1f}  {slow_peak / 2**20:6.0f} {peak / 2**20:4.0f}  "
+                f"{mine.score:.4f}  {mine.status:6}  {equal!s:5}  "
                 f"{answers:7}  {sparsities:6}",
                 flush=True,
             )

@@ -27,7 +27,7 @@ from transformer_lens import HookedTransformer
 
 from raysae.unlearning.protocol import known_question_ids, saebench_session
 from raysae.unlearning.result import MIN_KNOWN_QUESTIONS, too_few_known
-from raysae.worlds.world import FORGET_SET, World, hook_layer
+from raysae.worlds.world import FORGET_SET, World, check_hook
 
 ANSWERS = ("A", "B", "C", "D", " A", " B", " C", " D")
 """SAEBench's answer tokens for gemma-2-{2b,9b}-it; letter i is the better of i and i+4."""
@@ -167,11 +167,11 @@ def build_cache(
         min_known: known questions needed of the forget set and of the retain sets together.
 
     Takes 4 · d_model bytes (float32) for each token of `dataset_size` sequences of either corpus.
-    Raises ValueError for another form of hook name, when the model knows too few questions, and
+    Raises ValueError for a hook that the model lacks, when the model knows too few questions, and
     when its tokenizer splits an answer letter.
     """
     say = progress or _silent
-    layer = hook_layer(hook_name)
+    layer = check_hook(model, hook_name)
     say("finding the questions the model knows")
     ids = known_question_ids(world, model, config)
     complaint = too_few_known({name: len(known) for name, known in ids.items()}, min_known)

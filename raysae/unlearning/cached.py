@@ -20,9 +20,8 @@ where the two best letters are within the rounding, about a dozen units of bfloa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,8 @@ from transformer_lens import HookedTransformer
 
 from raysae.unlearning.cache import Corpus, EvaluationCache, as_tensor
 from raysae.unlearning.gemma_layers import layers_after
-from raysae.unlearning.grid import choose_features, eligible_features
+from raysae.unlearning.grid import GridPoint, choose_features, eligible_features
+from raysae.unlearning.interventions import Interventions, Level, find_interventions
 from raysae.unlearning.layers_after import Past, select
 from raysae.unlearning.protocol import saebench_view, sparsity_through_text
 from raysae.unlearning.result import (
@@ -47,16 +47,13 @@ from raysae.unlearning.result import (
     too_few_known,
 )
 from raysae.unlearning.scoring import unlearning_score
-from raysae.worlds.world import World, hook_layer
+from raysae.worlds.world import World, check_hook
 
-TOKENS_PER_BATCH = 8192
-"""Rows times positions planned at once; about half of them remain after sharing."""
+Questions = Mapping[str, np.ndarray]
+"""By data set, bool (known questions,)."""
 
-CUT_EVERY = 8
-"""Positions after which rows that are still in the same state are looked for."""
-
-WORTH_SHARING = 0.9
-"""Rows are no longer cut into pieces once more than this share of them is in a state of its own."""
+POSITIONS_AT_ONCE, POSITIONS_AT_ONCE_ON_GPU = 1024, 8192
+"""Rows times positions run at once: what a processor's cache holds; what keeps a GPU busy."""
 
 
 class CachedEvaluator:
@@ -80,133 +77,181 @@ class CachedEvaluator:
         """
         self.world, self.model, self.cache, self.config = world, model, cache, config
         self.device = str(model.cfg.device)
+        on_cpu = torch.device(self.device).type == "cpu"
+        self.positions_at_once = POSITIONS_AT_ONCE if on_cpu else POSITIONS_AT_ONCE_ON_GPU
         if cache.world_name != world.name or cache.config != asdict(config):
             raise ValueError(
                 f"the cache was built for the world {cache.world_name!r} with {cache.config}; "
                 f"asked for {world.name!r} with {asdict(config)}"
             )
-        self.layers = layers_after(model, hook_layer(cache.hook_name), cache.answer_tokens)
+        self.layers = layers_after(model, check_hook(model, cache.hook_name), cache.answer_tokens)
         self._too_few = too_few_known(cache.known_questions, min_known)
         self._check_baseline()
 
-    @torch.no_grad()
-    def evaluate(self, sae: Any, *, training_steps: int) -> UnlearningResult:
+    def evaluate(
+        self, sae: Any, *, training_steps: int, questions: Questions | None = None
+    ) -> UnlearningResult:
         """Score one inference SAE in raw activation units with unit-norm decoder rows.
 
-        Raises ValueError for an SAE that cannot be scored, see `saebench_view`. An SAE of zero
-        `training_steps` is refused with the status `untrained`, not evaluated.
+        Args:
+            sae: SAELens' or one of SAEBench's custom ones.
+            training_steps: it was trained for. An SAE of none is refused with the status
+                `untrained`, not evaluated.
+            questions: by data set, bool (known questions,): ask these only. The result is what
+                `UnlearningResult.on(questions)` of a full evaluation is; the others are not run.
+                `SAEBenchEvaluator` has no such choice, as SAEBench always asks all of them.
+
+        Raises ValueError for an SAE that cannot be scored, see `saebench_view`, and for questions
+        that are not those of the cache.
+        """
+        return self.evaluate_many([sae], training_steps=training_steps, questions=questions)[0]
+
+    @torch.no_grad()
+    def evaluate_many(
+        self, saes: Sequence[Any], *, training_steps: int, questions: Questions | None = None
+    ) -> list[UnlearningResult]:
+        """Score several SAEs, each as `evaluate` would, in one pass over the cached activations.
+
+        They share the loading of activations, the batches of interventions, and what interventions
+        have in common before a feature fires. Memory grows with the activations of the chosen
+        features: 4 bytes for each position of each prompt, feature and SAE. Arguments and errors
+        as for `evaluate`; one SAE that cannot be scored is an error for all.
         """
         if training_steps == 0:
-            return refused(self.name, UnlearningStatus.untrained, UNTRAINED_CAUSE)
+            untrained = refused(self.name, UnlearningStatus.untrained, UNTRAINED_CAUSE)
+            return [untrained for _ in saes]
         if self._too_few:
-            return refused(self.name, UnlearningStatus.too_few_known_questions, self._too_few)
+            status = UnlearningStatus.too_few_known_questions
+            return [refused(self.name, status, self._too_few) for _ in saes]
+        asked = self._asked(questions)
         dtype = str_to_dtype(self.config.llm_dtype)
-        view = saebench_view(sae, self.world, self.cache.hook_name, dtype, self.device)
-        forget_sparsity = self._sparsity(view, self.cache.forget)
-        retain_sparsity = self._sparsity(view, self.cache.retain)
-        grid = choose_features(forget_sparsity, retain_sparsity, self.config)
-        answers = self._answers(view, [(point.features, point.multiplier) for point in grid])
-        is_correct = self.cache.is_right(answers)
+        views = [
+            saebench_view(sae, self.world, self.cache.hook_name, dtype, self.device) for sae in saes
+        ]
+        forget = self._sparsities(views, self.cache.forget)
+        retain = self._sparsities(views, self.cache.retain)
+        grids = [
+            choose_features(of_forget, of_retain, self.config)
+            for of_forget, of_retain in zip(forget, retain, strict=True)
+        ]
+        letters = self._letters(views, grids, asked)
+        return [
+            self._result(grid, answers, asked, of_forget, of_retain)
+            for grid, answers, of_forget, of_retain in zip(
+                grids, letters, forget, retain, strict=True
+            )
+        ]
+
+    def _asked(self, questions: Questions | None) -> np.ndarray:
+        """bool (prompts,): the prompts of these questions."""
+        known = self.cache.known_questions
+        if questions is None:
+            return np.ones(sum(known.values()), dtype=bool)
+        found = {name: np.shape(mask) for name, mask in questions.items()}
+        expected = {name: (count,) for name, count in known.items()}
+        if found != expected:
+            raise ValueError(f"questions must be masks of shapes {expected}, not {found}")
+        masks = [np.asarray(questions[name], dtype=bool) for name in self.cache.prompts.datasets]
+        if not all(mask.any() for mask in masks):
+            raise ValueError("questions must leave at least one of each data set")
+        return np.concatenate(masks)
+
+    def _result(
+        self,
+        grid: tuple[GridPoint, ...],
+        letters: np.ndarray,
+        asked: np.ndarray,
+        forget_sparsity: np.ndarray,
+        retain_sparsity: np.ndarray,
+    ) -> UnlearningResult:
+        prompts = self.cache.prompts
+        masks = {name: asked[prompts.rows(name)] for name in prompts.datasets}
+        right, baseline = self.cache.is_right(letters), self.cache.is_right(prompts.baseline)
+        is_correct = {name: right[name][:, mask] for name, mask in masks.items()}
         return make_result(
             evaluator=self.name,
             score=unlearning_score(is_correct),
             grid=grid,
             is_correct=is_correct,
-            baseline=self.cache.is_right(self.cache.prompts.baseline),
+            baseline={name: baseline[name][mask] for name, mask in masks.items()},
             forget_sparsity=forget_sparsity,
             retain_sparsity=retain_sparsity,
             eligible=eligible_features(forget_sparsity, retain_sparsity, self.config),
         )
 
-    def _sparsity(self, sae: Any, corpus: Corpus) -> np.ndarray:
-        """(d_sae,) share of the counted tokens on which each feature fires, as SAEBench reads it.
+    def _sparsities(self, saes: Sequence[Any], corpus: Corpus) -> list[np.ndarray]:
+        """Of each SAE, (d_sae,) share of the counted tokens on which each feature fires.
 
-        In SAEBench's batches, see `raysae.unlearning.cache`.
+        As SAEBench reads it, and in SAEBench's batches, see `raysae.unlearning.cache`.
         """
-        counts = torch.zeros(sae.W_dec.shape[0], dtype=torch.float32, device=self.device)
+        counts = [torch.zeros(len(sae.W_dec), device=self.device) for sae in saes]
+        fires = torch.empty(0, device=self.device)
         for start in range(0, len(corpus.resid), self.config.llm_batch_size):
             batch = slice(start, start + self.config.llm_batch_size)
-            acts = sae.encode(as_tensor(corpus.resid[batch], self.cache.dtype, self.device))
+            resid = as_tensor(corpus.resid[batch], self.cache.dtype, self.device)
             counted = as_tensor(corpus.counts[batch], "bool", self.device).flatten().float()
-            # Sums of ones: exact in float32 up to 2^24 tokens, in whatever order.
-            counts += counted @ (acts > 0).flatten(0, 1).float()
-        sparsity = counts / int(corpus.counts.sum())
-        return sparsity_through_text(sparsity.cpu().numpy())
+            for sae, count in zip(saes, counts, strict=True):
+                acts = sae.encode(resid).flatten(0, 1)
+                if fires.shape != acts.shape:
+                    fires = torch.empty(acts.shape, device=self.device)
+                torch.gt(acts, 0, out=fires)
+                # Sums of ones: exact in float32 up to 2^24 tokens, in whatever order.
+                count += counted @ fires
+        total = int(corpus.counts.sum())
+        return [sparsity_through_text((count / total).cpu().numpy()) for count in counts]
 
-    def _activations(self, sae: Any, features: Tensor) -> Tensor:
-        """(prompts, longest, features) of all prompts; position 0 and padding are zero."""
+    def _activations(self, saes: Sequence[Any], features: Sequence[Tensor]) -> Tensor:
+        """(prompts, longest, features of all SAEs) of all prompts; position 0 and padding are zero.
+
+        Args:
+            saes: as below.
+            features: int64, of each SAE.
+        """
         prompts = self.cache.prompts
         n, longest = prompts.tokens.shape
-        chosen = torch.zeros(n, longest, len(features), dtype=sae.W_dec.dtype, device=self.device)
+        bounds = np.cumsum([0, *map(len, features)]).tolist()
+        dtype = saes[0].W_dec.dtype
+        chosen = torch.zeros(n, longest, bounds[-1], dtype=dtype, device=self.device)
         for first, end, length in prompts.batches.tolist():
             resid = as_tensor(prompts.resid[first:end, :length], self.cache.dtype, self.device)
-            chosen[first:end, :length] = sae.encode(resid)[:, :, features]
+            for i, sae in enumerate(saes):
+                here = slice(bounds[i], bounds[i + 1])
+                chosen[first:end, :length, here] = sae.encode(resid)[:, :, features[i]]
         chosen[:, 0] = 0  # SAEBench leaves the BOS position alone
         lengths = as_tensor(prompts.lengths, "int64", self.device)
         beyond = torch.arange(longest, device=self.device) >= lengths[:, None]
         chosen[beyond] = 0
         return chosen
 
-    def _answers(self, sae: Any, grid: list[tuple[tuple[int, ...], int]]) -> np.ndarray:
-        """Letters, int64 (len(grid), prompts), after each intervention (features, multiplier)."""
-        letters = np.repeat(self.cache.prompts.baseline[None], len(grid), axis=0)
-        union = sorted({feature for features, _ in grid for feature in features})
-        if not union:
+    def _letters(
+        self, saes: Sequence[Any], grids: Sequence[tuple[GridPoint, ...]], asked: np.ndarray
+    ) -> np.ndarray:
+        """Letters, int64 (saes, grid rows, prompts), after each intervention."""
+        prompts = self.cache.prompts
+        multipliers = [point.multiplier for point in grids[0]]
+        letters = np.tile(prompts.baseline, (len(saes), len(multipliers), 1))
+        unions = [sorted({f for point in grid for f in point.features}) for grid in grids]
+        columns = [(i, feature) for i, union in enumerate(unions) for feature in union]
+        if not columns:
             return letters
-        features = torch.tensor(union, device=self.device)
-        acts = self._activations(sae, features)
-        directions = sae.W_dec[features]
-        member = np.array([[f in chosen for f in union] for chosen, _ in grid])
-        fires = (acts > 0).any(dim=1).cpu().numpy()
-        multipliers = [m for _, m in grid]
-        prompts = self.cache.prompts
-        for batch in _plan(fires, member, multipliers, prompts.tokens, prompts.lengths):
-            self._run(batch, acts, directions, multipliers, letters)
+        features = [torch.tensor(u, dtype=torch.int64, device=self.device) for u in unions]
+        acts = self._activations(saes, features)
+        directions = torch.cat([sae.W_dec[f] for sae, f in zip(saes, features, strict=True)])
+        chosen = np.array(
+            [
+                [[of == i and f in point.features for of, f in columns] for point in grid]
+                for i, grid in enumerate(grids)
+            ]
+        )
+        fires = (acts > 0).cpu().numpy()
+        for group in find_interventions(
+            fires, chosen, multipliers, prompts.tokens, prompts.lengths, asked
+        ):
+            run = _Run(self, group, group.levels(), acts, directions, fires)
+            intervention, row = np.nonzero(group.grid_rows)
+            where = (group.saes[intervention], row, group.prompts[intervention])
+            letters[where] = run.letters()[intervention]
         return letters
-
-    def _run(
-        self,
-        batch: Batch,
-        acts: Tensor,
-        directions: Tensor,
-        multipliers: list[int],
-        letters: np.ndarray,
-    ) -> None:
-        """Answer one batch of interventions and write the letters of the grid rows they stand for.
-
-        Position by position a row is a state: the tokens so far, the features that fired so far
-        and their multiplier. Rows in the same state are computed once, up to the cut at which they
-        part.
-        """
-        prompts = self.cache.prompts
-        resid = as_tensor(prompts.resid[batch.prompts], self.cache.dtype, self.device)
-        acts = acts[batch.prompts]
-        owner = np.array([v.owner for v in batch.variants])
-        pattern = np.stack([v.pattern for v in batch.variants])
-        multiplier = np.array([multipliers[v.grid_rows[0]] for v in batch.variants])
-        tokens, fires = prompts.tokens[batch.prompts], (acts > 0).cpu().numpy()
-        past: Past = []
-        state = np.zeros(len(owner), dtype=np.int64)
-        start = 0
-        while start < batch.length:
-            end = min(start + CUT_EVERY, batch.length)
-            rows, following = _distinct(tokens, fires, owner, pattern, multiplier, end)
-            if len(rows) > WORTH_SHARING * len(owner):
-                end = batch.length
-            if end == batch.length:
-                rows = np.arange(len(owner))
-            here = torch.from_numpy(owner[rows]).to(self.device)
-            z = acts[here, start:end]
-            on = (z > 0) & torch.from_numpy(pattern[rows]).to(self.device)[:, None]
-            target = -torch.from_numpy(multiplier[rows]).to(z)[:, None, None]
-            changed = resid[here, start:end] + torch.where(on, target - z, 0.0) @ directions
-            past = select(past, torch.from_numpy(state[rows]).to(self.device))
-            if end < batch.length:
-                past = self.layers.extend(changed, past)
-            state, start = following, end
-        found = self.layers.letters(changed, past).cpu().numpy()
-        for variant, letter in zip(batch.variants, found, strict=True):
-            letters[variant.grid_rows, batch.prompts[variant.owner]] = letter
 
     @torch.no_grad()
     def _check_baseline(self) -> None:
@@ -228,89 +273,64 @@ class CachedEvaluator:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One distinct intervention on one prompt."""
+class _Run:
+    """One tree of interventions on its way through the layers, depth first.
 
-    owner: int
-    """Position of the prompt in its batch."""
-    pattern: np.ndarray
-    """bool (features,): the chosen features that fire somewhere in the prompt."""
-    grid_rows: list[int]
-    """The grid's interventions that amount to this one; all with the same multiplier."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts of one length with all their interventions."""
-
-    prompts: np.ndarray
-    length: int
-    variants: list[Variant]
-
-
-def _plan(
-    fires: np.ndarray,
-    member: np.ndarray,
-    multipliers: list[int],
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-) -> Iterator[Batch]:
-    """Every intervention that can change an answer, once, in batches of prompts of one length.
-
-    Args:
-        fires: bool (prompts, features), the feature fires somewhere in the prompt.
-        member: bool (grid rows, features), the feature is chosen in that intervention.
-        multipliers: (grid rows,).
-        tokens: (prompts, longest); neighbours in their order share the most work.
-        lengths: (prompts,).
+    Chunk by chunk, so that what is computed stays in the processor's cache, and only the keys and
+    values along one branch are held.
     """
-    hit = np.flatnonzero((fires[:, None] & member).any(axis=(1, 2)))
-    order = sorted(hit.tolist(), key=lambda p: (lengths[p], tokens[p].tolist()))
-    prompts: list[int] = []
-    variants: list[Variant] = []
-    for prompt, following in zip_longest(order, order[1:]):
-        patterns: dict[tuple[bytes, int], Variant] = {}
-        for row, pattern in enumerate(fires[prompt] & member):
-            if pattern.any():
-                key = (pattern.tobytes(), multipliers[row])
-                patterns.setdefault(key, Variant(len(prompts), pattern, [])).grid_rows.append(row)
-        prompts.append(prompt)
-        variants += patterns.values()
-        length = int(lengths[prompt])
-        full = len(variants) * length >= TOKENS_PER_BATCH
-        if full or following is None or lengths[following] != length:
-            yield Batch(np.array(prompts), length, variants)
-            prompts, variants = [], []
 
+    evaluator: CachedEvaluator
+    group: Interventions
+    levels: list[Level]
+    acts: Tensor
+    """(prompts, longest, features)."""
+    directions: Tensor
+    """(features, d_model) decoder rows."""
+    fires: np.ndarray
+    """bool (prompts, longest, features)."""
 
-def _distinct(
-    tokens: np.ndarray,
-    fires: np.ndarray,
-    owner: np.ndarray,
-    pattern: np.ndarray,
-    multiplier: np.ndarray,
-    end: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One row of each state at position `end`, and every row's state.
+    def letters(self) -> np.ndarray:
+        """(interventions,) the answers."""
+        last = self.levels[-1]
+        found = np.empty(len(last.first), dtype=np.int64)
+        self._descend(0, (0, len(self.levels[0].first)), [], 0, found)
+        state = np.searchsorted(last.first, np.arange(len(self.group.prompts)), side="right") - 1
+        answers: np.ndarray = found[state]
+        return answers
 
-    Args:
-        tokens: (prompts, longest).
-        fires: bool (prompts, longest, features).
-        owner: (rows,) prompt of each row.
-        pattern: bool (rows, features), features the row clamps.
-        multiplier: (rows,).
-        end: positions that count, from 0.
-    """
-    clamped = fires[:, :end].any(axis=1)[owner] & pattern
-    strength = np.where(clamped.any(axis=1), multiplier, 0)
-    prefixes = [row.tobytes() for row in tokens[:, :end]]
-    states: dict[tuple[bytes, bytes, int], int] = {}
-    rows: list[int] = []
-    state = np.empty(len(owner), dtype=np.int64)
-    for i, (prompt, factor) in enumerate(zip(owner.tolist(), strength.tolist(), strict=True)):
-        key = (prefixes[prompt], clamped[i].tobytes(), factor)
-        if key not in states:
-            states[key] = len(rows)
-            rows.append(i)
-        state[i] = states[key]
-    return np.array(rows), state
+    def _descend(
+        self, depth: int, states: tuple[int, int], past: Past, past_from: int, found: np.ndarray
+    ) -> None:
+        """Run these states of a level and all that follow from them.
+
+        `past` is that of the level before, from its state `past_from` on.
+        """
+        level, layers = self.levels[depth], self.evaluator.layers
+        for low, high in level.chunks(*states, self.evaluator.positions_at_once):
+            resid = self._resid(level, low, high)
+            parents = torch.from_numpy(level.parents[low:high] - past_from).to(resid.device)
+            here = select(past, parents)
+            if depth == len(self.levels) - 1:
+                found[low:high] = layers.letters(resid, here).cpu().numpy()
+            else:
+                here = layers.extend(resid, here)
+                children = self.levels[depth + 1].children(low, high)
+                self._descend(depth + 1, children, here, low, found)
+
+    def _resid(self, level: Level, low: int, high: int) -> Tensor:
+        """(states, positions, d_model) at the hook after the intervention."""
+        group, cache = self.group, self.evaluator.cache
+        first, span = level.first[low:high], slice(level.start, level.end)
+        prompts, device = group.prompts[first], self.acts.device
+        resid = as_tensor(cache.prompts.resid[prompts, span], cache.dtype, self.evaluator.device)
+        on = self.fires[prompts, span] & group.features[first][:, None]
+        row, position = np.nonzero(on.any(axis=-1))
+        if len(row):
+            where = [torch.from_numpy(i).to(device) for i in (row, position)]
+            at = [torch.from_numpy(i).to(device) for i in (prompts[row], level.start + position)]
+            z = self.acts[at[0], at[1]]
+            target = -torch.from_numpy(group.multipliers[first][row]).to(z)[:, None]
+            change = torch.where(torch.from_numpy(on[row, position]).to(device), target - z, 0.0)
+            resid[where[0], where[1]] += change @ self.directions
+        return resid

@@ -8,6 +8,7 @@ factors (norm weights, the attention scale) are multiplied into the weights once
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformer_lens import HookedTransformer
 
 from raysae.unlearning.layers_after import LayersAfter, Past
+
+_GELU = 2 * math.sqrt(2 / math.pi)
 
 
 def is_gemma_shaped(cfg: Any) -> bool:
@@ -82,11 +85,14 @@ class GemmaLayersAfter(LayersAfter):
             first += resid.shape[1] - 1
             resid, x = resid[:, -1:], x[:, -1:]
         resid = block.attend(resid, x, keys, values, first)
-        return block.mlp(resid), (keys, values)
+        return block.mlp_(resid), (keys, values)
 
 
 class _FusedBlock:
-    """One block's weights, laid out for `F.linear`, and its three steps."""
+    """One block's weights, laid out for `F.linear`, and its three steps.
+
+    Next to the products a step is bound by memory: passes over it are few, and in place.
+    """
 
     def __init__(self, block: Any) -> None:
         attn, mlp, cfg = block.attn, block.mlp, block.cfg
@@ -97,61 +103,67 @@ class _FusedBlock:
         W_K, b_K = (attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K)
         W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
         self.kv_heads = len(W_K)
-        cos, sin = attn.rotary_cos.detach(), attn.rotary_sin.detach()
-        half = cos.shape[1] // 2
+        cos, sin = attn.rotary_cos.detach()[:, None], attn.rotary_sin.detach()[:, None]
+        half = self.d_head // 2
         # x·cos + rotate_half(x)·sin, the sign of the first half moved into the sine.
-        self.cos, self.sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=1)
+        self.cos, self.sin = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         ln1, ln2 = _weight(block.ln1, cfg), _weight(block.ln2, cfg)
         scale = 1 / (attn.attn_scale * self.cap)
-        self.W_Q, self.b_Q = _heads_to_rows(attn.W_Q, ln1) * scale, attn.b_Q.flatten() * scale
+        self.W_Q, self.b_Q = _heads_to_rows(attn.W_Q, ln1) * scale, _bias(attn.b_Q * scale)
         self.W_KV = torch.cat([_heads_to_rows(W_K, ln1), _heads_to_rows(W_V, ln1)])
-        self.b_KV = torch.cat([b_K.flatten(), b_V.flatten()])
-        self.W_O = attn.W_O.flatten(0, 1).T.contiguous()
-        self.b_O = attn.b_O
+        self.b_KV = _bias(torch.cat([b_K, b_V]))
+        self.W_O, self.b_O = attn.W_O.flatten(0, 1).T.contiguous(), _bias(attn.b_O)
+        # gelu(x) = x·σ(2√(2/π)·(x + 0.044715·x³)), for σ takes a third of the time of tanh; the
+        # first factor is moved from the argument into the weights.
+        self.cubic = 0.044715 / _GELU**2
         # Not one product for both: its halves would not be contiguous, at twice the time.
-        self.W_gate = (mlp.W_gate * ln2[:, None]).T.contiguous()
-        self.W_in = (mlp.W_in * ln2[:, None]).T.contiguous()
-        self.b_in = mlp.b_in if mlp.b_in.any() else None
-        self.W_out, self.b_out = mlp.W_out.T.contiguous(), mlp.b_out
+        self.W_gate = (mlp.W_gate * (_GELU * ln2[:, None])).T.contiguous()
+        self.W_in, self.b_in = (mlp.W_in * ln2[:, None]).T.contiguous(), _bias(mlp.b_in)
+        self.W_out, self.b_out = (mlp.W_out / _GELU).T.contiguous(), _bias(mlp.b_out)
+        if self.b_in is not None:
+            self.b_in = self.b_in * _GELU
         self.post1, self.post2 = block.ln1_post.w, block.ln2_post.w
 
     def keys_values(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Normed (rows, positions, d_model) → two (rows, kv heads, positions, d_head)."""
         both = F.linear(x, self.W_KV, self.b_KV)
-        both = both.view(*x.shape[:2], 2 * self.kv_heads, self.d_head).transpose(1, 2)
-        keys, values = both.split(self.kv_heads, dim=1)
-        return self._rotate(keys, first), values
+        both = both.view(*x.shape[:2], 2 * self.kv_heads, self.d_head)
+        keys, values = both.split(self.kv_heads, dim=2)
+        return self._rotate(keys, first).transpose(1, 2), values.transpose(1, 2)
 
     def attend(self, resid: Tensor, x: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         """The residual stream after attention of the queries at position `first` on."""
         rows, positions, _ = x.shape
         q = F.linear(x, self.W_Q, self.b_Q).view(rows, positions, self.heads, self.d_head)
-        q = self._rotate(q.transpose(1, 2), first)
-        if self.kv_heads != self.heads:
-            keys = keys.repeat_interleave(self.heads // self.kv_heads, dim=1)
-            values = values.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        # Queries that share a key's head are more queries of that head.
+        q = self._rotate(q, first).transpose(1, 2)
+        q = q.reshape(rows, self.kv_heads, -1, self.d_head)
         scores = (q @ keys.transpose(2, 3)).tanh_().mul_(self.cap)
+        scores = scores.view(rows, self.heads, positions, -1)
         if positions > 1 or self.window is not None:
             scores.masked_fill_(self._hidden(first, positions, keys.shape[2], x.device), -torch.inf)
-        z = (scores.softmax(dim=-1) @ values).transpose(1, 2).reshape(rows, positions, -1)
-        out = F.linear(z, self.W_O, self.b_O)
-        return torch.addcmul(resid, _rms(out, self.eps), self.post1)
+        weights = scores.softmax(dim=-1).view(rows, self.kv_heads, -1, keys.shape[2])
+        z = (weights @ values).view(rows, self.heads, positions, self.d_head)
+        out = F.linear(z.transpose(1, 2).reshape(rows, positions, -1), self.W_O, self.b_O)
+        return torch.addcmul(resid, _rms_(out, self.eps), self.post1)
 
-    def mlp(self, resid: Tensor) -> Tensor:
-        """The residual stream after the MLP."""
+    def mlp_(self, resid: Tensor) -> Tensor:
+        """Bring the residual stream, in place, behind the MLP."""
         x = _rms(resid, self.eps)
-        hidden = F.gelu(F.linear(x, self.W_gate), approximate="tanh").mul_(F.linear(x, self.W_in))
+        gate, hidden = F.linear(x, self.W_gate), F.linear(x, self.W_in)
+        sigmoid = torch.addcmul(gate, gate * gate, gate, value=self.cubic).sigmoid_()
+        hidden.mul_(sigmoid.mul_(gate))
         if self.b_in is not None:
             hidden += self.b_in
         out = F.linear(hidden, self.W_out, self.b_out)
-        return torch.addcmul(resid, _rms(out, self.eps), self.post2)
+        return resid.addcmul_(_rms_(out, self.eps), self.post2)
 
     def _rotate(self, x: Tensor, first: int) -> Tensor:
-        """Rotary positions on (rows, heads, positions, d_head)."""
-        here = slice(first, first + x.shape[2])
+        """Rotary positions on (rows, positions, heads, d_head)."""
+        here = slice(first, first + x.shape[1])
         half = self.d_head // 2
         swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
-        return torch.addcmul(x * self.cos[here], swapped, self.sin[here])
+        return swapped.mul_(self.sin[here]).addcmul_(x, self.cos[here])
 
     def _hidden(self, first: int, positions: int, keys: int, device: torch.device) -> Tensor:
         """bool (positions, keys), True where a query may not look."""
@@ -163,7 +175,22 @@ class _FusedBlock:
 
 def _rms(x: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, without a weight."""
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return x * _inverse_rms(x, eps)
+
+
+def _rms_(x: Tensor, eps: float) -> Tensor:
+    """The same in place."""
+    return x.mul_(_inverse_rms(x, eps))
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _bias(b: Tensor) -> Tensor | None:
+    """A bias as one row, None where it is zero: Gemma has none, TransformerLens adds it."""
+    return b.detach().flatten() if b.any() else None
 
 
 def _weight(norm: Any, cfg: Any) -> Tensor:

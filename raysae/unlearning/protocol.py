@@ -99,13 +99,14 @@ def saebench_view(sae: Any, world: World, hook_name: str, dtype: torch.dtype, de
 
     Raises ValueError for an SAE that cannot be scored: one that is still in training form, whose
     decoder rows are not of norm 1, whose activations are normalised at run time, or which belongs
-    to another hook.
+    to another width, model or hook.
     """
     if isinstance(sae, TrainingSAE):
         raise ValueError(
             f"{type(sae).__name__} is a training SAE; SAEBench scores inference SAEs in raw "
             "activation units: convert it first"
         )
+    check_sae(sae, world, hook_name)
     normalisation = getattr(sae.cfg, "normalize_activations", "none")
     if normalisation != "none":
         raise ValueError(

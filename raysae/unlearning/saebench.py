@@ -36,7 +36,7 @@ from raysae.unlearning.result import (
     refused,
     too_few_known,
 )
-from raysae.worlds.world import World, hook_layer
+from raysae.worlds.world import World, check_hook
 
 
 class SAEBenchEvaluator:
@@ -64,13 +64,13 @@ class SAEBenchEvaluator:
         Args:
             world: questions and corpora.
             model: the world's, in TransformerLens.
-            hook_name: ``blocks.L.hook_resid_post``; else ValueError.
+            hook_name: ``blocks.L.hook_resid_post``; ValueError if the model lacks it.
             config: see `default_eval_config`.
             work_dir: made if missing; a fresh folder in it is used and deleted with this object.
             min_known: known questions needed of the forget set and of the retain sets together.
         """
         self.world, self.model, self.hook_name, self.config = world, model, hook_name, config
-        self.layer = hook_layer(hook_name)
+        self.layer = check_hook(model, hook_name)
         work_dir.mkdir(parents=True, exist_ok=True)
         self._artifacts = Path(tempfile.mkdtemp(prefix="saebench-", dir=work_dir))
         weakref.finalize(self, shutil.rmtree, self._artifacts, ignore_errors=True)

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ RETAIN_SETS = (
     "high_school_geography",
     "human_aging",
 )
+
+MIN_CHARACTERS = 50
+"""SAEBench drops texts of this length and shorter ones."""
+N_CHOICES = 4
 
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
@@ -61,6 +65,12 @@ class World:
     probe_texts: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None
     """``train`` and ``test``: texts by class, for sparse probing; None for SAEBench's own."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming what is wrong, for questions and corpora that cannot score."""
+        check_corpus(f"world {self.name!r}: forget corpus", self.forget_texts)
+        check_corpus(f"world {self.name!r}: retain corpus", self.retain_texts)
+        check_questions(f"world {self.name!r}", self.questions)
+
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of config, weights, tokenizer, corpora and questions.
 
@@ -85,6 +95,34 @@ class World:
         for path in _files_that_define_the_model(self.model_path):
             digest.update(f"{path.name}\0{sha256_of_file(path)}\0".encode())
         return digest
+
+
+def check_corpus(what: str, texts: Sequence[str]) -> None:
+    """Raise ValueError for a corpus of which SAEBench would use no text; `what` names it."""
+    if not any(len(text) > MIN_CHARACTERS for text in texts):
+        raise ValueError(
+            f"{what}: {len(texts)} texts, none of more than {MIN_CHARACTERS} characters; SAEBench "
+            "drops shorter ones, and at least one is needed"
+        )
+
+
+def check_questions(what: str, questions: Mapping[str, Sequence[Question]]) -> None:
+    """Raise ValueError for missing data sets and for questions SAEBench cannot ask."""
+    missing = [name for name in (FORGET_SET, *RETAIN_SETS) if not questions.get(name)]
+    if missing:
+        raise ValueError(
+            f"{what}: no questions for {', '.join(missing)}; every data set needs some"
+        )
+    for name, of_set in questions.items():
+        for number, question in enumerate(of_set):
+            where = f"{what}: {name}, question {number}"
+            if len(question.choices) != N_CHOICES:
+                raise ValueError(f"{where} has {len(question.choices)} choices, not {N_CHOICES}")
+            if question.answer not in range(N_CHOICES):
+                raise ValueError(
+                    f"{where} has the answer {question.answer!r}; the choices count from 0 to "
+                    f"{N_CHOICES - 1}"
+                )
 
 
 @dataclass(frozen=True)

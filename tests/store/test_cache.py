@@ -141,7 +141,8 @@ def test_whatever_decides_the_activations_decides_the_key(world: World, monkeypa
 def test_where_the_model_lies_and_the_questions_do_not_decide_it(world: World):
     key = activations_key(load_world("embedded"), HOOK, "float32")
     assert activations_key(world, HOOK, "float32") == key
-    asked_less = dataclasses.replace(world, questions={"wmdp-bio": ()})
+    few = {name: questions[:1] for name, questions in world.questions.items()}
+    asked_less = dataclasses.replace(world, questions=few)
     assert activations_key(asked_less, HOOK, "float32") == key
     assert evaluation_key(asked_less, HOOK) != evaluation_key(world, HOOK)
     assert evaluation_key(world, HOOK) == evaluation_key(load_world("embedded"), HOOK)

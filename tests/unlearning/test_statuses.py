@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens import (
+    StandardSAE,
+    StandardSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+)
 from unlearning_bench import Bench
 
 from raysae.unlearning import SAEBenchEvaluator, UnlearningStatus, build_cache
@@ -131,3 +136,26 @@ def test_a_cache_of_another_configuration_is_refused(bench: Bench) -> None:
     other = dataclasses.replace(bench.config, dataset_size=7)
     with pytest.raises(ValueError, match="'dataset_size': 7"):
         CachedEvaluator(bench.world, bench.model, bench.cache, other)
+
+
+def test_another_width_is_refused(bench: Bench, reference: SAEBenchEvaluator) -> None:
+    sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=16))
+    for evaluator in (bench.cached(), reference):
+        with pytest.raises(ValueError, match=r"d_in 64, .* has 128 dimensions"):
+            evaluator.evaluate(sae, training_steps=1)
+
+
+def test_another_model_is_refused(bench: Bench, reference: SAEBenchEvaluator, sae_of: Any) -> None:
+    sae = sae_of("standard", True)
+    sae.cfg.metadata.model_name = "gpt2"
+    for evaluator in (bench.cached(), reference):
+        with pytest.raises(ValueError, match=r"model_name 'gpt2', .* 'gemma-2-2b-it'"):
+            evaluator.evaluate(sae, training_steps=1)
+
+
+def test_a_hook_the_model_lacks_is_refused(bench: Bench) -> None:
+    missing, valid = "blocks.9.hook_resid_post", r"valid are 'blocks\.0\.hook_resid_post'"
+    with pytest.raises(ValueError, match=valid):
+        build_cache(bench.world, bench.model, missing, bench.config)
+    with pytest.raises(ValueError, match=valid):
+        SAEBenchEvaluator(bench.world, bench.model, missing, bench.config, bench.work_dir)

@@ -1,0 +1,182 @@
+"""Which interventions have to be run, and what they have in common.
+
+Causal attention makes a row of positions a path: what is computed up to a position follows from the
+tokens so far, the features clamped so far and their multiplier. Interventions that agree so far, on
+one prompt or on two that begin alike, of one SAE or of several, are one computation up to the
+position at which they part. Sorted by path they are a tree, and a row of it lies in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+CUT_COST, COPY_COST = 1.0, 0.05
+"""What parting costs a row, in positions computed: at all, and for each position so far (whose keys
+and values are copied). Sums to little for a model of any size; the choice of cuts is not delicate.
+"""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One piece of all paths: the positions `start` to `end`, computed once per state."""
+
+    start: int
+    end: int
+    first: np.ndarray
+    """(states,) the first intervention in each state; those in one state follow each other."""
+    parents: np.ndarray
+    """(states,) the state of the level before from which each one goes on."""
+
+    def chunks(self, low: int, high: int, positions: int) -> Iterator[tuple[int, int]]:
+        """The states `low` to `high` in even pieces of about `positions` positions."""
+        pieces = max(1, round((high - low) * (self.end - self.start) / positions))
+        bounds = np.linspace(low, high, min(pieces, high - low) + 1).astype(int).tolist()
+        yield from pairwise(bounds)
+
+    def children(self, low: int, high: int) -> tuple[int, int]:
+        """The states of this level that go on from the states `low` to `high` of the one before."""
+        found = np.searchsorted(self.parents, [low, high])
+        return int(found[0]), int(found[1])
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Distinct interventions on prompts of one length; those that begin alike lie together."""
+
+    length: int
+    prompts: np.ndarray
+    """(interventions,) position in the cache."""
+    saes: np.ndarray
+    """(interventions,) position among the SAEs."""
+    features: np.ndarray
+    """bool (interventions, features): the chosen features that fire somewhere in the prompt."""
+    multipliers: np.ndarray
+    """(interventions,)"""
+    grid_rows: np.ndarray
+    """bool (interventions, grid rows): the grid's interventions that amount to this one."""
+    departs: np.ndarray
+    """(interventions,) first position at which it is not as its predecessor; 0 for the first one,
+    `length` for the same question asked twice."""
+
+    def levels(self) -> list[Level]:
+        """The tree in levels, cut where the work saved is worth it."""
+        states = np.cumsum(np.bincount(self.departs, minlength=self.length)[: self.length])
+        levels: list[Level] = []
+        before = np.zeros(1, dtype=int)
+        for start, end in _cuts(states):
+            first = np.flatnonzero(self.departs < end)
+            parents = np.searchsorted(before, first, side="right") - 1
+            levels.append(Level(start, end, first, parents))
+            before = first
+        return levels
+
+
+def find_interventions(
+    fires: np.ndarray,
+    chosen: np.ndarray,
+    multipliers: Sequence[int],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    asked: np.ndarray,
+) -> Iterator[Interventions]:
+    """Every intervention that can change an answer, once, by length of the prompt.
+
+    Args:
+        fires: bool (prompts, longest, features), the feature fires at that position.
+        chosen: bool (saes, grid rows, features), the feature is clamped in that intervention.
+        multipliers: (grid rows,).
+        tokens: (prompts, longest).
+        lengths: (prompts,).
+        asked: bool (prompts,), the others are left out.
+    """
+    somewhere = fires.any(axis=1)
+    for length in np.unique(lengths[asked]).tolist():
+        prompts = np.flatnonzero(asked & (lengths == length))
+        patterns = somewhere[prompts][:, None, None] & chosen
+        same_as = _first_of_equals(patterns, multipliers)
+        own = same_as == np.arange(len(multipliers))
+        prompt, sae, row = np.nonzero(own & patterns.any(axis=-1))
+        if not len(prompt):
+            continue
+        features = patterns[prompt, sae, row]
+        factors = np.asarray(multipliers)[row]
+        clamped = fires[prompts[prompt], :length] & features[:, None]
+        paths = _paths(tokens[prompts[prompt], :length], clamped, factors)
+        keys = [path.tobytes() for path in paths]
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+        yield Interventions(
+            length=length,
+            prompts=prompts[prompt][order],
+            saes=sae[order],
+            features=features[order],
+            multipliers=factors[order],
+            grid_rows=(same_as[prompt, sae] == row[:, None])[order],
+            departs=_departures(paths[order]),
+        )
+
+
+def _first_of_equals(patterns: np.ndarray, multipliers: Sequence[int]) -> np.ndarray:
+    """(prompts, saes, grid rows): the first row of the same features and multiplier as this one.
+
+    Args:
+        patterns: bool (prompts, saes, grid rows, features).
+        multipliers: (grid rows,).
+    """
+    packed = np.packbits(patterns, axis=-1)
+    first = np.empty(packed.shape[:3], dtype=int)
+    for row, multiplier in enumerate(multipliers):
+        first[..., row] = row
+        for earlier in reversed(range(row)):
+            if multipliers[earlier] == multiplier:
+                equal = (packed[..., earlier, :] == packed[..., row, :]).all(axis=-1)
+                first[..., row] = np.where(equal, earlier, first[..., row])
+    return first
+
+
+def _paths(tokens: np.ndarray, clamped: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
+    """uint8 (interventions, length, bytes): all that each position adds to what is computed.
+
+    Args:
+        tokens: (interventions, length).
+        clamped: bool (interventions, length, features).
+        multipliers: (interventions,); counts where something is clamped.
+    """
+    strength = np.where(clamped.any(axis=-1), multipliers[:, None], 0)
+    numbers = np.stack([tokens, strength], axis=-1).astype(np.int64)
+    return np.concatenate([numbers.view(np.uint8), np.packbits(clamped, axis=-1)], axis=-1)
+
+
+def _departures(paths: np.ndarray) -> np.ndarray:
+    """(interventions,) of sorted paths: where each leaves its predecessor."""
+    differs = (paths[1:] != paths[:-1]).any(axis=-1)
+    found = np.where(differs.any(axis=1), differs.argmax(axis=1), paths.shape[1])
+    return np.concatenate([[0], found])
+
+
+def _cuts(states: np.ndarray) -> list[tuple[int, int]]:
+    """The pieces (start, end) of least cost.
+
+    Args:
+        states: (length,) number of different states at each position. A piece is computed for
+            as many rows as there are states at its end.
+    """
+    length = len(states)
+    cost = np.zeros(length + 1)
+    came_from = np.zeros(length + 1, dtype=int)
+    starts = np.arange(length)
+    for end in range(1, length + 1):
+        start = starts[:end]
+        parting = np.where(start > 0, CUT_COST + COPY_COST * start, 0.0)
+        costs = cost[:end] + states[end - 1] * (end - start + parting)
+        came_from[end] = costs.argmin()
+        cost[end] = costs[came_from[end]]
+    pieces: list[tuple[int, int]] = []
+    end = length
+    while end:
+        pieces.append((int(came_from[end]), end))
+        end = pieces[-1][0]
+    return pieces[::-1]

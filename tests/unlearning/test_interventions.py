@@ -1,0 +1,97 @@
+"""Every intervention is run once, and a shared piece is shared by those that agree, by no other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from raysae.unlearning.interventions import CUT_COST, _cuts, find_interventions
+
+MULTIPLIERS = (25, 50, 25, 50)
+
+
+def drawn(seed: int):
+    """Prompts over few tokens, so that many begin alike; a feature fires where its token is."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, size=(40, 7))
+    tokens[20:25] = tokens[:5]  # the same question twice
+    lengths = np.full(40, 7)
+    lengths[30:] = 5
+    feature_of_token = rng.random((3, 6)) < 0.4
+    fires = feature_of_token[tokens]
+    fires[:, 0] = False
+    fires[30:, 5:] = False
+    chosen = rng.random((2, 4, 6)) < 0.6
+    chosen[:, :2] = chosen[:, :1]  # the same features under both multipliers
+    chosen[0, ..., 3:] = chosen[1, ..., :3] = False  # each SAE has features of its own
+    return fires, chosen, tokens, lengths, rng.random(40) < 0.8
+
+
+def state(fires, clamped, multiplier, tokens, end):
+    """What positions before `end` are computed from."""
+    on = fires[:end] & clamped
+    return tuple(tokens[:end]), on.tobytes(), int(multiplier) if on.any() else 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_levels_hold_each_state_once_behind_its_own_past(seed: int):
+    fires, chosen, tokens, lengths, asked = drawn(seed)
+    answered = np.zeros((2, 4, 40), dtype=int)
+    for group in find_interventions(fires, chosen, MULTIPLIERS, tokens, lengths, asked):
+        intervention, row = np.nonzero(group.grid_rows)
+        answered[group.saes[intervention], row, group.prompts[intervention]] += 1
+
+        def path(i: int, end: int, group=group):
+            prompt = group.prompts[i]
+            clamps = (fires[prompt], group.features[i], group.multipliers[i], tokens[prompt])
+            return state(*clamps, end)
+
+        for i, r in zip(intervention, row, strict=True):
+            clamps = fires[group.prompts[i]] & chosen[group.saes[i], r]
+            assert np.array_equal(clamps, fires[group.prompts[i]] & group.features[i])
+            assert MULTIPLIERS[r] == group.multipliers[i]
+        before, reached = [0], 0
+        for level in group.levels():
+            assert level.start == reached
+            reached = level.end
+            everyone = [path(i, level.end) for i in range(len(group.prompts))]
+            states = [everyone[i] for i in level.first]
+            assert len(states) == len(set(states)) and set(states) == set(everyone)
+            for i, parent in zip(level.first, level.parents, strict=True):
+                assert path(i, level.start) == path(before[parent], level.start)
+            before = level.first.tolist()
+        assert reached == group.length
+    fires_in = (fires.any(axis=1)[None, None] & chosen[:, :, None]).any(axis=-1)
+    assert np.array_equal(answered, (fires_in & asked).astype(int))
+
+
+def cost(states, pieces):
+    return sum(
+        states[end - 1] * (end - start + (CUT_COST + 0.05 * start if start else 0))
+        for start, end in pieces
+    )
+
+
+def test_the_cuts_are_the_cheapest():
+    states = np.array([1, 1, 2, 9, 10, 40, 41])
+    inner = range(1, len(states))
+    every = [[c for c in inner if mask >> c & 1] for mask in range(0, 2 ** len(states), 2)]
+    costs = [cost(states, zip([0, *cuts], [*cuts, len(states)], strict=True)) for cuts in every]
+    found = _cuts(states)
+    assert cost(states, found) == pytest.approx(min(costs))
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("positions", [1, 6, 100])
+def test_chunks_cover_the_states_and_children_their_parents(positions: int):
+    fires, chosen, tokens, lengths, asked = drawn(0)
+    group = next(iter(find_interventions(fires, chosen, MULTIPLIERS, tokens, lengths, asked)))
+    first, *others = group.levels()
+    for level in others:
+        chunks = list(first.chunks(0, len(first.first), positions))
+        assert [i for low, high in chunks for i in range(low, high)] == list(
+            range(len(first.first))
+        )
+        children = [i for chunk in chunks for i in range(*level.children(*chunk))]
+        assert children == list(range(len(level.first)))
+        first = level

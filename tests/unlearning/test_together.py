@@ -1,0 +1,89 @@
+"""Several SAEs in one pass, and a part of the questions, give what each alone and all give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from unlearning_bench import Bench, GetSAE
+
+from raysae.unlearning import UnlearningResult, split_questions
+
+
+def assert_same(a: UnlearningResult, b: UnlearningResult) -> None:
+    assert a.to_dict() == b.to_dict()
+    assert np.array_equal(a.forget_sparsity, b.forget_sparsity)
+    assert np.array_equal(a.retain_sparsity, b.retain_sparsity)
+    for name in b.is_correct:
+        assert np.array_equal(a.is_correct[name], b.is_correct[name]), name
+        assert np.array_equal(a.baseline[name], b.baseline[name]), name
+
+
+@pytest.fixture(scope="module")
+def saes(sae_of: GetSAE) -> list[Any]:
+    return [sae_of("topk", True), sae_of("standard", True), sae_of("topk", False)]
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Bench, saes: list[Any]) -> list[UnlearningResult]:
+    return [bench.cached().evaluate(sae, training_steps=1) for sae in saes]
+
+
+def test_several_saes_are_scored_as_each_alone(
+    bench: Bench, saes: list[Any], alone: list[UnlearningResult]
+) -> None:
+    together = bench.cached().evaluate_many(saes, training_steps=1)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert_same(ours, theirs)
+    turned = [{n: v.tobytes() for n, v in r.is_correct.items()} for r in together]
+    assert turned[0] != turned[1], "SAEs that answer alike would hide a mix-up"
+
+
+def test_one_without_eligible_features_among_others(
+    bench: Bench, sae_of: GetSAE, alone: list[UnlearningResult]
+) -> None:
+    dead = sae_of("standard", True)
+    dead.b_enc.data[:] = -1e6
+    first, second = bench.cached().evaluate_many([dead, sae_of("topk", True)], training_steps=1)
+    assert first.status == "no_eligible_features"
+    assert_same(second, alone[0])
+
+
+def test_a_part_of_the_questions_is_that_part_of_all(
+    bench: Bench, saes: list[Any], alone: list[UnlearningResult]
+) -> None:
+    half = split_questions(bench.cache.known_questions, 5)
+    found = bench.cached().evaluate_many(saes[:2], training_steps=1, questions=half)
+    for ours, whole in zip(found, alone, strict=False):
+        assert_same(ours, whole.on(half))
+        assert ours.baseline_forget_total < whole.baseline_forget_total
+
+
+def test_what_is_not_asked_is_not_run(
+    bench: Bench, saes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = bench.cached()
+    letters, answered = evaluator.layers.letters, []
+
+    def count(resid: Any, past: Any) -> Any:
+        answered.append(len(resid))
+        return letters(resid, past)
+
+    monkeypatch.setattr(evaluator.layers, "letters", count)
+    evaluator.evaluate(saes[0], training_steps=1)
+    all_of_them = sum(answered)
+    answered.clear()
+    half = split_questions(bench.cache.known_questions, 5)
+    evaluator.evaluate(saes[0], training_steps=1, questions=half)
+    assert 0 < sum(answered) < 0.7 * all_of_them
+
+
+def test_masks_of_other_questions_are_refused(bench: Bench, saes: list[Any]) -> None:
+    masks = {n: np.ones(count, bool) for n, count in bench.cache.known_questions.items()}
+    short = masks | {"wmdp-bio": np.ones(5, bool)}
+    with pytest.raises(ValueError, match=r"'wmdp-bio': \(24,\).*not.*'wmdp-bio': \(5,\)"):
+        bench.cached().evaluate(saes[0], training_steps=1, questions=short)
+    empty = masks | {"human_aging": np.zeros(12, bool)}
+    with pytest.raises(ValueError, match="at least one of each data set"):
+        bench.cached().evaluate(saes[0], training_steps=1, questions=empty)
