@@ -12,6 +12,8 @@ from rich.console import Console
 from raysae.config import RunConfig
 from raysae.search import cluster
 
+RESIZE_SECONDS = 30.0
+"""So often a pool on a cluster looks whether nodes have joined: they restart all workers."""
 POOL_FAILURES = 50
 """Times that the pool may lose a worker before the search stops, to be resumed by hand."""
 
@@ -99,6 +101,7 @@ def run_pool(
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.threads_per_worker}
             | ({"GPU": 1} if resources.use_gpu else {}),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=TrainRunConfig(
             name=namespace,
