@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ def serve(settings: dict[str, Any]) -> None:
     """
     config = WorkerConfig(**settings)
     broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
+    elsewhere = not_shared(Path(config.run_dir))
+    if elsewhere:
+        ray.get(broker.halt.remote(elsewhere))
+        return
     try:
         worker = _set_up(config, broker)
     except Exception as error:
@@ -78,6 +83,17 @@ def serve(settings: dict[str, Any]) -> None:
         return
     if worker is not None:
         worker.serve()
+
+
+def not_shared(run_dir: Path) -> str:
+    """Why a worker cannot write its results where the search will look for them; "" if it can."""
+    if (run_dir / "config.yaml").is_file():
+        return ""
+    return (
+        f"the worker on {platform.node()} does not see the run folder {run_dir}: it must lie on a "
+        "file system that all nodes share (NFS, Lustre, EFS, …); move it to one, or set --out to "
+        "one"
+    )
 
 
 def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:

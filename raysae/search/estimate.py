@@ -20,12 +20,14 @@ from raysae.worlds.world import World, WorldEntry, hook_layer
 if TYPE_CHECKING:
     from raysae.store.batches import ChunkedActivations
 
-STEP_SECONDS = 6.0
+STEP_SECONDS = 4.0
 """For timing training steps, over all methods of the space."""
-MAX_STEPS = 20
+MAX_STEPS = 10
 """Timed of one method."""
 SAMPLE = 512
 """Texts of a corpus, and questions, whose tokens are counted; the others by their characters."""
+FRAME = 30
+"""Tokens that SAEBench puts around a question."""
 FORWARD_ROWS = 16
 """Sequences of the timed forward pass."""
 LAYER_PARAMETERS = 16
@@ -43,7 +45,7 @@ END_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class CorpusSize:
-    """What a world's texts amount to; exact where all of them were tokenised."""
+    """What a world's texts amount to, about."""
 
     sequences: int
     """Of both corpora."""
@@ -83,28 +85,30 @@ def corpus_size(world: World) -> CorpusSize:
 
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
-    sequences = 0
+    sequences = rows = 0
     for texts in (world.forget_texts, world.retain_texts):
-        # A token between two texts, and each sequence begins with one that is not kept.
-        sequences += int(_tokens(tokenizer, texts, extra=1) // (world.seq_len - 1))
+        tokens, n_texts = _count(tokenizer, texts)
+        # Between two texts stands one that is not kept, and another at the head of a sequence.
+        cut = int((tokens + n_texts) // world.seq_len)
+        sequences += cut
+        rows += int(cut * (world.seq_len - 1) * tokens / max(1, tokens + n_texts))
     questions = [" ".join((q.question, *q.choices)) for qs in world.questions.values() for q in qs]
-    # SAEBench asks its questions in a frame of about thirty tokens.
-    prompts = _tokens(tokenizer, questions, extra=30)
-    return CorpusSize(sequences, sequences * (world.seq_len - 1), int(prompts))
+    tokens, n_questions = _count(tokenizer, questions)
+    return CorpusSize(sequences, rows, int(tokens + FRAME * n_questions))
 
 
-def _tokens(tokenizer: Any, texts: Iterable[str], *, extra: int) -> float:
-    """Tokens of all texts, with so many more for each."""
+def _count(tokenizer: Any, texts: Iterable[str]) -> tuple[float, int]:
+    """Tokens of all texts, about, and their number."""
     remaining = iter(texts)
     sample = list(islice(remaining, SAMPLE))
     if not sample:
-        return 0.0
+        return 0.0, 0
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     counted, characters = sum(map(len, ids)), max(1, sum(map(len, sample)))
     n_others, others = 0, 0
     for text in remaining:
         n_others, others = n_others + 1, others + len(text)
-    return counted * (1 + others / characters) + extra * (len(sample) + n_others)
+    return counted * (1 + others / characters), len(sample) + n_others
 
 
 def estimate(

@@ -19,6 +19,7 @@ from raysae.store.cache import MANIFEST, Entry, activations_key, cache_folder
 from raysae.store.tiers import DEVICE_SHARE, choose_tier, human
 from raysae.worlds.world import WORLDS, World, load_world
 
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 PROCESS_BYTES = 900 << 20
 """Of a worker that has imported torch and what stands on it, without model and SAE."""
 SAE_COPIES = 4
@@ -63,7 +64,9 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     needs = _needs(config, size, world)
     gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
-    here = plan.workers if address is None else min(plan.workers, max(1, plan.workers // len(nodes)))
+    here = (
+        plan.workers if address is None else min(plan.workers, max(1, plan.workers // len(nodes)))
+    )
     found = estimate(
         config,
         WORLDS[config.world],
@@ -77,16 +80,25 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     lines = [*_what(config), *_corpora(size)]
     lines += [*_memory(config, plan, nodes, needs, gpus, here), *_time(config, plan, found)]
     lines.append(f"this machine {cores} cores, {_names(gpus)}")
-    return lines + [f"short of     {line}" for line in _short(config, plan, needs, gpus, here, cores)]
+    return lines + [
+        f"short of     {line}" for line in _short(config, plan, needs, gpus, here, cores)
+    ]
 
 
 def _world_here(name: str) -> World | None:
     """The world, where all of it is on this machine already: a plan fetches nothing."""
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    before = {variable: os.environ.get(variable) for variable in OFFLINE}
+    os.environ.update(dict.fromkeys(OFFLINE, "1"))
     try:
         return load_world(name)
     except (ConnectionError, FileNotFoundError):
         return None
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
 
 
 def _harvested(config: RunConfig, world: World) -> bool:
@@ -189,9 +201,7 @@ def _memory(
         yield f"store        {row} of the corpora"
     else:
         room = min(node.store_bytes for node in nodes)
-        _, where = choose_tier(
-            needs.store, room, disk=cache is not None, one_node=len(nodes) == 1
-        )
+        _, where = choose_tier(needs.store, room, disk=cache is not None, one_node=len(nodes) == 1)
         yield f"store        {row}; {where}; one copy a node"
         disk = f"{human(needs.store)} in {cache}" if cache else "no cache"
         yield f"on disk      {disk}; about {human(needs.run_folder)} in the run folder"
@@ -228,8 +238,11 @@ def _time(config: RunConfig, plan: Plan, found: Estimate) -> Iterator[str]:
         f"{_span(found.start)} to start, {config.num_trials} trials on {groups} "
         f"group{'s' if groups > 1 else ''} of workers, {_span(found.training)} to train one to its "
         f"end and {_span(found.scoring)} to score it at a rung"
-        + (f"; the confirmation at most {_span(found.confirmation)} more"
-           if found.confirmation else "")  # fmt: skip
+        + (
+            f"; the confirmation at most {_span(found.confirmation)} more"
+            if found.confirmation
+            else ""
+        )  # fmt: skip
     )
 
 

@@ -44,12 +44,30 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def check_folder(option: str, path: str | None) -> None:
+    """Refuse what is no folder of this machine's file system.
+
+    The journal is fsynced line by line, checkpoints are replaced as a whole, and the folder is
+    locked: object stores have none of these.
+
+    Raises:
+        UserError: an address like s3://….
+    """
+    if path is not None and "://" in path:
+        raise UserError(
+            f"{option} {path}: must be a folder; a search writes to a file system, on a cluster to "
+            "one that all nodes share (NFS, Lustre, EFS, …), and not to an object store: copy the "
+            "run folder there when the search has ended"
+        )
+
+
 def make_run_dir(out: str | None, name: str) -> Path:
     """A new run folder: `out`, or `runs/<name>-<date>-<time>`.
 
     Raises:
         UserError: it exists and is not empty, or cannot be written.
     """
+    check_folder("--out", out)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(out) if out else Path("runs") / f"{name}-{stamp}"
     run_dir = run_dir.absolute()
@@ -72,6 +90,7 @@ def resolve(config: RunConfig) -> RunConfig:
         UserError: the model has no such hook point, or a logger cannot be used.
     """
     check_loggers(config.loggers)
+    check_folder("resources.cache", config.resources.cache)
     entry = WORLDS[config.world]
     hook = config.hook or entry.default_hook_name
     try:

@@ -1,0 +1,91 @@
+"""`ray job submit` on a cluster with a token: the search runs there, and its output comes back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raysae.journal import JOURNAL, ended_trials, read_journal
+
+pytestmark = [pytest.mark.search, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+SECONDS = 400
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of who has the token of a cluster that was just started."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PYTHONPATH": str(ROOT),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    start = [
+        *(str(RAY), "start", "--head", "--block", "--num-cpus", "2"),
+        *("--port", str(port), "--dashboard-port", str(dashboard)),
+        *("--dashboard-agent-listen-port", str(free_port())),
+        # Sockets have short names.
+        *("--temp-dir", f"/tmp/raysae-{port}"),
+    ]
+    with (tmp_path / "head.log").open("wb") as log:
+        own = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+        head = subprocess.Popen(start, env=own, stdout=log, stderr=log)
+    deadline = time.monotonic() + SECONDS
+    while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+        assert head.poll() is None, (tmp_path / "head.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    yield environment
+    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    head.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    for process in alive:
+        process.kill()
+
+
+def submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY), "job", "submit", "--", sys.executable, str(ROOT / "run_search.py"), *words]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+
+
+def test_a_search_is_submitted_as_a_job_and_its_output_comes_back(
+    cluster: dict[str, str], tmp_path: Path
+):
+    out = tmp_path / "run"
+    options = ["--smoke", "--set", "resources.workers=1", "--address", "auto", "--out", str(out)]
+    done = submit(cluster, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Leaderboard: 3 trials" in done.stdout
+    assert "succeeded" in done.stdout
+    assert len(ended_trials(read_journal(out / JOURNAL))) == 3
+
+    refused = submit(cluster, *options)
+    assert refused.returncode != 0
+    assert "exists already" in refused.stdout
+
+    stranger = {**cluster, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
+    (tmp_path / "other").write_text("f" * 64)
+    assert submit(stranger, *options).returncode != 0
