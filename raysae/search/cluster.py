@@ -178,9 +178,9 @@ def local_resources(config: RunConfig) -> dict[str, int]:
     gpus = len(list_gpus()) if resources.use_gpu else 0
     if resources.use_gpu and gpus < (resources.workers or 1):
         raise UserError(
-            f"resources.use_gpu: {resources.workers or 1} workers with a GPU each, and this machine "
-            f"has {gpus or 'none'}; set resources.workers to what it has, resources.use_gpu to "
-            "false, or join a cluster with --address"
+            f"resources.use_gpu: {resources.workers or 1} workers with a GPU each, and this "
+            f"machine has {gpus or 'none'}; set resources.workers to what it has, "
+            "resources.use_gpu to false, or join a cluster with --address"
         )
     cores = len(os.sched_getaffinity(0))
     by_cores = max(1, cores // resources.threads_per_worker)

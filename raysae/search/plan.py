@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -64,9 +65,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     needs = _needs(config, size, world)
     gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
-    here = (
-        plan.workers if address is None else min(plan.workers, max(1, plan.workers // len(nodes)))
-    )
+    here = plan.workers if address is None else ceil(plan.workers / len(nodes))
     found = estimate(
         config,
         WORLDS[config.world],
@@ -207,8 +206,8 @@ def _memory(
         yield f"on disk      {disk}; about {human(needs.run_folder)} in the run folder"
     for node in nodes:
         yield (
-            f"node         {node.name}: {node.cpus} CPUs and {node.gpus} GPUs for Ray, object store "
-            f"{human(node.store_bytes)}"
+            f"node         {node.name}: {node.cpus} CPUs and {node.gpus} GPUs for Ray, object "
+            f"store {human(node.store_bytes)}"
         )
     yield (
         f"workers      {plan.workers}{_up_to(plan)}, {plan.workers_per_trial} a trial, "
@@ -233,16 +232,12 @@ def _up_to(plan: Plan) -> str:
 
 def _time(config: RunConfig, plan: Plan, found: Estimate) -> Iterator[str]:
     groups = max(1, plan.workers // plan.workers_per_trial)
+    then = f"; the confirmation at most {_span(found.confirmation)} more"
     yield (
         f"time         about {_span(found.total)} (an estimate: {found.measured}): "
         f"{_span(found.start)} to start, {config.num_trials} trials on {groups} "
         f"group{'s' if groups > 1 else ''} of workers, {_span(found.training)} to train one to its "
-        f"end and {_span(found.scoring)} to score it at a rung"
-        + (
-            f"; the confirmation at most {_span(found.confirmation)} more"
-            if found.confirmation
-            else ""
-        )  # fmt: skip
+        f"end and {_span(found.scoring)} to score it at a rung{then if found.confirmation else ''}"
     )
 
 

@@ -21,9 +21,7 @@ SEQUENCES_PER_FORWARD = 64
 def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarray]:
     """Token ids of both corpora, int32 (sequences, seq_len), as SAEBench concatenates and cuts."""
     texts = {"forget": world.forget_texts, "retain": world.retain_texts}
-    return {
-        name: tokenize_texts(model.tokenizer, texts[name], world.seq_len) for name in CORPORA
-    }
+    return {name: tokenize_texts(model.tokenizer, texts[name], world.seq_len) for name in CORPORA}
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def test_a_search_goes_on_without_a_lost_node_and_uses_a_new_one(cluster: Cluste
     second = starts(out)[-1][0]
 
     added = cluster.add_node(num_cpus=1)
-    assert search.wait_until(lambda: (starts(out)[-1][0] not in (first, second)), SECONDS)
+    assert search.wait_until(lambda: starts(out)[-1][0] not in (first, second), SECONDS)
     assert search.wait_until(lambda: works(added), SECONDS), search.tail()
     assert search.wait(SECONDS) == 0, search.tail()
     workers = {w for generation, w in starts(out) if generation == second}

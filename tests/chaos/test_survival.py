@@ -59,8 +59,8 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
     victims = rng.sample(VICTIMS, len(VICTIMS))
     out = tmp_path / "run"
     search = Search(out, *OPTIONS, "--out", str(out), RAYSAE_CACHE=str(tmp_path / "cache"))
-    for task in ("harvest", "evaluation"):
-        assert search.wait_until(lambda: search.kill_all(task) > 0, 180), search.tail()
+    assert search.wait_until(lambda: search.kill_all("harvest") > 0, 180), search.tail()
+    assert search.wait_until(lambda: search.kill_all("evaluation") > 0, 180), search.tail()
     killed = []
     for victim in victims:
         starts = 0 if not killed else search.events("start")

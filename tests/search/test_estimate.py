@@ -54,7 +54,8 @@ def test_the_size_of_a_corpus_is_that_of_its_tokens():
     assert size.rows == pytest.approx(rows, rel=0.03)
 
 
-def test_seconds_of_a_search_are_those_of_its_steps_and_rungs(measured: None):
+@pytest.mark.usefixtures("measured")
+def test_seconds_of_a_search_are_those_of_its_steps_and_rungs():
     made = config(
         search__num_samples=10, search__scheduler={"name": "none"}, training__tokens=1024 * 1000,
         confirm__top=0,
@@ -70,7 +71,8 @@ def test_seconds_of_a_search_are_those_of_its_steps_and_rungs(measured: None):
     assert found.confirmation == 0
 
 
-def test_trials_that_are_stopped_early_cost_less(measured: None):
+@pytest.mark.usefixtures("measured")
+def test_trials_that_are_stopped_early_cost_less():
     made = config(
         search__num_samples=90, confirm__top=0, training__tokens=1024 * 900,
         search__scheduler={"name": "asha", "grace_fraction": 1 / 9, "reduction_factor": 3},
@@ -81,7 +83,8 @@ def test_trials_that_are_stopped_early_cost_less(measured: None):
     assert found.search == pytest.approx(45 * (share * found.training + rungs * found.scoring))
 
 
-def test_workers_that_outnumber_the_cores_are_no_faster(measured: None):
+@pytest.mark.usefixtures("measured")
+def test_workers_that_outnumber_the_cores_are_no_faster():
     two, four = (
         estimate(config(), WORLDS["embedded"], load_world("embedded"), SIZE,
                  **MACHINE | {"workers": n, "workers_here": n})
@@ -91,7 +94,8 @@ def test_workers_that_outnumber_the_cores_are_no_faster(measured: None):
     assert four.training == pytest.approx(2 * two.training)
 
 
-def test_without_the_model_it_counts_operations_and_says_so(measured: None):
+@pytest.mark.usefixtures("measured")
+def test_without_the_model_it_counts_operations_and_says_so():
     made = config("seed_gemma-2-2b.yaml", resources__use_gpu=False)
     found = estimate(made, WORLDS["gemma-2-2b"], None, None, **MACHINE)
     assert "the model is not on this machine" in found.measured
@@ -114,7 +118,8 @@ def test_every_method_of_the_space_is_timed():
 
 
 @pytest.fixture
-def lines(measured: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+def lines(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    request.getfixturevalue("measured")
     monkeypatch.setattr(planning, "corpus_size", lambda _: SIZE)
 
     def say(**overrides: Any) -> dict[str, str]:
@@ -143,9 +148,9 @@ def test_what_is_larger_than_the_object_store_is_mapped_from_disk(
     assert "spilled to disk by Ray" in lines(resources__cache=None)["store"]
 
 
-def test_what_does_not_fit_is_named_with_the_setting_to_change(
-    lines: Any, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.usefixtures("measured")
+def test_what_does_not_fit_is_named_with_the_setting_to_change(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "corpus_size", lambda _: SIZE)
     monkeypatch.setattr(planning, "_free", lambda _: 1000)
     said = describe_plan(config(resources__workers=1000))
     short = [line for line in said if line.startswith("short of ")]
