@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -165,7 +166,9 @@ def run_search(
         broker: Any = None
         memory = MemoryWatch()
         try:
-            namespace = f"raysae-{uuid.uuid4().hex[:8]}"
+            # Ray's dashboard shows it with the pool's run, the trials' experiment and the broker.
+            shown = re.sub(r"[^\w.-]", "-", run_dir.name)[:40]
+            namespace = f"raysae-{shown}-{uuid.uuid4().hex[:8]}"
             plan, dashboard = cluster.start(config, address, namespace)
             console.print(
                 f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "

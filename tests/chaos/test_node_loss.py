@@ -24,7 +24,7 @@ OPTIONS = [
     *("--set", "training.tokens=262144"),
 ]
 """What is tried does not depend on the order of results, which two workers do not keep."""
-SECONDS = 400
+SECONDS = 600
 """For every step of the story; all of them together take a few minutes."""
 
 

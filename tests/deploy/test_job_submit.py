@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.search, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
-SECONDS = 400
+SECONDS = 600
 
 
 def free_port() -> int:
