@@ -103,7 +103,7 @@ def run_pool(
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.threads_per_worker}
             | ({"GPU": 1} if resources.use_gpu else {}),
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
         ),
         run_config=TrainRunConfig(
             name=namespace,

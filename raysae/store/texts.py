@@ -41,9 +41,9 @@ def tokenize_texts(tokenizer: Any, texts: Iterable[str], seq_len: int) -> np.nda
         found.append(ids[ids != tokenizer.pad_token_id])
     tokens = np.concatenate(found)
     sequences = len(tokens) // seq_len
-    tokens = tokens[: sequences * seq_len].reshape(sequences, seq_len)
-    tokens[:, 0] = tokenizer.bos_token_id
-    return tokens
+    cut: np.ndarray = tokens[: sequences * seq_len].reshape(sequences, seq_len)
+    cut[:, 0] = tokenizer.bos_token_id
+    return cut
 
 
 def _parts(separator: str, texts: Iterable[str]) -> Iterator[str]:
