@@ -29,8 +29,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of who has the token of a cluster that was just started."""
+def cluster(tmp_path: Path) -> Iterator[tuple[dict[str, str], str]]:
+    """The environment of who has the token of a cluster that was just started; its address."""
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     port, dashboard = free_port(), free_port()
@@ -56,7 +56,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         assert head.poll() is None, (tmp_path / "head.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(1)
-    yield environment
+    yield environment, f"127.0.0.1:{port}"
     processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.terminate()
     _, alive = psutil.wait_procs(processes, timeout=30)
@@ -72,20 +72,42 @@ def submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProc
 
 
 def test_a_search_is_submitted_as_a_job_and_its_output_comes_back(
-    cluster: dict[str, str], tmp_path: Path
+    cluster: tuple[dict[str, str], str], tmp_path: Path
 ):
+    environment, _ = cluster
     out = tmp_path / "run"
     options = ["--smoke", "--set", "resources.workers=1", "--address", "auto", "--out", str(out)]
-    done = submit(cluster, *options)
+    done = submit(environment, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Leaderboard: 3 trials" in done.stdout
     assert "succeeded" in done.stdout
     assert len(ended_trials(read_journal(out / JOURNAL))) == 3
 
-    refused = submit(cluster, *options)
+    refused = submit(environment, *options)
     assert refused.returncode != 0
     assert "exists already" in refused.stdout
 
-    stranger = {**cluster, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
+    stranger = {**environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}
     (tmp_path / "other").write_text("f" * 64)
     assert submit(stranger, *options).returncode != 0
+
+
+def test_a_plan_for_a_cluster_names_its_nodes_and_refuses_what_it_has_not(
+    cluster: tuple[dict[str, str], str],
+):
+    environment, address = cluster
+
+    def plan(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "run_search.py"), "--plan", "--address", address]
+        return subprocess.run(
+            [*command, *words], env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+
+    fits = plan()
+    assert fits.returncode == 0, fits.stderr
+    lines = fits.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("node ")]) == 1
+    assert any(": 2 CPUs and 0 GPUs for Ray" in line for line in lines)
+    refused = plan("--set", "resources.workers=9")
+    assert refused.returncode == 2
+    assert "set resources.workers to at most 1" in refused.stderr
