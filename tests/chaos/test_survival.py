@@ -53,7 +53,8 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
 ):
     """One kill of each kind, in random order, each a few seconds after a worker took a trial.
 
-    The resumed search is one on another machine: its run folder lies elsewhere, its cache is empty.
+    The resumed search is one on another machine: its run folder lies elsewhere, and its cache is
+    that of the other search.
     """
     rng = random.Random(SEED)
     victims = rng.sample(VICTIMS, len(VICTIMS))
@@ -78,8 +79,7 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
                 assert search.wait(60) == 130, search.tail()
                 assert f"--resume {out}" in search.tail()
             out = Path(shutil.move(out, tmp_path / f"moved-{victim}"))
-            elsewhere = str(tmp_path / f"cache-{victim}")
-            search = Search(out, "--resume", str(out), RAYSAE_CACHE=elsewhere)
+            search = Search(out, "--resume", str(out))
         else:
             search.kill_all(victim)
         killed.append(victim)
