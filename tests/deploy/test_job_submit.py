@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,27 +42,31 @@ def cluster(tmp_path: Path) -> Iterator[tuple[dict[str, str], str]]:
         "PYTHONPATH": str(ROOT),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
+    folder = Path(f"/tmp/raysae-{port}")  # sockets have short names
     start = [
         *(str(RAY), "start", "--head", "--block", "--num-cpus", "2"),
-        *("--port", str(port), "--dashboard-port", str(dashboard)),
-        *("--dashboard-agent-listen-port", str(free_port())),
-        # Sockets have short names.
-        *("--temp-dir", f"/tmp/raysae-{port}"),
+        *("--node-ip-address", "127.0.0.1", "--port", str(port)),
+        *("--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(free_port())),
+        *("--temp-dir", str(folder), "--disable-usage-stats"),
     ]
+    own = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "head.log").open("wb") as log:
-        own = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
-        head = subprocess.Popen(start, env=own, stdout=log, stderr=log)
-    deadline = time.monotonic() + SECONDS
-    while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
-        assert head.poll() is None, (tmp_path / "head.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    yield environment, f"127.0.0.1:{port}"
-    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    head.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    for process in alive:
-        process.kill()
+        head = psutil.Popen(start, env=own, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        yield environment, f"127.0.0.1:{port}"
+    finally:
+        processes = [head, *head.children(recursive=True)] if head.is_running() else []
+        for process in processes[:1]:
+            process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=30)
+        for process in alive:
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
