@@ -89,7 +89,7 @@ def search(
     overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
     path, config = _configured(space, overrides, set_, flags)
     if plan:
-        _print_plan(config)
+        _print_plan(config, address)
         return
     from raysae.search.cluster import check_address
     from raysae.search.run import fetch_world, make_run_dir, run_search
@@ -136,12 +136,18 @@ def _exit_code(outcome: SearchOutcome) -> None:
         raise typer.Exit(_say(f"every trial failed; the first because: {outcome.first_error}", 1))
 
 
-def plan(space: SpaceOption = "orth.yaml", set_: SetOption = None) -> None:
-    """Say what a search would do and need, and start nothing.
+def plan(
+    space: SpaceOption = "orth.yaml",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to plan for; default: this machine.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Say what a search would do and need and how long it may take, and start nothing.
 
     Example: raysae plan --space seed_gemma-2-2b.yaml
     """
-    _print_plan(_configured(space, {}, set_, {})[1])
+    _print_plan(_configured(space, {}, set_, {})[1], address)
 
 
 def status(
@@ -255,10 +261,13 @@ def _configured(
     return path, resolve(load_config(path, overrides))
 
 
-def _print_plan(config: RunConfig) -> None:
+def _print_plan(config: RunConfig, address: str | None) -> None:
+    from raysae.search.cluster import check_address
     from raysae.search.plan import describe_plan
 
-    sys.stdout.write("\n".join(describe_plan(config)) + "\n")
+    if address is not None:
+        check_address(address)
+    sys.stdout.write("\n".join(describe_plan(config, address)) + "\n")
 
 
 def _console() -> Console:

@@ -133,6 +133,9 @@ class ResourcesConfig(_Strict):
     """The worker pool."""
 
     workers: int | None = Field(None, ge=1, description="default: one per CPU core, or per GPU")
+    max_workers: int | None = Field(
+        None, ge=1, description="on a cluster: as far as the pool grows where nodes join it"
+    )
     workers_per_trial: int = Field(1, ge=1, description="above 1: data-parallel")
     threads_per_worker: int = Field(1, ge=1)
     use_gpu: bool = False

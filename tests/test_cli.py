@@ -312,18 +312,30 @@ def test_every_command_shows_an_example_of_itself(name: str, raysae):
     assert "Exit codes" in ended.out
 
 
-def test_plan_says_what_search_plan_says(raysae):
+def test_plan_says_what_search_plan_says(raysae, monkeypatch):
+    monkeypatch.setattr("raysae.search.estimate._seconds_a_step", lambda *_: 0.01)
     options = ["--space", "seed_runs.yaml", "--set", "training.tokens=409600"]
     planned, searched = raysae("plan", *options), raysae("search", "--plan", *options)
     assert planned.code == searched.code == 0
     assert "409,600 tokens a trial" in planned.out
-    assert planned.out == searched.out
+    plans = [ended.out.splitlines() for ended in (planned, searched)]
+    measured = [line.startswith("time ") for line in plans[0]]
+    assert sum(measured) == 1
+    for one, other, timed in zip(*plans, measured, strict=True):
+        assert one == other or timed
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["plan", "--space", "orht"], "--space orht: no such file"),
+        (["plan", "--set", "resources.use_gpu=true"], "resources.use_gpu: 1 workers with a GPU"),
+        (
+            ["plan", "--set", "training.batch_size=200000", "--set", "training.tokens=200000000"],
+            "training.batch_size: 200,000 rows, and",
+        ),
+        (["search", "--out", "s3://bucket/run"], "--out s3://bucket/run: must be a folder"),
+        (["plan", "--set", "resources.cache=s3://bucket"], "resources.cache s3://bucket: must be"),
         (["status", "nowhere"], "nowhere: no such folder"),
         (["world", "embeded"], "unknown world 'embeded': valid are 'embedded'"),
         (["push", "nowhere", "me/sae"], "nowhere: no best SAE there"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,10 @@ def serve(settings: dict[str, Any]) -> None:
     """
     config = WorkerConfig(**settings)
     broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
+    elsewhere = not_shared(Path(config.run_dir))
+    if elsewhere:
+        ray.get(broker.halt.remote(elsewhere))
+        return
     try:
         worker = _set_up(config, broker)
     except Exception as error:
@@ -82,13 +87,29 @@ def serve(settings: dict[str, Any]) -> None:
         worker.serve()
 
 
+def not_shared(run_dir: Path) -> str:
+    """Why a worker cannot write its results where the search will look for them; "" if it can."""
+    if (run_dir / "config.yaml").is_file():
+        return ""
+    return (
+        f"the worker on {platform.node()} does not see the run folder {run_dir}: it must lie on a "
+        "file system that all nodes share (NFS, Lustre, EFS, …); move it to one, or set --out to "
+        "one"
+    )
+
+
 def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
-    """Everything that is paid for once; None when the search was closed before it began."""
+    """Everything that is paid for once; None when the search was closed before it began, and for a
+    worker more than fill whole groups.
+    """
     ray.get(broker.starting.remote())
     torch.set_num_threads(config.threads)
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    group, collective = _join_group(rank, size, config.workers_per_trial)
+    joined = _join_group(rank, size, config.workers_per_trial)
+    if joined is None:
+        return None
+    group, collective = joined
     leader = collective.rank == 0
     world = load_world(config.world)
     eval_config = default_eval_config(world)
@@ -290,16 +311,18 @@ def _device(use_gpu: bool) -> str:
     return str(get_device())
 
 
-def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone]:
-    """The worker's group of `per_trial` workers: its index, and how its members talk."""
+def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone] | None:
+    """The worker's group of `per_trial` workers: its index, and how its members talk.
+
+    None for those left over, where a lost node has left workers that fill no whole group.
+    """
     if per_trial == 1:
         return rank, Alone()
     mine: Alone | None = None
-    for start in range(0, size, per_trial):
+    for start in range(0, size - per_trial + 1, per_trial):
         # Every process must create every group, in the same order.
         members = dist.new_group(list(range(start, start + per_trial)))
         if start <= rank < start + per_trial:
             assert isinstance(members, dist.ProcessGroup)
             mine = Group(members)
-    assert mine is not None, "the pool's size is a multiple of workers_per_trial"
-    return rank // per_trial, mine
+    return None if mine is None else (rank // per_trial, mine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from raysae.errors import UserError
 
 HARVEST_CPUS = 1
 STORE_BYTES = 1 << 30
+FREE_SECONDS = 5
 
 _ENVIRONMENT = {
     # `uv run` would make Ray copy the project and start every worker through uv.
@@ -21,6 +24,9 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # On a busy machine the dashboard takes longer than Ray's minute, and Ray would give up.
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    # A pool that is started on a node just lost would wait for it for a minute. Ray Train counts a
+    # cluster's nodes every 20 s: after that long it knows better, and asks for what there is.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     # Progress bars and banners of Tune: the search has its own display.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -42,10 +48,32 @@ WORKER_ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """One of this machine."""
+
+    name: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class NodeRoom:
+    """What a node has."""
+
+    name: str
+    cpus: int
+    gpus: int
+    store_bytes: int
+    """Of its object store."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a search uses the cluster."""
 
     workers: int
+    """That there is room for now."""
+    max_workers: int
+    """As far as the pool grows."""
     workers_per_trial: int
     concurrent_trials: int
     cpus: int
@@ -54,9 +82,10 @@ class Plan:
 
     @property
     def pool_size(self) -> int | tuple[int, int]:
-        """Workers as Ray Train takes them: on a cluster, whose nodes come and go, from one up."""
-        elastic = not self.local and self.workers_per_trial == 1
-        return (1, self.workers) if elastic else self.workers
+        """Workers as Ray Train takes them: on a cluster, whose nodes come and go, from what one
+        trial takes up.
+        """
+        return self.workers if self.local else (self.workers_per_trial, self.max_workers)
 
     @property
     def groups(self) -> int:
@@ -101,8 +130,6 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     import ray
 
-    resources = config.resources
-    cores = len(os.sched_getaffinity(0))
     common: dict[str, Any] = {
         "namespace": namespace,
         "log_to_driver": False,
@@ -110,35 +137,127 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         "configure_logging": True,
     }
     if address is None:
-        workers = resources.workers or max(1, cores // resources.threads_per_worker)
-        # One logical CPU more than the workers take, so that the harvest can run beside them
-        # while they start; it is idle afterwards. Logical CPUs are promises, not cores.
+        here = local_resources(config)
         context = ray.init(
             address="local",  # a cluster that happens to run here is not to be joined unasked
-            num_cpus=workers * resources.threads_per_worker + HARVEST_CPUS,
-            num_gpus=workers if resources.use_gpu else 0,
+            num_cpus=here["CPU"],
+            num_gpus=here["GPU"],
             object_store_memory=STORE_BYTES,
             include_dashboard=True,
             **common,
         )
     else:
-        try:
-            context = ray.init(
-                address=address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common
-            )
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            raise UserError(
-                f"--address {address}: no Ray cluster can be reached there "
-                f"({str(error).splitlines()[0]}); start one with `ray start --head`, or leave "
-                f"--address out to use this machine{_token_hint()}"
-            ) from None
+        context = _join(address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common)
     try:
-        plan = make_plan(config, ray.cluster_resources(), local=address is None)
+        plan = make_plan(config, _free_resources(), local=address is None)
     except UserError:
         ray.shutdown()
         raise
     url = context.dashboard_url
     return plan, f"http://{url}" if url else None
+
+
+def _join(address: str, **arguments: Any) -> Any:
+    import ray
+
+    try:
+        return ray.init(address=address, **arguments)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster can be reached there "
+            f"({str(error).splitlines()[0]}); start one with `ray start --head`, or leave "
+            f"--address out to use this machine{_token_hint()}"
+        ) from None
+
+
+def local_resources(config: RunConfig) -> dict[str, int]:
+    """CPUs and GPUs that Ray is told of where it is started here.
+
+    Raises:
+        UserError: the search wants more GPUs than this machine has.
+    """
+    resources = config.resources
+    gpus = len(list_gpus()) if resources.use_gpu else 0
+    if resources.use_gpu and gpus < (resources.workers or 1):
+        raise UserError(
+            f"resources.use_gpu: {resources.workers or 1} workers with a GPU each, and this "
+            f"machine has {gpus or 'none'}; set resources.workers to what it has, "
+            "resources.use_gpu to false, or join a cluster with --address"
+        )
+    cores = len(os.sched_getaffinity(0))
+    by_cores = max(1, cores // resources.threads_per_worker)
+    workers = resources.workers or (min(gpus, by_cores) if gpus else by_cores)
+    # One logical CPU more than the workers take, so that the harvest can run beside them
+    # while they start; it is idle afterwards. Logical CPUs are promises, not cores.
+    return {"CPU": workers * resources.threads_per_worker + HARVEST_CPUS, "GPU": gpus}
+
+
+def list_gpus() -> list[Gpu]:
+    """The GPUs that the driver lists and this process may use, without importing torch."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in done.stdout.splitlines():
+        name, _, free = line.rpartition(",")
+        found.append(Gpu(name.strip(), int(free) << 20 if free.strip().isdigit() else 0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    return found[: len([part for part in visible.split(",") if part.strip() not in ("", "-1")])]
+
+
+def look(config: RunConfig, address: str | None) -> tuple[Plan, list[NodeRoom]]:
+    """The plan of a search and the nodes it would run on; nothing is started for it.
+
+    Raises:
+        UserError: as `start`.
+    """
+    if address is None:
+        here = local_resources(config)
+        node = NodeRoom("this machine", here["CPU"], here["GPU"], STORE_BYTES)
+        return make_plan(config, {name: float(n) for name, n in here.items()}, local=True), [node]
+    import ray
+
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    _join(address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        nodes = [
+            NodeRoom(
+                node["NodeManagerHostname"],
+                int(node["Resources"].get("CPU", 0)),
+                int(node["Resources"].get("GPU", 0)),
+                int(node["Resources"].get("object_store_memory", 0)),
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        return make_plan(config, _free_resources(), local=False), nodes
+    finally:
+        ray.shutdown()
+
+
+def _free_resources() -> dict[str, float]:
+    """CPUs and GPUs that nobody holds: what others hold, a pool would wait for without end.
+
+    What a search that has just ended held comes free within seconds, and is waited for.
+    """
+    import ray
+
+    deadline = time.monotonic() + FREE_SECONDS
+    while True:
+        total, free = ray.cluster_resources(), ray.available_resources()
+        free = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
+        if time.monotonic() > deadline or all(n >= total.get(k, 0.0) for k, n in free.items()):
+            return free
+        time.sleep(0.2)
 
 
 def metrics_addresses() -> list[str]:
@@ -172,7 +291,7 @@ def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> P
 
     Args:
         config: of the search.
-        cluster: `ray.cluster_resources()`.
+        cluster: CPUs and GPUs that are free, as Ray names them.
         local: whether Ray was started for this search alone.
 
     Raises:
@@ -190,7 +309,7 @@ def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> P
         raise UserError(
             f"resources.workers: {workers} workers with {per_worker} CPU(s)"
             f"{' and 1 GPU' if resources.use_gpu else ''} each, and {HARVEST_CPUS} CPU for the "
-            f"harvest, do not fit: the cluster has {cpus} CPUs and {gpus} GPUs, room for {room} "
+            f"harvest, do not fit: {cpus} CPUs and {gpus} GPUs are free, room for {room} "
             f"workers (short of {limit}); set resources.workers to at most {room}"
         )
     if workers % per_trial:
@@ -198,6 +317,13 @@ def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> P
             f"resources.workers_per_trial: {workers} workers cannot be divided into groups of "
             f"{per_trial}; set resources.workers to a multiple of {per_trial}"
         )
-    groups = workers // per_trial
+    most = workers if local else resources.max_workers or workers
+    if most < workers or most % per_trial:
+        raise UserError(
+            f"resources.max_workers: {most} must be at least the {workers} workers that there is "
+            f"room for now, and a multiple of resources.workers_per_trial ({per_trial}); set it "
+            "so, or leave it out"
+        )
+    groups = most // per_trial
     concurrent = min(config.search.max_concurrent or groups, groups, config.num_trials)
-    return Plan(workers, per_trial, concurrent, cpus, gpus, local)
+    return Plan(workers, most, per_trial, concurrent, cpus, gpus, local)

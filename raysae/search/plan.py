@@ -2,63 +2,292 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import psutil
 
 from raysae.config import RunConfig
-from raysae.worlds.world import WORLDS
+from raysae.errors import UserError
+from raysae.search.cluster import Gpu, NodeRoom, Plan, list_gpus, look
+from raysae.search.estimate import CorpusSize, Estimate, corpus_size, estimate
+from raysae.store.cache import MANIFEST, Entry, activations_key, cache_folder
+from raysae.store.tiers import DEVICE_SHARE, choose_tier, human
+from raysae.worlds.world import WORLDS, World, load_world
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+PROCESS_BYTES = 900 << 20
+"""Of a worker that has imported torch and what stands on it, without model and SAE."""
+SAE_COPIES = 4
+"""Weights, gradients and Adam's two moments."""
+BATCH_COPIES = 6
+"""Of the features of a batch, forward and backward; a penalty adds products of d_sae²."""
 
 
-def describe_plan(config: RunConfig) -> list[str]:
-    """The plan in lines: trials, model, training, memory, machine. `config` as from `resolve`."""
-    entry, training, resources = WORLDS[config.world], config.training, config.resources
+@dataclass(frozen=True)
+class Needs:
+    """Bytes."""
+
+    sae: int
+    store: int | None
+    """None: the corpora are not on this machine."""
+    model: int
+    worker: int
+    """A worker in host memory, its model on a GPU or not."""
+    gpu: int
+    """Of a worker on its GPU, without a copy of the store."""
+    run_folder: int
+
+
+def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
+    """The plan in lines: trials, model, training, memory by tier and node, time, what is short.
+
+    Args:
+        config: as from `resolve`.
+        address: Ray cluster that would be joined; None for this machine.
+
+    Raises:
+        UserError: it cannot run; the message says what to set.
+    """
+    plan, nodes = look(config, address)
+    world = _world_here(config.world)
+    size = None if world is None else corpus_size(world)
+    if size is not None and config.training.batch_size > size.rows:
+        raise UserError(
+            f"training.batch_size: {config.training.batch_size:,} rows, and the corpora have about "
+            f"{size.rows:,}; set training.batch_size to less, or take longer texts"
+        )
+    needs = _needs(config, size, world)
+    gpus = list_gpus()
+    cores = len(os.sched_getaffinity(0))
+    here = plan.workers if address is None else ceil(plan.workers / len(nodes))
+    found = estimate(
+        config,
+        WORLDS[config.world],
+        world,
+        size,
+        workers=plan.workers,
+        workers_here=here,
+        cores=cores,
+        harvested=world is not None and _harvested(config, world),
+    )
+    lines = [*_what(config), *_corpora(size)]
+    lines += [*_memory(config, plan, nodes, needs, gpus, here), *_time(config, plan, found)]
+    lines.append(f"this machine {cores} cores, {_names(gpus)}")
+    return lines + [
+        f"short of     {line}" for line in _short(config, plan, needs, gpus, here, cores)
+    ]
+
+
+def _world_here(name: str) -> World | None:
+    """The world, where all of it is on this machine already: a plan fetches nothing."""
+    before = {variable: os.environ.get(variable) for variable in OFFLINE}
+    os.environ.update(dict.fromkeys(OFFLINE, "1"))
+    try:
+        return load_world(name)
+    except (ConnectionError, FileNotFoundError):
+        return None
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
+
+
+def _harvested(config: RunConfig, world: World) -> bool:
+    cache = cache_folder(config.resources.cache)
+    assert config.hook is not None
+    key = activations_key(world, config.hook, config.resources.store_dtype)
+    return cache is not None and (Entry.at(cache, "activations", key).folder / MANIFEST).is_file()
+
+
+def _element(config: RunConfig) -> int:
+    return 2 if config.resources.store_dtype == "bfloat16" else 4
+
+
+def _needs(config: RunConfig, size: CorpusSize | None, world: World | None) -> Needs:
+    entry, d_sae = WORLDS[config.world], config.sae.d_sae
+    sae = 4 * (2 * entry.d_model * d_sae + entry.d_model + d_sae)
+    model = 0
+    if world is not None:
+        model = _float32_bytes(world.model_path)
+    batch = 4 * config.training.batch_size * (entry.d_model + d_sae)
+    training = SAE_COPIES * sae + BATCH_COPIES * batch + 4 * d_sae**2
+    return Needs(
+        sae=sae,
+        # Activations, and of each row its token and its position.
+        store=None if size is None else size.rows * (entry.d_model * _element(config) + 8),
+        model=model,
+        worker=PROCESS_BYTES + (0 if config.resources.use_gpu else model + training),
+        gpu=model + training if config.resources.use_gpu else 0,
+        # Every trial's SAE, and checkpoints of those in flight.
+        run_folder=sae * (config.num_trials + config.max_confirmation + 1) + (4 << 20),
+    )
+
+
+def _float32_bytes(folder: Path) -> int:
+    """Of the weights, as they are loaded: 4 bytes a parameter, by the files' headers."""
+    parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                count = 1
+                for length in tensor["shape"]:
+                    count *= length
+                parameters += count
+    return 4 * parameters
+
+
+def _what(config: RunConfig) -> Iterator[str]:
+    entry, training = WORLDS[config.world], config.training
     assert config.hook is not None
     layer = int(config.hook.split(".")[1])
     confirmation = config.max_confirmation
-    trials = config.fixed_trials()
-    names = list(dict.fromkeys(spec.run for spec in trials))
-    what = (
-        f"{config.num_trials} trials chosen by {config.search.sampler}"
-        + (f", then at most {confirmation} to confirm the best" if confirmation else "")
-        if config.is_search
-        else f"{len(trials)} trials: {len(names)} runs with {config.search.seeds} seeds each"
-    )
-    element = 2 if resources.store_dtype == "bfloat16" else 4
+    if config.is_search:
+        then = f", then at most {confirmation} to confirm the best" if confirmation else ""
+        yield f"search       {config.num_trials} trials chosen by {config.search.sampler}{then}"
+    else:
+        trials = config.fixed_trials()
+        names = list(dict.fromkeys(spec.run for spec in trials))
+        seeds = config.search.seeds
+        yield f"search       {len(trials)} trials: {len(names)} runs with {seeds} seeds each"
+        yield from (f"               {name}" for name in names)
     d_sae = config.sae.d_sae
     # Forward and backward of encoder and decoder: three times two products of tokens·d_in·d_sae.
     operations = 12 * training.tokens * entry.d_model * d_sae
-    lines = [
-        f"search       {what}",
-        *(f"               {name}" for name in names),
+    yield (
         f"model        {config.world}: {entry.n_layers} layers, d_in {entry.d_model}; SAEs at "
-        f"{config.hook}, {layer + 1} of {entry.n_layers} layers are run for activations",
+        f"{config.hook}, {layer + 1} of {entry.n_layers} layers are run for activations"
+    )
+    yield (
         f"SAE          {config.sae.architecture}, d_sae {d_sae}, "
-        f"{2 * entry.d_model * d_sae + entry.d_model + d_sae:,} parameters",
+        f"{2 * entry.d_model * d_sae + entry.d_model + d_sae:,} parameters"
+    )
+    yield (
         f"training     {training.tokens:,} tokens a trial: {training.steps:,} steps of "
-        f"{training.batch_size}; {operations:.2e} operations a trial without the penalty",
-        f"scored at    {', '.join(f'{tokens:,}' for tokens in config.rungs)} tokens",
-        f"store        {element * entry.d_model:,} bytes a token of the corpora "
-        f"({resources.store_dtype})",
-        f"workers      {resources.workers or ('one a GPU' if resources.use_gpu else 'one a core')}"
-        f", {resources.workers_per_trial} a trial, {resources.threads_per_worker} threads each",
-        f"this machine {len(os.sched_getaffinity(0))} cores, {_gpus()}",
-    ]
-    if resources.use_gpu and _gpus() == "no GPU":
-        lines.append("             resources.use_gpu is set: run it where a GPU is, or join one "
-                     "with --address")  # fmt: skip
-    return lines
+        f"{training.batch_size}; {operations:.2e} operations a trial without the penalty"
+    )
+    yield f"scored at    {', '.join(f'{tokens:,}' for tokens in config.rungs)} tokens"
 
 
-def _gpus() -> str:
-    """The GPUs that the driver lists, without importing torch."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+def _corpora(size: CorpusSize | None) -> Iterator[str]:
+    if size is None:
+        yield "corpora      not on this machine: their size is not known before they are fetched"
+        return
+    yield f"corpora      about {size.rows:,} tokens in {size.sequences:,} sequences, both together"
+
+
+def _memory(
+    config: RunConfig,
+    plan: Plan,
+    nodes: list[NodeRoom],
+    needs: Needs,
+    gpus: list[Gpu],
+    here: int,
+) -> Iterator[str]:
+    entry = WORLDS[config.world]
+    row = f"{_element(config) * entry.d_model:,} bytes a token ({config.resources.store_dtype})"
+    cache = cache_folder(config.resources.cache)
+    if needs.store is None:
+        yield f"store        {row} of the corpora"
+    else:
+        room = min(node.store_bytes for node in nodes)
+        _, where = choose_tier(needs.store, room, disk=cache is not None, one_node=len(nodes) == 1)
+        yield f"store        {row}; {where}; one copy a node"
+        disk = f"{human(needs.store)} in {cache}" if cache else "no cache"
+        yield f"on disk      {disk}; about {human(needs.run_folder)} in the run folder"
+    for node in nodes:
+        yield (
+            f"node         {node.name}: {node.cpus} CPUs and {node.gpus} GPUs for Ray, object "
+            f"store {human(node.store_bytes)}"
         )
-    except (OSError, subprocess.SubprocessError):
-        return "no GPU"
-    return ", ".join(done.stdout.split("\n")).strip(", ") or "no GPU"
+    yield (
+        f"workers      {plan.workers}{_up_to(plan)}, {plan.workers_per_trial} a trial, "
+        f"{config.resources.threads_per_worker} threads each; {plan.concurrent_trials} trials at a "
+        f"time; about {human(needs.worker)} a worker, {human(here * needs.worker)} on a node"
+    )
+    if config.resources.use_gpu:
+        resident = ""
+        if needs.store is not None and gpus:
+            fits = needs.store <= DEVICE_SHARE * (gpus[0].free_bytes - needs.model)
+            resident = (
+                f", and {human(needs.store)} of activations"
+                if fits
+                else "; activations come from host memory, a step ahead"
+            )
+        yield f"a GPU        about {human(needs.gpu)} of model, SAE and batch{resident}"
+
+
+def _up_to(plan: Plan) -> str:
+    return f" (as nodes join: {plan.max_workers})" if plan.max_workers > plan.workers else ""
+
+
+def _time(config: RunConfig, plan: Plan, found: Estimate) -> Iterator[str]:
+    groups = max(1, plan.workers // plan.workers_per_trial)
+    then = f"; the confirmation at most {_span(found.confirmation)} more"
+    yield (
+        f"time         about {_span(found.total)} (an estimate: {found.measured}): "
+        f"{_span(found.start)} to start, {config.num_trials} trials on {groups} "
+        f"group{'s' if groups > 1 else ''} of workers, {_span(found.training)} to train one to its "
+        f"end and {_span(found.scoring)} to score it at a rung{then if found.confirmation else ''}"
+    )
+
+
+def _short(
+    config: RunConfig, plan: Plan, needs: Needs, gpus: list[Gpu], here: int, cores: int
+) -> Iterator[str]:
+    """What would not fit on this machine, and the setting to change; it is not refused, because
+    the figures are estimates.
+    """
+    cache = cache_folder(config.resources.cache)
+    if cache is not None and needs.store is not None and _free(cache) < needs.store:
+        yield (
+            f"disk for the cache: {human(needs.store)} in {cache}, {human(_free(cache))} are free; "
+            "set resources.cache to another folder, or to null"
+        )
+    if _free(Path("runs").absolute()) < needs.run_folder:
+        yield (
+            f"disk for the run folder: about {human(needs.run_folder)}; set --out to another disk, "
+            "or search.num_samples lower"
+        )
+    memory = psutil.virtual_memory().available
+    if plan.local and here * needs.worker > memory:
+        yield (
+            f"memory: {here} workers take about {human(here * needs.worker)}, {human(memory)} are "
+            "free; set resources.workers lower"
+        )
+    if plan.local and here * config.resources.threads_per_worker > cores:
+        yield (
+            f"cores: {here} workers with {config.resources.threads_per_worker} threads on {cores}; "
+            "they share them, set resources.workers lower to have each trial sooner"
+        )
+    if plan.local and gpus and needs.gpu > min(gpu.free_bytes for gpu in gpus):
+        yield (
+            f"GPU memory: about {human(needs.gpu)} a worker; set sae.d_sae or training.batch_size "
+            "lower"
+        )
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _names(gpus: list[Gpu]) -> str:
+    return ", ".join(gpu.name for gpu in gpus) or "no GPU"
+
+
+def _span(seconds: float) -> str:
+    """As "8.0 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

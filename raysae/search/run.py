@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -44,12 +45,30 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def check_folder(option: str, path: str | None) -> None:
+    """Refuse what is no folder of this machine's file system.
+
+    The journal is fsynced line by line, checkpoints are replaced as a whole, and the folder is
+    locked: object stores have none of these.
+
+    Raises:
+        UserError: an address like s3://….
+    """
+    if path is not None and "://" in path:
+        raise UserError(
+            f"{option} {path}: must be a folder; a search writes to a file system, on a cluster to "
+            "one that all nodes share (NFS, Lustre, EFS, …), and not to an object store: copy the "
+            "run folder there when the search has ended"
+        )
+
+
 def make_run_dir(out: str | None, name: str) -> Path:
     """A new run folder: `out`, or `runs/<name>-<date>-<time>`.
 
     Raises:
         UserError: it exists and is not empty, or cannot be written.
     """
+    check_folder("--out", out)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(out) if out else Path("runs") / f"{name}-{stamp}"
     run_dir = run_dir.absolute()
@@ -72,6 +91,7 @@ def resolve(config: RunConfig) -> RunConfig:
         UserError: the model has no such hook point, or a logger cannot be used.
     """
     check_loggers(config.loggers)
+    check_folder("resources.cache", config.resources.cache)
     entry = WORLDS[config.world]
     hook = config.hook or entry.default_hook_name
     try:
@@ -147,7 +167,9 @@ def run_search(
         closing: threading.Thread | None = None
         memory = MemoryWatch()
         try:
-            namespace = f"raysae-{uuid.uuid4().hex[:8]}"
+            # Ray's dashboard shows it with the pool's run, the trials' experiment and the broker.
+            shown = re.sub(r"[^\w.-]", "-", run_dir.name)[:40]
+            namespace = f"raysae-{shown}-{uuid.uuid4().hex[:8]}"
             plan, dashboard = cluster.start(config, address, namespace)
             console.print(
                 f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "

@@ -12,8 +12,12 @@ from rich.console import Console
 from raysae.config import RunConfig
 from raysae.search import cluster
 
+RESIZE_SECONDS = 30.0
+"""So often a pool on a cluster looks whether nodes have joined: they restart all workers."""
 POOL_FAILURES = 50
 """Times that the pool may lose a worker before the search stops, to be resumed by hand."""
+CONTROLLER_ATTEMPTS = 4
+"""Pools one after the other, where the one process dies that watches over the workers."""
 
 
 def background(target: Any, *args: Any) -> threading.Thread:
@@ -99,6 +103,7 @@ def run_pool(
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.threads_per_worker}
             | ({"GPU": 1} if resources.use_gpu else {}),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
         ),
         run_config=TrainRunConfig(
             name=namespace,
@@ -107,11 +112,18 @@ def run_pool(
         ),
     )
     reason = "the worker pool ended before the search did"
-    try:
-        trainer.fit()
-    except Exception as error:
-        (run_dir / "pool_error.log").write_text(str(error), encoding="utf-8")
-        reason = f"the worker pool failed: {last_line(error)} (log: {run_dir / 'pool_error.log'})"
+    for attempts_left in reversed(range(CONTROLLER_ATTEMPTS)):
+        try:
+            trainer.fit()
+        except Exception as error:
+            # Its controller is an actor that Ray does not restart; the workers die with it.
+            died = isinstance(error, ray.exceptions.RayActorError)
+            if died and attempts_left and ray.is_initialized():
+                continue
+            log = run_dir / "pool_error.log"
+            log.write_text(str(error), encoding="utf-8")
+            reason = f"the worker pool failed: {last_line(error)} (log: {log})"
+        break
     if ray.is_initialized():
         ray.get(broker.halt.remote(reason))
 

@@ -113,6 +113,7 @@ def run_tune(
             num_samples=1 if trials is not None else missing,
             max_concurrent_trials=plan.concurrent_trials,
             reuse_actors=True,
+            trial_name_creator=_trial_name,
             trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
@@ -125,6 +126,10 @@ def run_tune(
         ),
     )
     tuner.fit()
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial_{trial.config['spec']['number']:04d}"
 
 
 def _folder_name(trial: Any) -> str:

@@ -7,24 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
-from sae_bench.sae_bench_utils.dataset_utils import tokenize_and_concat_dataset
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from raysae.store.batches import ChunkedActivations
 from raysae.store.chunks import CORPORA, Chunk, Moments, StoreDtype, add_up
+from raysae.store.texts import tokenize_texts
 from raysae.worlds.world import World, hook_layer
 
 SEQUENCES_PER_FORWARD = 64
 
 
 def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarray]:
-    """Token ids of both corpora, int64 (sequences, seq_len), as SAEBench concatenates and cuts."""
+    """Token ids of both corpora, int32 (sequences, seq_len), as SAEBench concatenates and cuts."""
     texts = {"forget": world.forget_texts, "retain": world.retain_texts}
-    return {
-        name: tokenize_and_concat_dataset(model.tokenizer, list(texts[name]), world.seq_len).numpy()
-        for name in CORPORA
-    }
+    return {name: tokenize_texts(model.tokenizer, texts[name], world.seq_len) for name in CORPORA}
 
 
 @torch.no_grad()
@@ -40,7 +37,7 @@ def harvest_chunks(
 
     Args:
         model: run on its own device, up to the last hook's layer only.
-        tokens: (sequences, seq_len).
+        tokens: (sequences, seq_len), not written to.
         hook_names: e.g. ["blocks.0.hook_resid_post"].
         dtype: of the chunks.
         first: number of the first sequence in its corpus.
@@ -49,7 +46,7 @@ def harvest_chunks(
     found: dict[str, list[Tensor]] = {name: [] for name in hook_names}
     masks = []
     for batch in torch.from_numpy(tokens).split(SEQUENCES_PER_FORWARD):
-        batch = batch.to(model.cfg.device)
+        batch = batch.to(model.cfg.device, torch.int64)
         _, cache = model.run_with_cache(
             batch, stop_at_layer=stop_at, names_filter=lambda name: name in found
         )

@@ -58,7 +58,9 @@ def activations_key(world: World, hook_name: str, dtype: StoreDtype) -> dict[str
         "seq_len": world.seq_len,
         "hook": hook_name,
         "dtype": dtype,
-        **_what_computes("store/activations.py", "store/chunks.py", "worlds/model.py"),
+        **_what_computes(
+            "store/activations.py", "store/chunks.py", "store/texts.py", "worlds/model.py"
+        ),
     }
 
 

@@ -35,7 +35,7 @@ from raysae.store.entries import (
 from raysae.store.files import CorruptFileError, checksum
 from raysae.store.handle import HeldChunk, StoreHandle
 from raysae.store.tiers import choose_tier, human
-from raysae.worlds.world import WORLDS, load_world
+from raysae.worlds.world import WORLDS, World, load_world
 
 SEQUENCES_PER_CHUNK = 512
 CHUNK_BYTES = 64 << 20
@@ -78,6 +78,7 @@ class Harvest:
             for name in hook_names
             if cache is not None
         }
+        self._tokens: list[ObjectRef] = []
         self._pieces: list[Piece] = []
         self._held: dict[tuple[str, Piece], _Held] = {}
         self._made: dict[Piece, list[str]] = {}  # hooks at which a piece was not in the cache
@@ -117,8 +118,7 @@ class Harvest:
         listed = {name: self._listed(entry) for name, entry in self._entries.items()}
         self._pieces = next((list(files) for files in listed.values() if files), [])
         if not self._pieces:
-            lengths = ray.get(_count_sequences.remote(self._world.name))
-            self._pieces = pieces_of(lengths, self._sequences_per_chunk())
+            self._pieces = pieces_of(ray.get(self._tokenized()[0]), self._sequences_per_chunk())
         self._on_disk, where = self._choose_tier()
         for piece in self._pieces:
             for name in self._hook_names:
@@ -135,6 +135,13 @@ class Harvest:
                 f"store: {store.rows:,} rows of {self._dtype} at {name}, {human(store.nbytes)} "
                 f"{where}; {source} in {seconds:.1f} s"
             )
+
+    def _tokenized(self) -> list[ObjectRef]:
+        """Of the number of sequences of each corpus, and of the tokens of each of `CORPORA`."""
+        if not self._tokens:
+            task: Any = _tokenize.options(num_returns=1 + len(CORPORA))
+            self._tokens = task.remote(self._world.name)
+        return self._tokens
 
     def find_evaluations(self) -> None:
         """Find the evaluation cache of every hook, or begin to compute it."""
@@ -205,7 +212,8 @@ class Harvest:
             while waiting and len(running) < tasks_at_a_time:
                 piece, names = waiting.popleft()
                 task: Any = _harvest_piece.options(num_returns=1 + len(names))
-                refs = task.remote(self._world.name, names, piece, self._dtype)
+                tokens = self._tokenized()[1 + CORPORA.index(piece.corpus)]
+                refs = task.remote(self._world.name, names, piece, self._dtype, tokens)
                 running.append((piece, names, refs))
             piece, names, (rest, *refs) = running.popleft()
             # The chunks are looked at, too: one that found no room is an error of its own.
@@ -317,35 +325,41 @@ def _unwritten(entry: Entry, error: Exception) -> str:
 
 
 @lru_cache(maxsize=1)
-def _model_and_tokens(world_name: str) -> tuple[Any, dict[str, np.ndarray]]:
-    """Model and tokens, kept by the worker process so that its next task starts at once."""
+def _model(world_name: str) -> tuple[World, Any]:
+    """World and model, kept by the worker process so that its next task starts at once."""
     with imports_without_gc():
         import torch
 
-        from raysae.store.activations import corpus_tokens
+        import raysae.store.activations  # noqa: F401
         from raysae.worlds.model import load_model
 
     torch.set_num_threads(1)
     world = load_world(world_name)
-    model = load_model(world)
-    return model, corpus_tokens(world, model)
+    return world, load_model(world)
 
 
 @ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _count_sequences(world_name: str) -> dict[str, int]:
-    """Number of sequences of each corpus."""
-    return {name: len(tokens) for name, tokens in _model_and_tokens(world_name)[1].items()}
+def _tokenize(world_name: str) -> tuple[Any, ...]:
+    """Number of sequences of each corpus, and then their tokens, which all tasks of a node share.
+
+    The texts are read here alone, in parts; see `raysae.store.texts`.
+    """
+    world, model = _model(world_name)
+    from raysae.store.activations import corpus_tokens
+
+    tokens = corpus_tokens(world, model)
+    return ({name: len(part) for name, part in tokens.items()}, *tokens.values())
 
 
 @ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
 def _harvest_piece(
-    world_name: str, hook_names: list[str], piece: Piece, dtype: StoreDtype
+    world_name: str, hook_names: list[str], piece: Piece, dtype: StoreDtype, tokens: np.ndarray
 ) -> tuple[Any, ...]:
     """What the driver must know of each hook's chunk, and then the activations of each hook."""
+    _, model = _model(world_name)
     from raysae.store.activations import harvest_chunks
 
-    model, tokens = _model_and_tokens(world_name)
-    part = tokens[piece.corpus][piece.start : piece.stop]
+    part = np.array(tokens[piece.start : piece.stop])
     chunks = harvest_chunks(model, part, hook_names, dtype, first=piece.start)
     rest = [
         (
@@ -364,6 +378,5 @@ def _evaluation_cache(world_name: str, hook_name: str) -> tuple[bool, Any]:
     """True, and what scoring needs and does not depend on the SAE, as arrays and facts."""
     from raysae.unlearning import build_cache, default_eval_config
 
-    model, _ = _model_and_tokens(world_name)
-    world = load_world(world_name)
+    world, model = _model(world_name)
     return True, build_cache(world, model, hook_name, default_eval_config(world)).to_plain()

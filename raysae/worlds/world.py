@@ -218,8 +218,15 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_texts(texts: Iterable[str]) -> str:
-    """Return the sha256 (hex) of a list of texts, their order and their borders included."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+    """Return the sha256 (hex) of a list of texts, their order and their borders included.
+
+    That of the list as JSON, of which one text is held at a time.
+    """
+    digest = hashlib.sha256(b"[")
+    for i, text in enumerate(texts):
+        digest.update(((", " if i else "") + json.dumps(text)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def sha256_of_questions(questions: Mapping[str, tuple[Question, ...]]) -> str:

@@ -1,13 +1,15 @@
-"""A node of the cluster is lost in the middle of a search."""
+"""A node of the cluster is lost in the middle of a search, and another one joins."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
-from victims import Search, results
+from victims import PROCESSES, Search, results
 
 from raysae.journal import JOURNAL, read_journal
 
@@ -15,45 +17,78 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 OPTIONS = [
     "--smoke",
-    *("--num-samples", "4"),
+    *("--num-samples", "6"),
     *("--set", "search.sampler=random"),
     *("--set", "resources.checkpoint_seconds=0.5"),
     *("--set", "training.batch_size=256"),
     *("--set", "training.tokens=262144"),
 ]
 """What is tried does not depend on the order of results, which two workers do not keep."""
+SECONDS = 600
+"""For every step of the story; all of them together take a few minutes."""
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head node with room for one worker, which the test adds others to."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
     yield nodes
     nodes.shutdown()
 
 
-def test_a_search_goes_on_without_a_lost_node(cluster: Cluster, tmp_path: Path):
+def processes_of(node: Any) -> list[psutil.Process]:
+    """Everything that runs on a node of the cluster: its raylet, and what that started."""
+    (raylet,) = (info.process for info in node.all_processes["raylet"])
+    process = psutil.Process(raylet.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def works(node: Any) -> bool:
+    """Whether a worker of the pool lives there."""
+    commands = [process.cmdline() for process in processes_of(node)]
+    return any(command and command[0].startswith(PROCESSES["worker"]) for command in commands)
+
+
+def starts(out: Path) -> list[tuple[str, int]]:
+    """Set of workers, and worker, of every time that a trial was taken."""
+    records = read_journal(out / JOURNAL)
+    return [(r["generation"], r["worker"]) for r in records if r["event"] == "start"]
+
+
+def test_a_search_goes_on_without_a_lost_node_and_uses_a_new_one(cluster: Cluster, tmp_path: Path):
     lost = cluster.add_node(num_cpus=1)
     out = tmp_path / "run"
     search = Search(
         out,
         *OPTIONS,
-        *("--set", "resources.workers=2"),
+        *("--set", "resources.max_workers=2"),
         *("--address", cluster.address),
         *("--out", str(out)),
         RAY_AUTH_MODE="disabled",
     )
-    assert search.wait_for_more("start", 1, 200), search.tail()
-    workers = {r["worker"] for r in read_journal(out / JOURNAL) if r["event"] == "start"}
-    assert workers == {0, 1}, "both nodes must be at work"
+    assert search.wait_until(lambda: {w for _, w in starts(out)} == {0, 1}, SECONDS), search.tail()
+    assert works(cluster.head_node)
+    assert works(lost)
+    (first,) = {generation for generation, _ in starts(out)}
+
+    for process in processes_of(lost):
+        process.kill()
     cluster.remove_node(lost, allow_graceful=False)
-    assert search.wait(400) == 0, search.tail()
-    generations = {r["generation"] for r in read_journal(out / JOURNAL) if r["event"] == "start"}
-    assert len(generations) == 2
+    assert search.wait_until(lambda: starts(out)[-1][0] != first, SECONDS), search.tail()
+    second = starts(out)[-1][0]
+
+    added = cluster.add_node(num_cpus=1)
+    assert search.wait_until(lambda: starts(out)[-1][0] not in (first, second), SECONDS)
+    assert search.wait_until(lambda: works(added), SECONDS), search.tail()
+    assert search.wait(SECONDS) == 0, search.tail()
+    workers = {w for generation, w in starts(out) if generation == second}
+    assert workers == {0}, "one node was left"
+    assert {w for generation, w in starts(out) if generation not in (first, second)} == {0, 1}
 
     alone = tmp_path / "alone"
     undisturbed = Search(alone, *OPTIONS, "--out", str(alone))
-    assert undisturbed.wait(400) == 0, undisturbed.tail()
+    assert undisturbed.wait(SECONDS) == 0, undisturbed.tail()
     assert results(out) == results(alone)

@@ -6,6 +6,7 @@ Which is also to say that two runs with the same seed and one worker give the sa
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +35,8 @@ OPTIONS = [
 ]
 """One worker, so that the sampler hears of results in the same order; TPE and ASHA learn from them.
 """
-VICTIMS = ["driver", "worker", "client", "broker", "interrupt"]
+VICTIMS = ["driver", "worker", "client", "broker", "controller", "interrupt"]
+"""In random order; before them, the two tasks that fill the store, which come only once."""
 SEED = 0
 
 
@@ -49,11 +51,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     undisturbed: Path, tmp_path: Path
 ):
-    """One kill of each kind, in random order, each a few seconds after a worker took a trial."""
+    """One kill of each kind, in random order, each a few seconds after a worker took a trial.
+
+    The resumed search is one on another machine: its run folder lies elsewhere, and its cache is
+    that of the other search.
+    """
     rng = random.Random(SEED)
     victims = rng.sample(VICTIMS, len(VICTIMS))
     out = tmp_path / "run"
-    search = Search(out, *OPTIONS, "--out", str(out))
+    search = Search(out, *OPTIONS, "--out", str(out), RAYSAE_CACHE=str(tmp_path / "cache"))
+    assert search.wait_until(lambda: search.kill_all("harvest") > 0, 180), search.tail()
+    assert search.wait_until(lambda: search.kill_all("evaluation") > 0, 180), search.tail()
     killed = []
     for victim in victims:
         starts = 0 if not killed else search.events("start")
@@ -70,10 +78,10 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
                 search.process.send_signal(2)
                 assert search.wait(60) == 130, search.tail()
                 assert f"--resume {out}" in search.tail()
+            out = Path(shutil.move(out, tmp_path / f"moved-{victim}"))
             search = Search(out, "--resume", str(out))
         else:
-            for process in search.children(victim):
-                process.kill()
+            search.kill_all(victim)
         killed.append(victim)
     assert search.wait(400) == 0, search.tail()
     assert killed == victims, "the search ended before everything was tried: make it longer"

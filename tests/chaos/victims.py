@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,11 +18,15 @@ from raysae.journal import JOURNAL, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = {
-    "worker": "ray::RayTrainWorker",
-    "client": "ray::ImplicitFunc",
-    "broker": "ray::Broker",
+    "worker": ("ray::RayTrainWorker",),
+    "client": ("ray::ImplicitFunc",),
+    "broker": ("ray::Broker",),
+    "controller": ("ray::TrainController",),
+    "harvest": ("ray::_tokenize", "ray::_harvest_piece"),
+    "evaluation": ("ray::_evaluation_cache",),
 }
-"""What Ray calls the processes of a search."""
+"""How Ray's names of a search's processes begin. The store is no process of its own: its chunks lie
+with Ray's node, and are the driver's."""
 
 
 class Search:
@@ -72,14 +77,21 @@ class Search:
     def children(self, kind: str) -> list[psutil.Process]:
         """The search's processes of a kind of `PROCESSES`."""
         found = []
-        try:
+        with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                command = child.cmdline()
-                if command and command[0].startswith(PROCESSES[kind]):
-                    found.append(child)
-        except psutil.NoSuchProcess:
-            pass
+                with suppress(psutil.NoSuchProcess):
+                    command = child.cmdline()
+                    if command and command[0].startswith(PROCESSES[kind]):
+                        found.append(child)
         return found
+
+    def kill_all(self, kind: str) -> int:
+        """SIGKILL for all of a kind of `PROCESSES`; how many there were."""
+        found = self.children(kind)
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return len(found)
 
     def kill(self) -> None:
         """SIGKILL for the driver; the processes that Ray started for it follow by themselves."""

@@ -10,6 +10,7 @@ import pytest
 
 from raysae.config import RunConfig, load_config
 from raysae.errors import UserError
+from raysae.search import cluster
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
@@ -121,3 +122,84 @@ def test_trials_at_a_time_are_capped_by_the_limit_the_groups_and_the_trials(
 
 def test_no_more_trials_at_a_time_than_there_are_groups_of_workers():
     assert plan(9, search__max_concurrent=50).concurrent_trials == 8
+
+
+# --- A pool that grows and shrinks with its cluster -----------------------------------------------
+
+
+def on_cluster(cpus: float, **overrides: Any) -> Plan:
+    return make_plan(config(**overrides), {"CPU": cpus, "GPU": 0}, local=False)
+
+
+def test_a_pool_of_this_machine_keeps_its_size():
+    made = plan(5, resources__workers_per_trial=2, resources__max_workers=8)
+    assert (made.pool_size, made.max_workers) == (4, 4)
+
+
+def test_a_pool_of_a_cluster_goes_on_with_what_one_trial_takes():
+    assert on_cluster(9).pool_size == (1, 8)
+    assert on_cluster(9, resources__workers_per_trial=4).pool_size == (4, 8)
+
+
+def test_a_pool_of_a_cluster_grows_as_far_as_it_may():
+    made = on_cluster(3, resources__max_workers=6)
+    assert (made.workers, made.pool_size, made.concurrent_trials) == (2, (1, 6), 6)
+
+
+@pytest.mark.parametrize(("most", "per_trial"), [(3, 1), (6, 4)])
+def test_a_limit_of_growth_that_cannot_be_reached_is_refused(most: int, per_trial: int):
+    with pytest.raises(UserError, match=f"resources.max_workers: {most} must be at least"):
+        on_cluster(5, resources__max_workers=most, resources__workers_per_trial=per_trial)
+
+
+@pytest.mark.parametrize(
+    ("free", "seconds"),
+    [([{"CPU": 2.0}, {"CPU": 4.0}], 0.0), ([{"CPU": 2.0}], 5.0)],
+    ids=["freed in time", "held by others"],
+)
+def test_cpus_that_others_hold_are_not_planned_with(
+    free: list[dict[str, float]], seconds: float, monkeypatch: pytest.MonkeyPatch
+):
+    slept: list[float] = []
+    looks = iter(free + [free[-1]] * 1000)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": 8.0})
+    monkeypatch.setattr("ray.available_resources", lambda: next(looks))
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(cluster.time, "sleep", slept.append)
+    assert cluster._free_resources() == {"CPU": free[-1]["CPU"], "GPU": 0.0}
+    assert sum(slept) >= seconds
+
+
+# --- GPUs of this machine -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvidia-smi that lists two, on eight cores."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA A100, 40000'\necho 'NVIDIA A100, 39000'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_worker_for_every_gpu_of_this_machine():
+    gpu = {"resources__use_gpu": True, "resources__threads_per_worker": 2}
+    assert cluster.local_resources(config(**gpu)) == {"CPU": 5, "GPU": 2}
+    assert [g.free_bytes for g in cluster.list_gpus()] == [40000 << 20, 39000 << 20]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_only_gpus_that_this_process_may_use_count(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert cluster.local_resources(config(resources__use_gpu=True))["GPU"] == 1
+    with pytest.raises(UserError, match="2 workers with a GPU each, and this machine has 1"):
+        cluster.local_resources(config(resources__use_gpu=True, resources__workers=2))
+
+
+def test_a_machine_without_a_gpu_runs_no_search_that_wants_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cluster, "list_gpus", lambda: [])
+    with pytest.raises(UserError, match="this machine has none; set"):
+        start(config(resources__use_gpu=True), None, "namespace")

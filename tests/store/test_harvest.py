@@ -114,7 +114,7 @@ import sys
 import ray
 from pathlib import Path
 from raysae.store import harvest as module
-for task in ("_count_sequences", "_harvest_piece", "_evaluation_cache"):
+for task in ("_tokenize", "_harvest_piece", "_evaluation_cache"):
     delattr(module, task)
 ray.init("local", num_cpus=0, object_store_memory=300 << 20, include_dashboard=False)
 hook = "blocks.0.hook_resid_post"

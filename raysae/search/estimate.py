@@ -1,0 +1,294 @@
+"""How long a search will take and how much it holds, from a few seconds of measuring.
+
+Everything here is an estimate and says so. Imports torch, and never Ray: nothing is started.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from raysae.config import RunConfig
+from raysae.imports import imports_without_gc
+from raysae.training.spec import TrialSpec
+from raysae.worlds.world import World, WorldEntry, hook_layer
+
+if TYPE_CHECKING:
+    from raysae.store.batches import ChunkedActivations
+
+STEP_SECONDS = 4.0
+"""For timing training steps, over all methods of the space."""
+MAX_STEPS = 10
+"""Timed of one method."""
+SAMPLE = 512
+"""Texts of a corpus, and questions, whose tokens are counted; the others by their characters."""
+FRAME = 19
+"""Tokens that SAEBench puts around a question."""
+FORWARD_ROWS = 16
+"""Sequences of the timed forward pass."""
+LAYER_PARAMETERS = 16
+"""Times d_model² in a layer of a gated transformer: 4 of attention, 12 of an MLP of 4 · d_model."""
+INTERVENTIONS = 16
+"""SAEBench's grid: thresholds × numbers of features × multipliers."""
+SHARED = 0.25
+"""Share of the positions that the cached evaluator computes, as it finds the others equal to these;
+between 0.2 and 0.3 on the embedded world.
+"""
+START_SECONDS, IMPORTS = 8.0, 3
+"""Of Ray, and how often one after the other a process of a starting search imports torch and all
+that stands on it: driver, harvest, worker."""
+END_SECONDS = 15.0
+"""Tables and report."""
+
+
+@dataclass(frozen=True)
+class CorpusSize:
+    """What a world's texts amount to, about."""
+
+    sequences: int
+    """Of both corpora."""
+    rows: int
+    """Tokens of which activations are kept."""
+    prompt_tokens: int
+    """Of all questions together."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, and what they were made of."""
+
+    start: float
+    """Until the first worker trains, harvest included."""
+    training: float
+    """Of one trial that is trained to its end, mean over the methods."""
+    scoring: float
+    """Of one rung."""
+    search: float
+    """Of all trials of the search, beside each other."""
+    confirmation: float
+    """At most."""
+    measured: str
+    """In words: on what, and how."""
+
+    @property
+    def total(self) -> float:
+        """Everything, but the confirmation."""
+        return self.start + self.search + END_SECONDS
+
+
+def corpus_size(world: World) -> CorpusSize:
+    """Count the tokens of a sample of each corpus, and all characters."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
+    sequences = rows = 0
+    for texts in (world.forget_texts, world.retain_texts):
+        tokens, n_texts = _count(tokenizer, texts)
+        # Between two texts stands one that is not kept, and another at the head of a sequence.
+        cut = int((tokens + n_texts) // world.seq_len)
+        sequences += cut
+        rows += int(cut * (world.seq_len - 1) * tokens / max(1, tokens + n_texts))
+    questions = [" ".join((q.question, *q.choices)) for qs in world.questions.values() for q in qs]
+    tokens, n_questions = _count(tokenizer, questions)
+    return CorpusSize(sequences, rows, int(tokens + FRAME * n_questions))
+
+
+def _count(tokenizer: Any, texts: Iterable[str]) -> tuple[float, int]:
+    """Tokens of all texts, about, and their number."""
+    remaining = iter(texts)
+    sample = list(islice(remaining, SAMPLE))
+    if not sample:
+        return 0.0, 0
+    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    counted, characters = sum(map(len, ids)), max(1, sum(map(len, sample)))
+    n_others, others = 0, 0
+    for text in remaining:
+        n_others, others = n_others + 1, others + len(text)
+    return counted * (1 + others / characters), len(sample) + n_others
+
+
+def estimate(
+    config: RunConfig,
+    entry: WorldEntry,
+    world: World | None,
+    size: CorpusSize | None,
+    *,
+    workers: int,
+    workers_here: int,
+    cores: int,
+    harvested: bool,
+) -> Estimate:
+    """Time training steps of the space's methods, and a forward pass, in this process.
+
+    Args:
+        config: as from `resolve`.
+        entry: of its world.
+        world: None where its model is not on this machine: from counts of operations then.
+        size: of the world's texts; None without a world.
+        workers: of the pool.
+        workers_here: those of them that share this machine.
+        cores: of this machine.
+        harvested: whether the activations are in the cache on disk.
+    """
+    began = time.perf_counter()
+    with imports_without_gc():
+        import torch
+
+        from raysae.training.loop import TrialRun  # noqa: F401
+        from raysae.worlds.model import load_model
+    imports = time.perf_counter() - began
+
+    threads = config.resources.threads_per_worker
+    torch.set_num_threads(threads)
+    device = "cuda" if config.resources.use_gpu and torch.cuda.is_available() else "cpu"
+    # Workers that outnumber the cores wait for each other.
+    crowd = 1.0 if device == "cuda" else max(1.0, workers_here * threads / cores)
+    step = _seconds_a_step(config, entry.d_model, device)
+    assert config.hook is not None
+    layer = hook_layer(config.hook)
+    training_tokens = config.training.batch_size
+    if world is not None and size is not None:
+        model = load_model(world, device=device)
+        a_layer = _seconds_a_token(model, world.seq_len, config.hook, device) / (layer + 1)
+        how = "training steps and a forward pass were timed"
+        sequences, seq_len, prompts = size.sequences, world.seq_len, size.prompt_tokens
+    else:
+        # A training step does 12 · d_in · d_sae operations a token, a layer 2 for each parameter.
+        rate = 12 * training_tokens * entry.d_model * config.sae.d_sae / step
+        a_layer = 2 * LAYER_PARAMETERS * entry.d_model**2 / rate
+        how = (
+            "training steps were timed; the model is not on this machine: its part follows from "
+            "counts of operations, for corpora of 1,000 sequences of 1,024 tokens and 1,500 "
+            "questions of 100"
+        )
+        sequences, seq_len, prompts = 1000, 1024, 150_000
+    cached = config.objective.evaluator == "cached"
+    # One harvesting task at a time; the evaluation cache takes as many sequences once more.
+    harvest = sequences * seq_len * a_layer * (layer + 1) * (2 if cached else 1)
+    harvest += prompts * a_layer * entry.n_layers
+    depth = (entry.n_layers - layer - 1) * SHARED if cached else entry.n_layers
+    encode = step / (6 * training_tokens)  # one of the six products of a step
+    scoring = INTERVENTIONS * prompts * a_layer * depth
+    scoring += encode * (2 * min(1024, sequences // 2) * seq_len + prompts)
+    training = config.training.steps * step / config.resources.workers_per_trial
+    groups = max(1, workers // config.resources.workers_per_trial)
+    shares, rungs = _expected_share(config)
+    waves = max(config.num_trials / groups, ceil(min(1.0, config.num_trials / groups)))
+    whole = config.max_confirmation / groups * (training + len(config.rungs) * scoring)
+    return Estimate(
+        start=START_SECONDS + IMPORTS * imports * crowd + (0.0 if harvested else harvest),
+        training=training * crowd,
+        scoring=scoring * crowd,
+        search=waves * (shares * training + rungs * scoring) * crowd,
+        confirmation=whole * crowd,
+        measured=f"{how} on {device} with {threads} thread{'s' if threads > 1 else ''}",
+    )
+
+
+def _expected_share(config: RunConfig) -> tuple[float, float]:
+    """The share of a run's tokens that a trial is trained for on average, and rungs scored.
+
+    Of the trials that reach a rung one in `reduction_factor` goes on, in the long run.
+    """
+    share = rungs = before = 0.0
+    alive = 1.0
+    for tokens in config.rungs:
+        share += alive * (tokens - before) / config.rungs[-1]
+        rungs += alive
+        before = tokens
+        alive /= config.search.scheduler.reduction_factor
+    return share, rungs
+
+
+def _seconds_a_step(config: RunConfig, d_in: int, device: str) -> float:
+    """Mean over the space's methods; those for which there is no time count as the others."""
+    means: list[float] = []
+    specs = _one_of_each_method(config)
+    deadline = time.perf_counter() + STEP_SECONDS
+    source = _synthetic(d_in, config.training.batch_size, device)
+    for i, spec in enumerate(specs):
+        left = deadline - time.perf_counter()
+        if means and left <= 0:
+            break
+        means.append(_time_steps(spec, source, device, max(0.0, left) / (len(specs) - i)))
+    return sum(means) / len(means)
+
+
+def _one_of_each_method(config: RunConfig) -> list[TrialSpec]:
+    found: dict[str, TrialSpec] = {}
+    if config.is_search:
+        assert config.space is not None
+        for point in config.space.corners():
+            point = point | {"alpha": 1.0}
+            name = point["regularizer"]["name"]
+            if name not in found:
+                found[name] = config.trial_spec(0, point)
+    else:
+        for spec in config.fixed_trials():
+            found.setdefault(spec.regularizer.name, spec)
+    return list(found.values())
+
+
+def _synthetic(d_in: int, batch_size: int, device: str) -> ChunkedActivations:
+    """Rows of the right shape, a third of them to forget."""
+    import numpy as np
+
+    from raysae.store.batches import ChunkedActivations
+
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2 * batch_size, d_in), dtype=np.float32)
+    return ChunkedActivations(
+        [rows],
+        np.arange(len(rows)) % 3 == 0,
+        scale=1.0,
+        mean=np.zeros(d_in, np.float32),
+        variance=float(d_in),
+        device=device,
+    )
+
+
+def _time_steps(spec: TrialSpec, source: ChunkedActivations, device: str, seconds: float) -> float:
+    """Seconds a step, after one that counts for nothing."""
+    from raysae.training.loop import TrialRun
+
+    if spec.training.forget_share is not None:  # needs moments, and costs nothing to speak of
+        spec = spec.model_copy(
+            update={"training": spec.training.model_copy(update={"forget_share": None})}
+        )
+    run = TrialRun(spec, source, device=device)
+    run.advance()
+    _synchronise(device)
+    started, steps = time.perf_counter(), 0
+    while steps == 0 or (steps < MAX_STEPS and time.perf_counter() - started < seconds):
+        run.advance()
+        _synchronise(device)
+        steps += 1
+    return (time.perf_counter() - started) / steps
+
+
+def _seconds_a_token(model: Any, seq_len: int, hook: str, device: str) -> float:
+    """Of one forward pass up to the hook."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (FORWARD_ROWS, min(seq_len, model.cfg.n_ctx))
+    tokens = torch.randint(model.cfg.d_vocab, shape, generator=generator).to(device)
+    with torch.no_grad():
+        for _ in range(2):  # the first one is slower
+            started = time.perf_counter()
+            model(tokens, stop_at_layer=hook_layer(hook) + 1)
+            _synchronise(device)
+    return (time.perf_counter() - started) / tokens.numel()
+
+
+def _synchronise(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,173 @@
+"""What a plan says of size and time follows from the texts, and from what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysae.config import RunConfig, load_config
+from raysae.search import estimate as module
+from raysae.search import plan as planning
+from raysae.search.cluster import Gpu
+from raysae.search.estimate import CorpusSize, corpus_size, estimate
+from raysae.search.plan import describe_plan
+from raysae.search.run import resolve
+from raysae.store.activations import corpus_tokens
+from raysae.worlds import load_world
+from raysae.worlds.model import load_model
+from raysae.worlds.world import WORLDS
+
+SPACES = Path(__file__).parent.parent.parent / "search_spaces"
+
+
+def config(space: str = "orth.yaml", **overrides: Any) -> RunConfig:
+    values = {name.replace("__", "."): value for name, value in overrides.items()}
+    return resolve(load_config(SPACES / space, values))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a step takes 10 ms, and a token 4 µs a layer; 2 cores."""
+    monkeypatch.setattr(module, "_seconds_a_step", lambda *_: 0.01)
+    layers = 1  # up to the hook of the embedded world
+    monkeypatch.setattr(module, "_seconds_a_token", lambda *_: 4e-6 * layers)
+    monkeypatch.setattr(module, "START_SECONDS", 0.0)
+    monkeypatch.setattr(module, "IMPORTS", 0)
+    monkeypatch.setattr("raysae.worlds.model.load_model", lambda *_, **__: None)
+
+
+SIZE = CorpusSize(sequences=1000, rows=60_000, prompt_tokens=50_000)
+MACHINE = {"workers": 2, "workers_here": 2, "cores": 2, "harvested": True}
+
+
+def test_the_size_of_a_corpus_is_that_of_its_tokens():
+    world = load_world("embedded")
+    model = load_model(world)
+    tokens = corpus_tokens(world, model)
+    special = [model.tokenizer.bos_token_id, model.tokenizer.eos_token_id]
+    rows = sum(int((~np.isin(part, special)).sum()) for part in tokens.values())
+    size = corpus_size(world)
+    assert size.sequences == pytest.approx(sum(map(len, tokens.values())), rel=0.03)
+    assert size.rows == pytest.approx(rows, rel=0.03)
+    # As SAEBench asks them: 45,676 tokens in the evaluation cache of the embedded world.
+    assert size.prompt_tokens == pytest.approx(45_676, rel=0.03)
+
+
+@pytest.mark.usefixtures("measured")
+def test_seconds_of_a_search_are_those_of_its_steps_and_rungs():
+    made = config(
+        search__num_samples=10, search__scheduler={"name": "none"}, training__tokens=1024 * 1000,
+        confirm__top=0,
+    )  # fmt: skip
+    found = estimate(made, WORLDS["embedded"], load_world("embedded"), SIZE, **MACHINE)
+    assert found.start == 0
+    assert found.training == pytest.approx(1000 * 0.01)
+    # 16 interventions on a quarter of the positions in the 3 layers behind the hook; and the SAE's
+    # encoder, a sixth of a step, over 1000 sequences of 64 and the questions.
+    encoded = (1000 * 64 + 50_000) / 1024 * 0.01 / 6
+    assert found.scoring == pytest.approx(16 * 50_000 * 4e-6 * 3 * 0.25 + encoded)
+    assert found.search == pytest.approx(10 / 2 * (found.training + found.scoring))
+    assert found.confirmation == 0
+
+
+@pytest.mark.usefixtures("measured")
+def test_trials_that_are_stopped_early_cost_less():
+    made = config(
+        search__num_samples=90, confirm__top=0, training__tokens=1024 * 900,
+        search__scheduler={"name": "asha", "grace_fraction": 1 / 9, "reduction_factor": 3},
+    )  # fmt: skip
+    found = estimate(made, WORLDS["embedded"], load_world("embedded"), SIZE, **MACHINE)
+    # Rungs at 1/9, 1/3 and 1 of the run; a third goes on at each.
+    share, rungs = 1 / 9 + 2 / 9 / 3 + 2 / 3 / 9, 1 + 1 / 3 + 1 / 9
+    assert found.search == pytest.approx(45 * (share * found.training + rungs * found.scoring))
+
+
+@pytest.mark.usefixtures("measured")
+def test_workers_that_outnumber_the_cores_are_no_faster():
+    two, four = (
+        estimate(config(), WORLDS["embedded"], load_world("embedded"), SIZE,
+                 **MACHINE | {"workers": n, "workers_here": n})
+        for n in (2, 4)
+    )  # fmt: skip
+    assert four.search == pytest.approx(two.search)
+    assert four.training == pytest.approx(2 * two.training)
+
+
+@pytest.mark.usefixtures("measured")
+def test_without_the_model_it_counts_operations_and_says_so():
+    made = config("seed_gemma-2-2b.yaml", resources__use_gpu=False)
+    found = estimate(made, WORLDS["gemma-2-2b"], None, None, **MACHINE)
+    assert "the model is not on this machine" in found.measured
+    # 16 · 2304² parameters a layer, two operations each, at the speed of the training step.
+    rate = 12 * made.training.batch_size * 2304 * made.sae.d_sae / 0.01
+    encoded = (2 * 500 * 1024 + 150_000) * 0.01 / 6 / made.training.batch_size
+    layers = 16 * 150_000 * (26 - 20) * 0.25 * 2 * 16 * 2304**2 / rate
+    assert found.scoring == pytest.approx(layers + encoded)
+
+
+def test_every_method_of_the_space_is_timed():
+    space = config().space
+    assert space is not None
+    specs = module._one_of_each_method(config())
+    assert [spec.regularizer.name for spec in specs] == list(space.regularizer)
+    assert {spec.alpha for spec in specs if spec.regularizer.uses_alpha} == {1.0}
+
+
+# --- The lines ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    request.getfixturevalue("measured")
+    monkeypatch.setattr(planning, "corpus_size", lambda _: SIZE)
+
+    def say(**overrides: Any) -> dict[str, str]:
+        found = [line.partition(" ") for line in describe_plan(config(**overrides))]
+        return {name: rest.strip() for name, _, rest in found}
+
+    return say
+
+
+def test_a_plan_has_sizes_by_tier_and_node(lines: Any):
+    said = lines(resources__workers=3)
+    assert "about 60,000 tokens in 1,000 sequences" in said["corpora"]
+    # 60,000 · (128 · 4 + 8) bytes
+    assert "in shared memory (29.8 MiB, the object store has room for 716.8 MiB)" in said["store"]
+    assert "29.8 MiB in " in said["on"]
+    assert "this machine: 4 CPUs and 0 GPUs for Ray, object store 1.0 GiB" in said["node"]
+    assert said["workers"].startswith("3, 1 a trial")
+    assert "an estimate" in said["time"]
+
+
+def test_what_is_larger_than_the_object_store_is_mapped_from_disk(
+    lines: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(planning, "corpus_size", lambda _: CorpusSize(1, 10_000_000, 1))
+    assert "mapped from disk (4.8 GiB" in lines()["store"]
+    assert "spilled to disk by Ray" in lines(resources__cache=None)["store"]
+
+
+@pytest.mark.usefixtures("measured")
+def test_what_does_not_fit_is_named_with_the_setting_to_change(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "corpus_size", lambda _: SIZE)
+    monkeypatch.setattr(planning, "_free", lambda _: 1000)
+    said = describe_plan(config(resources__workers=1000))
+    short = [line for line in said if line.startswith("short of ")]
+    for part in (
+        "disk for the cache", "set resources.cache", "disk for the run folder", "set --out",
+        "memory: 1000 workers", "set resources.workers lower",
+    ):  # fmt: skip
+        assert any(part in line for line in short), part
+
+
+def test_a_gpu_that_is_too_small_is_named(lines: Any, monkeypatch: pytest.MonkeyPatch):
+    gpus = [Gpu("small", 1 << 20)]
+    monkeypatch.setattr(planning, "list_gpus", lambda: gpus)
+    monkeypatch.setattr("raysae.search.cluster.list_gpus", lambda: gpus)
+    said = lines(resources__use_gpu=True)
+    assert "1.0 MiB" not in said["a"]
+    assert said["workers"].startswith("1, ")
+    assert "set sae.d_sae or training.batch_size lower" in said["short"]

@@ -1,0 +1,66 @@
+"""The pool's run goes on where Ray gives up on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from raysae.config import load_config
+from raysae.search import services
+from raysae.search.cluster import make_plan
+from raysae.search.run import resolve
+
+ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
+
+
+@pytest.fixture
+def run_pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`services.run_pool` with a trainer whose `fit` raises these errors, one after the other.
+
+    Returns how often it was called, and what the broker was told.
+    """
+    told: list[str] = []
+    fits: list[Exception | None] = []
+    broker = SimpleNamespace(halt=SimpleNamespace(remote=told.append))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+
+    def run(*errors: Exception | None) -> tuple[int, list[str]]:
+        class Trainer:
+            def __init__(self, *_: Any, **__: Any) -> None: ...
+
+            def fit(self) -> None:
+                error = errors[min(len(fits), len(errors) - 1)]
+                fits.append(error)
+                if error is not None:
+                    raise error
+
+        monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
+        config = resolve(load_config(ORTH))
+        plan = make_plan(config, {"CPU": 3}, local=True)
+        services.run_pool(config, plan, "namespace", tmp_path, broker)
+        return len(fits), told
+
+    return run
+
+
+def test_another_pool_is_started_where_the_controller_died(run_pool: Any):
+    died = ray.exceptions.ActorDiedError()
+    assert run_pool(died, died, None) == (3, ["the worker pool ended before the search did"])
+
+
+def test_a_controller_that_dies_every_time_ends_the_search(run_pool: Any, tmp_path: Path):
+    fits, (told,) = run_pool(ray.exceptions.ActorDiedError())
+    assert fits == services.CONTROLLER_ATTEMPTS
+    assert told.startswith("the worker pool failed: ")
+    assert f"(log: {tmp_path / 'pool_error.log'})" in told
+
+
+def test_a_pool_that_failed_in_another_way_is_not_started_again(run_pool: Any):
+    fits, (told,) = run_pool(RuntimeError("more failures\nthan allowed"))
+    assert fits == 1
+    assert "the worker pool failed: than allowed" in told
