@@ -43,7 +43,7 @@ def main() -> None:
     evaluator = CachedEvaluator(world, model, cache, config)
 
     def evaluate(saes: list[object], steps: int) -> list[object]:
-        return [evaluator.evaluate(sae, training_steps=steps) for sae in saes]
+        return evaluator.evaluate_many(saes, training_steps=steps)
 
     def scores(specs: list[TrialSpec]) -> np.ndarray:
         found: list[float] = []

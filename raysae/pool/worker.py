@@ -258,7 +258,7 @@ class Worker:
         number = runs[0].spec.number
 
         def evaluate(saes: list[SAE], steps: int) -> list[UnlearningResult]:
-            return [self.evaluator.evaluate(sae, training_steps=steps) for sae in saes]
+            return self.evaluator.evaluate_many(saes, training_steps=steps)
 
         def on_events(events: list[Event]) -> list[bool]:
             rungs = [event for event in events if isinstance(event, Rung)]

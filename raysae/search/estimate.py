@@ -140,7 +140,7 @@ def estimate(
     with imports_without_gc():
         import torch
 
-        from raysae.training.loop import TrialRun  # noqa: F401
+        from raysae.training.loop import stepper  # noqa: F401
         from raysae.worlds.model import load_model
     imports = time.perf_counter() - began
 
@@ -152,7 +152,7 @@ def estimate(
     step = _seconds_a_step(config, entry.d_model, device)
     assert config.hook is not None
     layer = hook_layer(config.hook)
-    training_tokens = config.training.batch_size
+    training_tokens, seeds = config.training.batch_size, config.search.seeds_per_trial
     if world is not None and size is not None:
         model = load_model(world, device=device)
         a_layer = _seconds_a_token(model, world.seq_len, config.hook, device) / (layer + 1)
@@ -160,7 +160,7 @@ def estimate(
         sequences, seq_len, prompts = size.sequences, world.seq_len, size.prompt_tokens
     else:
         # A training step does 12 · d_in · d_sae operations a token, a layer 2 for each parameter.
-        rate = 12 * training_tokens * entry.d_model * config.sae.d_sae / step
+        rate = 12 * seeds * training_tokens * entry.d_model * config.sae.d_sae / step
         a_layer = 2 * LAYER_PARAMETERS * entry.d_model**2 / rate
         how = (
             "training steps were timed; the model is not on this machine: its part follows from "
@@ -173,14 +173,16 @@ def estimate(
     harvest = sequences * seq_len * a_layer * (layer + 1) * (2 if cached else 1)
     harvest += prompts * a_layer * entry.n_layers
     depth = (entry.n_layers - layer - 1) * SHARED if cached else entry.n_layers
-    encode = step / (6 * training_tokens)  # one of the six products of a step
+    encode = step / (6 * seeds * training_tokens)  # one of the six products of a step
     scoring = INTERVENTIONS * prompts * a_layer * depth
     scoring += encode * (2 * min(1024, sequences // 2) * seq_len + prompts)
+    scoring *= seeds
     training = config.training.steps * step / config.resources.workers_per_trial
     groups = max(1, workers // config.resources.workers_per_trial)
     shares, rungs = _expected_share(config)
     waves = max(config.num_trials / groups, ceil(min(1.0, config.num_trials / groups)))
-    whole = config.max_confirmation / groups * (training + len(config.rungs) * scoring)
+    # Scored once, at the end, and of another number of seeds.
+    whole = config.max_confirmation / groups * (training + scoring) * config.confirm.seeds / seeds
     return Estimate(
         start=START_SECONDS + IMPORTS * imports * crowd + (0.0 if harvested else harvest),
         training=training * crowd,
@@ -254,19 +256,20 @@ def _synthetic(d_in: int, batch_size: int, device: str) -> ChunkedActivations:
 
 
 def _time_steps(spec: TrialSpec, source: ChunkedActivations, device: str, seconds: float) -> float:
-    """Seconds a step, after one that counts for nothing."""
-    from raysae.training.loop import TrialRun
+    """Seconds a step of all SAEs of the trial, after one that counts for nothing."""
+    from raysae.training.loop import stepper
+    from raysae.training.run import SAERun
 
     if spec.training.forget_share is not None:  # needs moments, and costs nothing to speak of
         spec = spec.model_copy(
             update={"training": spec.training.model_copy(update={"forget_share": None})}
         )
-    run = TrialRun(spec, source, device=device)
-    run.advance()
+    advance = stepper([SAERun(member, source, device=device) for member in spec.members()])
+    advance()
     _synchronise(device)
     started, steps = time.perf_counter(), 0
     while steps == 0 or (steps < MAX_STEPS and time.perf_counter() - started < seconds):
-        run.advance()
+        advance()
         _synchronise(device)
         steps += 1
     return (time.perf_counter() - started) / steps

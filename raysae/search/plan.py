@@ -118,7 +118,8 @@ def _needs(config: RunConfig, size: CorpusSize | None, world: World | None) -> N
     if world is not None:
         model = _float32_bytes(world.model_path)
     batch = 4 * config.training.batch_size * (entry.d_model + d_sae)
-    training = SAE_COPIES * sae + BATCH_COPIES * batch + 4 * d_sae**2
+    seeds = max(config.search.seeds_per_trial, config.confirm.seeds if config.is_search else 1)
+    training = seeds * (SAE_COPIES * sae + BATCH_COPIES * batch) + 4 * d_sae**2
     return Needs(
         sae=sae,
         # Activations, and of each row its token and its position.
@@ -127,7 +128,7 @@ def _needs(config: RunConfig, size: CorpusSize | None, world: World | None) -> N
         worker=PROCESS_BYTES + (0 if config.resources.use_gpu else model + training),
         gpu=model + training if config.resources.use_gpu else 0,
         # Every trial's SAE, and checkpoints of those in flight.
-        run_folder=sae * (config.num_trials + config.max_confirmation + 1) + (4 << 20),
+        run_folder=sae * seeds * (config.num_trials + config.max_confirmation + 1) + (4 << 20),
     )
 
 

@@ -73,7 +73,7 @@ def train(
     # Rates belong to the SAE as it is scored, not to what it was at the beginning.
     rates_start = {(a + b) // 2 for a, b in pairwise([0, *rung_steps])}
     log_every = max(1, total // CURVE_POINTS)
-    advance = _stepper(runs)
+    advance = stepper(runs)
     sums: dict[str, Tensor] = {}
     since = 0
     clock = _Clock(runs)
@@ -93,7 +93,7 @@ def train(
                 runs = going
                 if not runs:
                     return
-                advance = _stepper(runs)
+                advance = stepper(runs)
             clock = _Clock(runs)
         if step == total:
             return
@@ -113,7 +113,7 @@ def train(
                 runs = going
                 if not runs:
                     return
-                advance = _stepper(runs)
+                advance = stepper(runs)
             clock = _Clock(runs)
 
 
@@ -129,7 +129,7 @@ class _Clock:
             run.train_seconds += seconds / len(self._runs)
 
 
-def _stepper(runs: Sequence[SAERun]) -> Callable[[], dict[str, Tensor]]:
+def stepper(runs: Sequence[SAERun]) -> Callable[[], dict[str, Tensor]]:
     """One step of all runs: stacked, or by SAELens' own step where that is asked for or several
     workers share a trial. Returns losses by name, (m,)."""
     if runs[0].collective.size == 1 and runs[0].spec.training.step == "packed":

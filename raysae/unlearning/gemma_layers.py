@@ -185,7 +185,8 @@ def _rms_(x: Tensor, eps: float) -> Tensor:
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return inverse
 
 
 def _bias(b: Tensor) -> Tensor | None:

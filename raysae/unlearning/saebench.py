@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class SAEBenchEvaluator:
         ids = known_question_ids(world, model, config)
         write_question_ids(self._artifacts, ids)
         self._too_few = too_few_known({name: len(known) for name, known in ids.items()}, min_known)
+
+    def evaluate_many(self, saes: Sequence[Any], *, training_steps: int) -> list[UnlearningResult]:
+        """Score several SAEs, one after the other."""
+        return [self.evaluate(sae, training_steps=training_steps) for sae in saes]
 
     def evaluate(self, sae: Any, *, training_steps: int) -> UnlearningResult:
         """Score one inference SAE in raw activation units with unit-norm decoder rows.
