@@ -6,12 +6,12 @@ import os
 import subprocess
 
 from raysae.config import RunConfig
-from raysae.worlds.world import WORLDS
+from raysae.worlds.presets import shape_of
 
 
 def describe_plan(config: RunConfig) -> list[str]:
     """The plan in lines: trials, model, training, memory, machine. `config` as from `resolve`."""
-    entry, training, resources = WORLDS[config.world], config.training, config.resources
+    entry, training, resources = shape_of(config.world), config.training, config.resources
     assert config.hook is not None
     layer = int(config.hook.split(".")[1])
     confirmation = config.max_confirmation
@@ -30,7 +30,7 @@ def describe_plan(config: RunConfig) -> list[str]:
     lines = [
         f"search       {what}",
         *(f"               {name}" for name in names),
-        f"model        {config.world}: {entry.n_layers} layers, d_in {entry.d_model}; SAEs at "
+        f"model        {entry.label}: {entry.n_layers} layers, d_in {entry.d_model}; SAEs at "
         f"{config.hook}, {layer + 1} of {entry.n_layers} layers are run for activations",
         f"SAE          {config.sae.architecture}, d_sae {d_sae}, "
         f"{2 * entry.d_model * d_sae + entry.d_model + d_sae:,} parameters",

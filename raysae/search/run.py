@@ -29,7 +29,8 @@ from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
-from raysae.worlds.world import WORLDS, World, check_hook, load_world
+from raysae.worlds.presets import shape_of
+from raysae.worlds.world import World, check_hook, load_world
 
 if TYPE_CHECKING:
     from raysae.search.watch import Watch
@@ -72,10 +73,10 @@ def resolve(config: RunConfig) -> RunConfig:
         UserError: the model has no such hook point, or a logger cannot be used.
     """
     check_loggers(config.loggers)
-    entry = WORLDS[config.world]
-    hook = config.hook or entry.default_hook_name
+    shape = shape_of(config.world)
+    hook = config.hook or shape.default_hook_name
     try:
-        check_hook(entry, hook)
+        check_hook(shape, hook)
     except ValueError as error:
         raise UserError(f"hook: {error}") from None
     return config.model_copy(update={"hook": hook})
@@ -97,15 +98,12 @@ def load_run(run_dir: Path) -> RunConfig:
 
 
 def fetch_world(config: RunConfig) -> World:
-    """The search's world, fetched if it is one of the hub's.
+    """The search's world, fetched where it is one of the hub's.
 
     Raises:
-        UserError: it cannot be had; the message says what is missing.
+        UserError: it cannot be had, or is not what it should be; the message says what is missing.
     """
-    try:
-        return load_world(config.world)
-    except ConnectionError as error:
-        raise UserError(f"world: {error}") from None
+    return load_world(config.world)
 
 
 def run_search(
@@ -144,6 +142,7 @@ def run_search(
             soft_wrap=True,
         )
         broker: Any = None
+        store: Store | None = None
         memory = MemoryWatch()
         try:
             namespace = f"raysae-{uuid.uuid4().hex[:8]}"
@@ -177,6 +176,8 @@ def run_search(
             peak = memory.stop()
             _close(broker, threads)
         except KeyboardInterrupt:
+            if store is not None and store.refused:
+                raise UserError(store.refused) from None
             raise _interrupted(interruption.reason, run_dir, broker, console) from None
         finally:
             memory.stop()
@@ -328,6 +329,7 @@ def _write_about(
         "platform": platform.platform(),
         "git_commit": _git_commit(),
         "world_fingerprint": world.fingerprint(),
+        "world_sources": dict(world.sources),
         "seed": config.search.seed,
         "plan": vars(plan),
     }
