@@ -16,7 +16,7 @@ from raysae.config import world_of
 from raysae.errors import UserError
 from raysae.imports import imports_without_gc
 from raysae.pool.folder import TRIAL_FILE
-from raysae.worlds.world import World, check_hook, load_world, unknown_name
+from raysae.worlds.world import SAEBENCH, World, check_hook, load_world, score_name, unknown_name
 
 
 def evaluate(
@@ -74,13 +74,15 @@ def evaluate(
     from raysae.unlearning import halve
 
     halves = halve(result, split_seed)
-    _print(console, result, halves)
+    _print(console, result, halves, score_name(loaded.permutations))
     if probes:
         shown = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
         console.print(f"sparse probing, test accuracy: {shown}", highlight=False, soft_wrap=True)
     if out is not None:
         output = result.to_saebench_output(config, cfg_dict, sae_release=source)
         out.parent.mkdir(parents=True, exist_ok=True)
+        assert output.eval_result_unstructured is not None
+        output.eval_result_unstructured["score_name"] = score_name(loaded.permutations)
         output.to_json_file(str(out), indent=1)
         console.print(f"SAEBench's result: {out}", highlight=False, soft_wrap=True)
 
@@ -167,9 +169,10 @@ def _training_steps(source: Path) -> int:
     return 1
 
 
-def _print(console: Console, result: Any, halves: Any) -> None:
+def _print(console: Console, result: Any, halves: Any, name: str) -> None:
+    what = f"{SAEBENCH} unlearning score" if name == SAEBENCH else f"unlearning {name}"
     console.print(
-        f"SAEBench unlearning score {result.score:.4f} ({result.status}): {result.cause}",
+        f"{what} {result.score:.4f} ({result.status}): {result.cause}",
         highlight=False,
         soft_wrap=True,
     )

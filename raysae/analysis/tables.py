@@ -10,6 +10,7 @@ import pandas as pd
 
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
 from raysae.training.spec import config_hash
+from raysae.worlds.world import SAEBENCH
 
 TRIAL_COLUMNS: dict[str, str] = {
     "trial": "number of the trial, from 0 (the baseline)",
@@ -19,7 +20,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "score": "unlearning score on the half of the questions that the search sees, at the last rung "
     "reached; 0 to 1, higher is better",
     "heldout_score": "the same on the other half, which no sampler sees",
-    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones",
+    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones; in "
+    "worlds of fewer permutations it is called score_of_N_orders, and compares with none",
     "frontier": "mean loss of forget accuracy over retain accuracies of 0.9 to 1, search half",
     "status": "why the score is what it is: ok, or the cause of a 0.0",
     "cause": "the status in a sentence, with its figures",
@@ -129,17 +131,26 @@ def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[str, Any]]) -> None:
     """Write trials, curves and conditioning to the run folder, as Parquet and CSV each."""
-    about = run_dir / "about.json"
+    path = run_dir / "about.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     tables = {
-        "trials": trials_table(
-            ended, json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-        ),
+        "trials": rename_score(trials_table(ended, about), about),
         "curves": curves_table(ended),
         "conditioning": conditioning_rows(records),
     }
     for name, table in tables.items():
         table.to_parquet(run_dir / f"{name}.parquet", index=False)
         table.to_csv(run_dir / f"{name}.csv", index=False)
+
+
+def rename_score(table: pd.DataFrame, about: dict[str, Any] | None) -> pd.DataFrame:
+    """The table with `saebench_score` under the name that is its due: SAEBench's own is that of
+    questions known under all orders of their choices.
+    """
+    name = (about or {}).get("score_name", SAEBENCH)
+    if name == SAEBENCH:
+        return table
+    return table.rename(columns={"saebench_score": name.replace(" ", "_")})
 
 
 def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
 from raysae.worlds.presets import shape_of
-from raysae.worlds.world import World, check_hook, load_world
+from raysae.worlds.world import World, check_hook, load_world, score_name
 
 if TYPE_CHECKING:
     from raysae.search.watch import Watch
@@ -330,6 +330,7 @@ def _write_about(
         "git_commit": _git_commit(),
         "world_fingerprint": world.fingerprint(),
         "world_sources": dict(world.sources),
+        "score_name": score_name(world.permutations),
         "seed": config.search.seed,
         "plan": vars(plan),
     }

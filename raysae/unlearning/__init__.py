@@ -11,7 +11,7 @@
 from raysae.unlearning.cache import EvaluationCache, build_cache
 from raysae.unlearning.cached import CachedEvaluator
 from raysae.unlearning.halves import Halves, halve, split_questions
-from raysae.unlearning.known import Answers, ask_all, score_name
+from raysae.unlearning.known import Answers, ask_all
 from raysae.unlearning.protocol import check_sae, default_eval_config, sae_cfg_dict
 from raysae.unlearning.result import Intervention, UnlearningResult, UnlearningStatus
 from raysae.unlearning.saebench import SAEBenchEvaluator
@@ -33,7 +33,6 @@ __all__ = [
     "default_eval_config",
     "halve",
     "sae_cfg_dict",
-    "score_name",
     "split_questions",
     "unlearning_score",
 ]

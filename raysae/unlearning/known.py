@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 
 from raysae.unlearning.protocol import saebench_session
 from raysae.unlearning.result import MIN_KNOWN_QUESTIONS, too_few_known
-from raysae.worlds.world import PERMUTATIONS, World
+from raysae.worlds.world import PERMUTATIONS, World, score_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,35 +40,34 @@ class Answers:
 
     def weakness(self, world: World, minimum: int = MIN_KNOWN_QUESTIONS) -> str | None:
         """What to tell the user of a model that knows too little; None where it knows enough."""
-        complaint = too_few_known(self.counts(), minimum)
-        if complaint is None:
+        counts = self.counts()
+        if too_few_known(counts, minimum) is None:
             return None
-        total = {name: len(rows) for name, rows in self.right.items()}
+        known = ", ".join(f"{n} of {len(self.right[name])} {name}" for name, n in counts.items())
         lines = [
-            f"{world.saebench_model_name} is too weak for this protocol: {complaint}, of "
-            + ", ".join(f"{name} {n}" for name, n in total.items()),
-            "every score would be 0 or noise, so nothing is trained. What can be done:",
+            f"{world.saebench_model_name} is too weak for this protocol: it answers {known} right "
+            f"under {_orders(self.asked)} of the choices, and at least {minimum} to forget, "
+            f"{minimum} to retain and one of each set are needed",
+            "Every score would be 0 or noise, so nothing was trained. What can be done:",
             "  another model (SAEBench recommends instruction-tuned ones of 2 billion parameters "
-            "or more), or easier questions",
+            "or more); more questions, or easier ones",
         ]
         for fewer in (4, 1):
             if fewer >= self.asked:
                 continue
             counts = self.counts(fewer)
             enough = too_few_known(counts, minimum) is None
-            known = ", ".join(f"{name} {n}" for name, n in counts.items())
             lines.append(
-                f"  world.permutations={fewer}: known would be {known}, "
-                + ("enough" if enough else "still too few")
-                + f"; the score is then called {score_name(fewer)!r} and compares with none of "
-                "SAEBench's" + (" (guessing gets a quarter of them)" if fewer == 1 else "")
+                f"  world.permutations={fewer}: {', '.join(f'{n} {k}' for k, n in counts.items())} "
+                f"are known under {_orders(fewer)}, which is {'enough' if enough else 'too few'}"
+                f"{' (guessing gets a quarter of all)' if fewer == 1 else ''}; the score is then "
+                f"called {score_name(fewer)!r} and compares with none of SAEBench's"
             )
         return "\n".join(lines)
 
 
-def score_name(permutations: int) -> str:
-    """Name of the score of questions that are known under so many orders of their choices."""
-    return "SAEBench" if permutations == 24 else f"{permutations}-order score"
+def _orders(n: int) -> str:
+    return {24: "all 24 orders", 4: "4 orders", 1: "the one order"}[n]
 
 
 def ask_all(

@@ -25,25 +25,25 @@ GATED = ("google/gemma", "meta-llama/", "cais/wmdp-bio-forget-corpus")
 class Shopping:
     """Everything a world lacks, so that it is said at once."""
 
-    lines: list[str] = field(default_factory=list)
+    missing: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    """By repository: how to get it, and the fields that want it."""
 
     def add(self, what: str, repository: str, kind: str, why: str) -> None:
         """Note a repository that could not be had."""
         dataset = " --repo-type dataset" if kind == "dataset" else ""
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
         gated = f" (gated: accept its terms at {page})" if repository.startswith(GATED) else ""
-        self.lines.append(
-            f"  {what}: {repository}{gated}: {why}; get it with: hf download{dataset} {repository}"
-        )
+        how = f"{repository}{gated}: {why}; get it with: hf download{dataset} {repository}"
+        self.missing.setdefault(repository, (how, []))[1].append(what)
 
     def check(self, spec: HubWorld | LocalWorld) -> None:
         """Raise UserError if anything is missing."""
-        if not self.lines:
+        if not self.missing:
             return
         state = "answers" if hub_answers() else "cannot be reached, or HF_HUB_OFFLINE is set"
         raise UserError(
             f"world: {spec.label!r} lacks what follows (the hub {state}):\n"
-            + "\n".join(dict.fromkeys(self.lines))
+            + "\n".join(f"  {', '.join(fields)}: {how}" for how, fields in self.missing.values())
             + "\nGated repositories also need a token (`hf auth login`, or HF_TOKEN). A machine "
             "without a network can be given copies: `hf download … --local-dir DIR/OWNER/NAME` "
             "elsewhere, and `folder: DIR` in the world"
@@ -92,7 +92,7 @@ def data_place(spec: HubWorld | LocalWorld, name: str, source: Source, shopping:
 def hub_answers() -> bool:
     """Whether the hub can be reached; False in offline mode. Asked once a process."""
     import huggingface_hub.constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False

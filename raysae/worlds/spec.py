@@ -183,7 +183,7 @@ class _Settings(_Strict):
     @property
     def label(self) -> str:
         """Name in what is printed."""
-        return self.name or Path(self.model).name  # type: ignore[attr-defined, no-any-return]
+        return self.name or Path(self.model).name  # type: ignore[attr-defined]
 
 
 class HubWorld(_Settings):

@@ -39,6 +39,16 @@ PERMUTATIONS: dict[int, tuple[tuple[int, ...], ...]] = {
 """Orders of the choices under which a question must be answered right to count as known, by their
 number: SAEBench's 24; 4 in which every choice stands once at every letter; the one as written."""
 
+SAEBENCH = "SAEBench"
+
+
+def score_name(permutations: int) -> str:
+    """Name of the score on questions that are known under so many orders of their choices."""
+    if permutations == len(PERMUTATIONS[24]):
+        return SAEBENCH
+    return f"score of {permutations} order{'s' if permutations > 1 else ''}"
+
+
 CONTEXT = 2048
 """Positions that are kept room for, where a model has more: every layer holds a mask of its square,
 which for the 131 072 of Llama 3.1 would be 17 GB. SAEBench's prompts and sequences are shorter."""
