@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from raysae.errors import UserError
+from raysae.errors import UserError, first_line
 from raysae.worlds.spec import HubWorld, LocalWorld, Source
 
 PROBE_SECONDS = 5.0
@@ -133,7 +133,7 @@ def _fetch(
     except RepositoryNotFoundError:
         shopping.add(what, repository, kind, "there is none of that name, or it is private")
     except Exception as error:  # network, file system and cache raise dozens of types
-        why = "not on this machine" if not hub_answers() else str(error).splitlines()[0]
+        why = "not on this machine" if not hub_answers() else first_line(error)
         shopping.add(what, repository, kind, why)
     else:
         if any(path.is_file() for path in found.rglob("*")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from raysae.errors import UserError
+from raysae.errors import UserError, first_line
 from raysae.worlds import hub
 from raysae.worlds.folder import check_model_folder, check_same_shape
 from raysae.worlds.prompts import ANSWERS, PromptFormat, prompt_format
@@ -134,7 +134,7 @@ def _how_to_ask(
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise whatever their parsers do
         raise UserError(
-            f"{where}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+            f"{where}: the tokenizer cannot be loaded: {first_line(error)}"
         ) from None
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raysae.errors import UserError
+from raysae.errors import UserError, first_line
 from raysae.worlds.prompts import LETTERS
 from raysae.worlds.spec import Corpus, Questions, Source
 from raysae.worlds.world import Question
@@ -195,28 +195,22 @@ def _rows_of_parquet(path: Path) -> Iterator[Any]:
 def _rows_of_folder(source: Source, folder: Path, field: str) -> Iterator[dict[str, Any]]:
     """Rows of a data set's folder, read by `datasets`; nothing is fetched for one on this machine.
 
-    A folder without a card has its configurations as folders in it.
+    Streamed: prepared data sets are cached by the folder's last name, and those of another folder
+    of that name would be returned. A folder without a card has its configurations as folders.
     """
-    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
-    from datasets.utils.logging import is_progress_bar_enabled
+    from datasets import load_dataset
 
     arguments: dict[str, Any] = {}
     if source.config is not None:
         listed = (folder / "README.md").is_file()
         arguments = {"name": source.config} if listed else {"data_dir": source.config}
-    shown = is_progress_bar_enabled()
-    disable_progress_bars()
     try:
-        rows = load_dataset(str(folder), split=source.split, **arguments)
+        yield from load_dataset(str(folder), split=source.split, streaming=True, **arguments)
     except Exception as error:  # parsers, file systems and builders raise dozens of types
         found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         raise UserError(
             f"{field}: {folder}: no split {source.split!r}"
             + (f" of configuration {source.config!r}" if source.config else "")
-            + f" can be read there ({type(error).__name__}: {str(error).splitlines()[0]}); it has "
+            + f" can be read there ({type(error).__name__}: {first_line(error)}); it has "
             f"{', '.join(found[:6]) or 'nothing'}{' …' if len(found) > 6 else ''}"
         ) from None
-    finally:
-        if shown:
-            enable_progress_bars()
-    return iter(rows)

@@ -77,7 +77,11 @@ def test_the_documented_example_is_ten_lines_and_a_world(folder: Path, small: Wo
 
 
 def test_the_example_in_a_space_file_says_the_same(folder: Path):
-    space = {"world": yaml.safe_load(example()), "space": {"regularizer": {"none": None}}}
+    space = {
+        "world": yaml.safe_load(example()),
+        "sae": {"k": 4},
+        "space": {"regularizer": {"none": None}},
+    }
     path = folder / "space.yaml"
     path.write_text(yaml.safe_dump(space, sort_keys=False))
     (folder / "alchemy.yaml").write_text(example())
@@ -224,12 +228,13 @@ def test_a_mistake_in_a_worlds_file_is_named(tmp_path: Path, old: str, new: str,
 
 def test_a_mistake_in_a_space_files_world_is_named_with_its_line(tmp_path: Path):
     path = tmp_path / "space.yaml"
-    path.write_text("space: {regularizer: {none: }}\nworld:\n  kind: hub\n  modle: a/b\n")
+    head = "space: {regularizer: {none: }, sae: {k: 4}}\n"
+    path.write_text(f"{head}world:\n  kind: hub\n  modle: a/b\n")
     with pytest.raises(UserError) as caught:
         load_config(path)
     assert f"{path}:2: world.model: is missing" in str(caught.value)
     assert f"{path}:4: world.modle: unknown key 'modle'" in str(caught.value)
-    path.write_text("space: {regularizer: {none: }}\nworld: {kind: hub, model: nowhere}\n")
+    path.write_text(f"{head}world: {{kind: hub, model: nowhere}}\n")
     with pytest.raises(UserError, match=r"world.model: 'nowhere' is neither a folder \(.*nowhere\)"):
         load_config(path)
     config = load_config(path, {"world.model": "a/b", "world.permutations": 4})
