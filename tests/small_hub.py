@@ -219,5 +219,6 @@ def json_lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 def questions_as_json_lines(path: Path, questions: Sequence[Question]) -> Path:
     """Write questions one a line, as a `local` world reads them."""
     return json_lines(
-        path, [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in questions]
+        path,
+        [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in questions],
     )

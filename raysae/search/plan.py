@@ -6,6 +6,7 @@ import os
 import subprocess
 
 from raysae.config import RunConfig
+from raysae.search.cards import on_cards
 from raysae.worlds.presets import shape_of
 
 
@@ -41,6 +42,7 @@ def describe_plan(config: RunConfig) -> list[str]:
         f"({resources.store_dtype})",
         f"workers      {resources.workers or ('one a GPU' if resources.use_gpu else 'one a core')}"
         f", {resources.workers_per_trial} a trial, {resources.threads_per_worker} threads each",
+        *on_cards(config, entry),
         f"this machine {len(os.sched_getaffinity(0))} cores, {_gpus()}",
     ]
     if resources.use_gpu and _gpus() == "no GPU":

@@ -133,9 +133,7 @@ def _how_to_ask(
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise whatever their parsers do
-        raise UserError(
-            f"{where}: the tokenizer cannot be loaded: {first_line(error)}"
-        ) from None
+        raise UserError(f"{where}: the tokenizer cannot be loaded: {first_line(error)}") from None
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"{where}: the tokenizer has no {name}, which SAEBench needs")

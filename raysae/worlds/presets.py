@@ -20,6 +20,7 @@ PRESETS: dict[str, HubWorld] = {
         hook="blocks.19.hook_resid_post",
         dtype="bfloat16",
         llm_batch_size=32,
+        store_tokens=2_000_000,
     ),
     # Too weak for SAEBench's 24 orders of the choices; see search_spaces/pythia-70m.yaml.
     "pythia-70m": HubWorld(
@@ -27,6 +28,7 @@ PRESETS: dict[str, HubWorld] = {
         model="EleutherAI/pythia-70m-deduped",
         hook="blocks.3.hook_resid_post",
         permutations=1,
+        store_tokens=1_000_000,
     ),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,9 @@ from raysae.worlds.tokens import with_padding
 from raysae.worlds.world import FORGET_SET, PERMUTATIONS, Question, World
 
 AWKWARD = (
-    Question("Which enzyme (EC 2.7.7.7)\ncopies DNA?", ("polymerase ", "", " a\nb", "β-lactamase"), 0),
+    Question(
+        "Which enzyme (EC 2.7.7.7)\ncopies DNA?", ("polymerase ", "", " a\nb", "β-lactamase"), 0
+    ),
     Question("{prompt} or %s or {0}?", ("A", "B.", "<eos>", "D)"), 3),
     Question("¿Qué?  Two  spaces", ("naïve", "日本", "\\n", "(A"), 2),
 )
