@@ -41,11 +41,16 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field, e.g. --set training.tokens=500000."),
 ]
+WorldOption = Annotated[
+    str | None,
+    typer.Option("--world", help="World: a name, or a YAML file that describes one."),
+]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder of a search.", metavar="RUN_DIR")]
 
 
 def search(
     space: SpaceOption = "orth.yaml",
+    world: WorldOption = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
     max_concurrent: Annotated[
         int | None, typer.Option(min=1, help="Trials at a time; 1 makes a run repeatable.")
@@ -74,8 +79,10 @@ def search(
     Example: python run_search.py --space orth.yaml --num-samples 48 --seed 1
     """
     if resume_ is not None:
-        given = {"--num-samples": num_samples, "--max-concurrent": max_concurrent, "--seed": seed,
-                 "--out": out, "--set": set_, "--smoke": smoke, "--plan": plan}  # fmt: skip
+        given = {
+            "--num-samples": num_samples, "--max-concurrent": max_concurrent, "--seed": seed,
+            "--out": out, "--world": world, "--set": set_, "--smoke": smoke, "--plan": plan,
+        }  # fmt: skip
         for name, value in given.items():
             if value:
                 raise UserError(f"{name}: a resumed search keeps its own settings; leave it out")
@@ -87,7 +94,7 @@ def search(
         "search.seed": seed,
     }
     overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
-    path, config = _configured(space, overrides, set_, flags)
+    path, config = _configured(space, overrides, set_, flags, world)
     if plan:
         _print_plan(config, address)
         return
@@ -138,6 +145,7 @@ def _exit_code(outcome: SearchOutcome) -> None:
 
 def plan(
     space: SpaceOption = "orth.yaml",
+    world: WorldOption = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to plan for; default: this machine.")
     ] = None,
@@ -147,7 +155,7 @@ def plan(
 
     Example: raysae plan --space seed_gemma-2-2b.yaml
     """
-    _print_plan(_configured(space, {}, set_, {})[1], address)
+    _print_plan(_configured(space, {}, set_, {}, world)[1], address)
 
 
 def status(
@@ -169,7 +177,9 @@ def evaluate(
     source: Annotated[
         str, typer.Argument(help="Folder of a SAELens SAE, or RELEASE:ID of one on the hub.")
     ],
-    world: Annotated[str, typer.Option(help="World to score it on.")] = "embedded",
+    world: Annotated[
+        str, typer.Option(help="World to score it on: a name, or a YAML file.")
+    ] = "embedded",
     hook: Annotated[str | None, typer.Option(help="Hook point; default: the world's.")] = None,
     evaluator: Annotated[
         str, typer.Option(help="cached, or saebench: its own loop, the same score, slower.")
@@ -188,7 +198,7 @@ def evaluate(
 
     run(
         source,
-        world_name=world,
+        world=world,
         hook=hook,
         evaluator=evaluator,
         split_seed=split_seed,
@@ -199,7 +209,9 @@ def evaluate(
 
 
 def world(
-    name: Annotated[str, typer.Argument(help="Name of the world.")] = "embedded",
+    name: Annotated[
+        str, typer.Argument(help="Name of the world, or a YAML file that describes one.")
+    ] = "embedded",
     examples: Annotated[
         int, typer.Option(min=0, help="Questions of each set, and texts of each corpus, to show.")
     ] = 1,
@@ -210,7 +222,12 @@ def world(
     """
     from raysae.worlds.describe import describe_world
 
-    describe_world(name, examples, _console())
+    if not Path(name).is_file():
+        describe_world(name, examples, _console())
+        return
+    from raysae.config import world_of
+
+    describe_world(world_of(name), examples, _console())
 
 
 def push(
@@ -249,13 +266,19 @@ def report(
 
 
 def _configured(
-    space: str, base: dict[str, object], set_: list[str] | None, flags: dict[str, int | None]
+    space: str,
+    base: dict[str, object],
+    set_: list[str] | None,
+    flags: dict[str, int | None],
+    world: str | None,
 ) -> tuple[Path, RunConfig]:
     """The space file and its configuration; flags override --set, which overrides `base`."""
-    from raysae.config import find_space, load_config, parse_override
+    from raysae.config import find_space, load_config, parse_override, world_of
     from raysae.search.run import resolve
 
     path = find_space(space)
+    if world is not None:
+        base = base | {"world": world_of(world)}
     overrides = base | dict(parse_override(text) for text in set_ or [])
     overrides |= {key: value for key, value in flags.items() if value is not None}
     return path, resolve(load_config(path, overrides))

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -25,8 +26,10 @@ from raysae.regularizers import REGISTRY
 from raysae.space import SearchSpace
 from raysae.training.schedules import SCHEDULES
 from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
+from raysae.worlds.spec import KINDS, HubWorld, LocalWorld, WorldSpec
 from raysae.worlds.world import WORLDS
 
+_WORLD: TypeAdapter[Any] = TypeAdapter(WorldSpec)
 SPACES_FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
 
 
@@ -153,7 +156,9 @@ class ResourcesConfig(_Strict):
 class RunConfig(_Strict):
     """A whole search, as in a space file."""
 
-    world: str = "embedded"
+    world: str | HubWorld | LocalWorld = Field(
+        "embedded", description="a name, or a description: see raysae/worlds/spec.py"
+    )
     hook: str | None = Field(None, description="hook point; default: the world's")
     sae: SAEFields = SAEFields()
     training: TrainingSpec = TrainingSpec()
@@ -172,9 +177,12 @@ class RunConfig(_Strict):
         None, min_length=1, description="instead of a space: the runs of a study, by name"
     )
 
-    @field_validator("world")
+    @field_validator("world", mode="wrap")
     @classmethod
-    def _known_world(cls, value: str) -> str:
+    def _known_world(cls, value: Any, _: Any, info: ValidationInfo) -> str | HubWorld | LocalWorld:
+        if not isinstance(value, str):
+            found: HubWorld | LocalWorld = _WORLD.validate_python(value, context=info.context)
+            return found
         if value not in WORLDS:
             raise ValueError(f"unknown world {value!r}; {nearest(value, WORLDS)}")
         return value
@@ -315,6 +323,47 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     Raises:
         UserError: one message that names file, line, field, value and what would be right.
     """
+    data, lines = _read_yaml(path, "a space file is a mapping with a 'space' section")
+    for key in data:
+        if not isinstance(key, str):
+            raise UserError(
+                f"{path}: unknown key {key!r}; {nearest(str(key), RunConfig.model_fields)}"
+            )
+    for key, value in (overrides or {}).items():
+        _override(data, key, value)
+    try:
+        return RunConfig.model_validate(data, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        overridden = {tuple(key.split(".")) for key in overrides or {}}
+        raise UserError(_explain(path, error, lines, overridden)) from None
+
+
+def world_of(text: str) -> str | HubWorld | LocalWorld:
+    """The world of `--world`: a name, or what a YAML file describes.
+
+    Raises:
+        UserError: neither, or a mistake in the file.
+    """
+    if text in WORLDS:
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise UserError(
+            f"--world {text}: neither a YAML file nor the name of a world; {nearest(text, WORLDS)}"
+        )
+    data, lines = _read_yaml(path, "a world is a mapping with a 'kind'")
+    try:
+        found: HubWorld | LocalWorld = _WORLD.validate_python(
+            data, context={"folder": path.absolute().parent}
+        )
+    except ValidationError as error:
+        nested = {("world", *loc): line for loc, line in lines.items()}
+        raise UserError(_explain(path, error, nested, set(), ("world",))) from None
+    return found
+
+
+def _read_yaml(path: Path, what: str) -> tuple[dict[Any, Any], dict[tuple[str, ...], int]]:
+    """A mapping, and the line of each of its fields; `what` says what it should have been."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -330,20 +379,9 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         problem = getattr(error, "problem", None) or "cannot be read"
         raise UserError(f"{where}: not valid YAML: {problem}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a space file is a mapping with a 'space' section; this is "
-                        f"{'empty' if data is None else type(data).__name__}")  # fmt: skip
-    for key in data:
-        if not isinstance(key, str):
-            raise UserError(
-                f"{path}: unknown key {key!r}; {nearest(str(key), RunConfig.model_fields)}"
-            )
-    for key, value in (overrides or {}).items():
-        _override(data, key, value)
-    try:
-        return RunConfig(**data)
-    except ValidationError as error:
-        overridden = {tuple(key.split(".")) for key in overrides or {}}
-        raise UserError(_explain(path, error, lines, overridden)) from None
+        found = "empty" if data is None else type(data).__name__
+        raise UserError(f"{path}: {what}; this is {found}")
+    return data, lines
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -391,18 +429,25 @@ def _explain(
     error: ValidationError,
     lines: dict[tuple[str, ...], int],
     overridden: set[tuple[str, ...]],
+    prefix: tuple[str, ...] = (),
 ) -> str:
     messages = []
     for item in error.errors():
-        loc = tuple(str(part) for part in item["loc"])
+        full = (*prefix, *(str(part) for part in item["loc"]))
+        loc = _as_written(full)
         line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
         known = loc
         while known and known not in lines.keys() | overridden and item["type"] != "missing":
             known = known[:-1]
         dotted = ".".join(known or loc)
         where = f"{path}:{line}" if line else str(path)
-        messages.append(f"{where}: {dotted + ': ' if dotted else ''}{_problem(item, loc)}")
+        messages.append(f"{where}: {dotted + ': ' if dotted else ''}{_problem(item, full)}")
     return "\n".join(dict.fromkeys(messages))
+
+
+def _as_written(loc: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the kind of world that pydantic puts after `world`."""
+    return (loc[0], *loc[2:]) if loc[:1] == ("world",) and len(loc) > 1 else loc
 
 
 def _located(error: ValueError, loc: tuple[str, ...]) -> ValidationError:
@@ -431,6 +476,8 @@ def _problem(item: Any, loc: tuple[str, ...]) -> str:
 def _fields_at(loc: tuple[str, ...]) -> list[str]:
     """Names of the fields of the config section at `loc`."""
     annotation: Any = RunConfig
+    if loc[:1] == ("world",):
+        annotation, loc = KINDS[loc[1]], loc[2:]
     for part in loc:
         entries = [get_args(o)[1] for o in _options(annotation) if get_origin(o) is dict]
         field = _model_fields(annotation).get(part)

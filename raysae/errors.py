@@ -27,3 +27,8 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"valid: {', '.join(choices)}.{hint}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, "" for one without."""
+    return next(iter(str(error).splitlines()), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from raysae.config import world_of
 from raysae.errors import UserError
 from raysae.imports import imports_without_gc
 from raysae.pool.folder import TRIAL_FILE
-from raysae.worlds.world import WORLDS, World, check_hook, load_world, unknown_name
+from raysae.worlds.world import SAEBENCH, World, check_hook, load_world, score_name, unknown_name
 
 
 def evaluate(
     source: str,
     *,
-    world_name: str,
+    world: str,
     hook: str | None,
     evaluator: str,
     split_seed: int,
@@ -32,7 +34,7 @@ def evaluate(
 
     Args:
         source: folder of a SAELens SAE, or `release:id` of one on the hub.
-        world_name: as in `raysae.worlds.load_world`.
+        world: a name, or a file that describes one.
         hook: hook point; None for the world's.
         evaluator: "cached" or "saebench".
         split_seed: of the questions' halves.
@@ -43,16 +45,14 @@ def evaluate(
     Raises:
         UserError: an unknown world or hook, no SAE there, or one made for something else.
     """
-    if world_name not in WORLDS:
-        raise UserError(f"--world: {unknown_name('world', world_name, WORLDS)}")
     if evaluator not in ("cached", "saebench"):
         raise UserError(
             f"--evaluator: {unknown_name('evaluator', evaluator, ('cached', 'saebench'))}"
         )
-    world = load_world(world_name)
-    hook = hook or world.default_hook_name
+    loaded = load_world(world_of(world))
+    hook = hook or loaded.default_hook_name
     try:
-        check_hook(world, hook)
+        check_hook(loaded, hook)
     except ValueError as error:
         raise UserError(f"--hook: {error}") from None
     _check_source(source)
@@ -64,7 +64,7 @@ def evaluate(
         task = bar.add_task("loading torch and SAELens")
         scored = _score(
             source,
-            world,
+            loaded,
             hook,
             evaluator,
             sparse_probing,
@@ -74,13 +74,15 @@ def evaluate(
     from raysae.unlearning import halve
 
     halves = halve(result, split_seed)
-    _print(console, result, halves)
+    _print(console, result, halves, score_name(loaded.permutations))
     if probes:
         shown = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
         console.print(f"sparse probing, test accuracy: {shown}", highlight=False, soft_wrap=True)
     if out is not None:
         output = result.to_saebench_output(config, cfg_dict, sae_release=source)
         out.parent.mkdir(parents=True, exist_ok=True)
+        assert output.eval_result_unstructured is not None
+        output.eval_result_unstructured["score_name"] = score_name(loaded.permutations)
         output.to_json_file(str(out), indent=1)
         console.print(f"SAEBench's result: {out}", highlight=False, soft_wrap=True)
 
@@ -107,6 +109,7 @@ def _score(
         from raysae.unlearning import (
             CachedEvaluator,
             SAEBenchEvaluator,
+            ask_all,
             build_cache,
             check_sae,
             default_eval_config,
@@ -126,6 +129,13 @@ def _score(
     try:
         check_sae(sae, world, hook)
         model = load_model(world, device=device)
+        if world.known_questions is None:
+            answers = ask_all(world, model, config, progress=say)
+            weakness = answers.weakness(world)
+            if weakness:
+                raise UserError(weakness)
+            known = {name: tuple(ids.tolist()) for name, ids in answers.ids().items()}
+            world = replace(world, known_questions=known)
         if evaluator == "cached":
             cache = build_cache(world, model, hook, config, progress=say)
             say("scoring")
@@ -142,7 +152,10 @@ def _score(
         if sparse_probing:
             say("sparse probing")
             with tempfile.TemporaryDirectory() as folder:
-                probes = SparseProbing(world, model, hook, Path(folder)).evaluate(sae)
+                probed = model
+                if world.score_model_path is not None:
+                    probed = load_model(world, device=device, trained_on=True)
+                probes = SparseProbing(world, probed, hook, Path(folder)).evaluate(sae)
         return scored, config, sae_cfg_dict(sae, world, hook), probes
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
@@ -156,9 +169,10 @@ def _training_steps(source: Path) -> int:
     return 1
 
 
-def _print(console: Console, result: Any, halves: Any) -> None:
+def _print(console: Console, result: Any, halves: Any, name: str) -> None:
+    what = f"{SAEBENCH} unlearning score" if name == SAEBENCH else f"unlearning {name}"
     console.print(
-        f"SAEBench unlearning score {result.score:.4f} ({result.status}): {result.cause}",
+        f"{what} {result.score:.4f} ({result.status}): {result.cause}",
         highlight=False,
         soft_wrap=True,
     )

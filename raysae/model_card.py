@@ -16,6 +16,8 @@ from raysae.analysis.seeds import seed_records
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import TRIAL_FILE
 from raysae.search.live import describe
+from raysae.worlds.presets import PRESETS, label_of
+from raysae.worlds.world import SAEBENCH
 
 CARD = "README.md"
 TASK = "Unlearning (SAEBench)"
@@ -79,13 +81,19 @@ class _Run:
                 rows = list(csv.DictReader(file))
         self.verdicts = [row for row in rows if int(row["candidate"]) == self.spec["number"]]
 
+    @property
+    def on_all(self) -> str:
+        """Name of the score on all questions."""
+        name = str(self.about.get("score_name", SAEBENCH))
+        return "SAEBench's own score" if name == SAEBENCH else f"{name}: not SAEBench's"
+
     def scores(self) -> list[tuple[str, float, tuple[float, float] | None]]:
         """(what, score, 95 % interval): the interval of the questions behind it."""
         halves = self.rung["halves"]
         parts = (
             ("questions that the search saw", halves["search"]),
             ("held-out questions", halves["heldout"]),
-            ("all questions, SAEBench's own score", self.rung["result"]),
+            (f"all questions, {self.on_all}", self.rung["result"]),
         )
         return [(what, part["score"], _interval(part["best"])) for what, part in parts]
 
@@ -97,9 +105,9 @@ def _front_matter(run: _Run) -> str:
     results = [
         EvalResult(
             task_type="other",
-            task_name=TASK,
-            dataset_type=run.config["world"],
-            dataset_name=f"world {run.config['world']}, {what}",
+            task_name=TASK if run.on_all.startswith(SAEBENCH) else f"Unlearning, {run.on_all}",
+            dataset_type=label_of(run.config["world"]),
+            dataset_name=f"world {label_of(run.config['world'])}, {what}",
             dataset_split=split,
             metric_type="unlearning_score",
             metric_name="unlearning score",
@@ -109,7 +117,7 @@ def _front_matter(run: _Run) -> str:
     ]
     data = ModelCardData(
         library_name="saelens",
-        license=LICENSES.get(run.config["world"]),
+        license=LICENSES.get(label_of(run.config["world"])),
         tags=["sparse-autoencoder", "saelens", "unlearning", "orthogonality", "raysae"],
         base_model=_base_model(run.config["world"]),
         model_name=f"SAE {run.name}",
@@ -125,7 +133,7 @@ def _text(run: _Run, repo_id: str, sae_id: str) -> str:
         if repo_id
         else 'sae = SAE.load_from_disk("best")  # this folder'
     )
-    world = run.config["world"]
+    world = label_of(run.config["world"])
     method = {key: value for key, value in spec["regularizer"].items() if key != "name"}
     schedule = {key: value for key, value in spec["alpha_schedule"].items() if key != "name"}
     lines = [
@@ -262,10 +270,12 @@ def _transferred(halves: dict[str, Any]) -> str:
     )
 
 
-def _base_model(world: str) -> str | None:
-    from raysae.worlds.hub import MODELS
-
-    return MODELS[world].repository if world in MODELS else None
+def _base_model(world: str | dict[str, Any]) -> str | None:
+    """The hub's name of the model that the SAE is trained on, where it has one."""
+    if isinstance(world, str):
+        return PRESETS[world].model if world in PRESETS else None
+    model = str(world.get("model", ""))
+    return model if world.get("kind") == "hub" and not Path(model).is_absolute() else None
 
 
 def _interval(best: dict[str, Any] | None) -> tuple[float, float] | None:

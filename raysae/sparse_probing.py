@@ -51,7 +51,7 @@ class SparseProbing:
         self._work_dir = work_dir
         texts = world.probe_texts
         fields: dict[str, Any] = {
-            "model_name": world.saebench_model_name,
+            "model_name": world.sae_model_name,
             "k_values": list(K_VALUES),
             "llm_batch_size": 64,
             "llm_dtype": str(model.cfg.dtype).removeprefix("torch."),

@@ -376,8 +376,43 @@ def test_the_gemma_study_is_planned_without_its_model():
 
 
 def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatch):
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", Mock(side_effect=OSError("no network"))
-    )
-    with pytest.raises(UserError, match=r"world: .*needs google/gemma-2-2b-it.*HF_TOKEN"):
+    monkeypatch.setattr("raysae.worlds.hub.hub_answers", lambda: False)
+    with pytest.raises(UserError, match=r"world: [\s\S]*google/gemma-2-2b-it[\s\S]*HF_TOKEN"):
         fetch_world(load_config(SPACES_FOLDER / "seed_gemma-2-2b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("space", "parts"),
+    [
+        (
+            "gemma-2-2b.yaml",
+            [
+                "gemma-2-2b: 26 layers, d_in 2304; SAEs at blocks.12.hook_resid_post, 13 of 26",
+                "50,000,000 tokens a trial",
+                "at most 4,000,000 tokens are harvested: 18.4 GB",
+                "0.04 h a trial and 2.2 h in all at 35 TFLOP/s (an 80 GB card)",
+            ],
+        ),
+        (
+            "pythia-70m.yaml",
+            [
+                "pythia-70m: 6 layers, d_in 512; SAEs at blocks.3.hook_resid_post",
+                "at most 2,000,000 tokens are harvested: 4.1 GB",
+                "h in all at 20 TFLOP/s (a 24 GB card)",
+            ],
+        ),
+    ],
+)
+def test_the_spaces_of_the_hub_are_planned_offline(space: str, parts: list[str], monkeypatch):
+    monkeypatch.setattr("raysae.worlds.hub.hub_answers", Mock(side_effect=AssertionError))
+    plan = "\n".join(describe_plan(resolve(load_config(SPACES_FOLDER / space))))
+    assert [part for part in parts if part not in plan] == []
+
+
+@pytest.mark.parametrize("layer", [5, 12, 19])
+@pytest.mark.parametrize("width", [4096, 16384, 65536])
+def test_every_variant_of_the_gemma_space_is_valid(layer: int, width: int):
+    hook = f"blocks.{layer}.hook_resid_post"
+    overrides = {"hook": hook, "sae.d_sae": width}
+    config = resolve(load_config(SPACES_FOLDER / "gemma-2-2b.yaml", overrides))
+    assert (config.hook, config.sae.d_sae) == (hook, width)

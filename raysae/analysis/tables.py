@@ -11,6 +11,7 @@ import pandas as pd
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
 from raysae.analysis.seeds import SCORES, seed_records
 from raysae.training.spec import SEED_STRIDE, config_hash
+from raysae.worlds.world import SAEBENCH
 
 TRIAL_COLUMNS: dict[str, str] = {
     "trial": "number of the trial, from 0 (the baseline)",
@@ -20,7 +21,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "score": "unlearning score on the half of the questions that the search sees, at the last rung "
     "reached; 0 to 1, higher is better",
     "heldout_score": "the same on the other half, which no sampler sees",
-    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones",
+    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones; in "
+    "worlds of fewer permutations it is called score_of_N_orders, and compares with none",
     "score_std": "sample standard deviation of the score over the trial's seeds",
     "heldout_score_std": "the same of heldout_score",
     "saebench_score_std": "the same of saebench_score",
@@ -147,12 +149,11 @@ def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
 
 def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[str, Any]]) -> None:
     """Write trials, seeds, curves and conditioning to the run folder, as Parquet and CSV each."""
-    about = run_dir / "about.json"
+    path = run_dir / "about.json"
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     tables = {
-        "trials": trials_table(
-            ended, json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-        ),
-        "seeds": seeds_table(ended),
+        "trials": rename_score(trials_table(ended, about), about),
+        "seeds": rename_score(seeds_table(ended), about),
         "curves": curves_table(ended),
         "conditioning": conditioning_rows(records),
     }
@@ -165,6 +166,17 @@ def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """The documented columns, then those of methods, schedules and the like."""
     extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
     return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
+
+
+def rename_score(table: pd.DataFrame, about: dict[str, Any] | None) -> pd.DataFrame:
+    """The table with `saebench_score` under the name that is its due: SAEBench's own is that of
+    questions known under all orders of their choices.
+    """
+    name = (about or {}).get("score_name", SAEBENCH)
+    if name == SAEBENCH:
+        return table
+    due = name.replace(" ", "_")
+    return table.rename(columns={"saebench_score": due, "saebench_score_std": f"{due}_std"})
 
 
 def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from raysae.training.run import Rung
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import halve, sae_cfg_dict
 from raysae.worlds import World
+from raysae.worlds.world import score_name
 
 GROUPS_FILE = "groups.npz"
 """Group labels at every rung: arrays (d_sae,) named by the training step."""
@@ -56,6 +57,8 @@ class Artifacts:
         output = rung.result.to_saebench_output(
             self.eval_config, cfg_dict, sae_release=f"raysae_trial_{spec.number:04d}"
         )
+        assert output.eval_result_unstructured is not None
+        output.eval_result_unstructured["score_name"] = score_name(self.world.permutations)
         output.to_json_file(str(self.folder / RESULT_FILE), indent=1)
         groups = None if rung.groups is None else rung.groups.cpu().numpy()
         rates = rung.forget_rate.cpu().numpy(), rung.retain_rate.cpu().numpy()

@@ -6,7 +6,7 @@ import errno
 import platform
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from raysae.unlearning import (
 )
 from raysae.worlds import World, load_world
 from raysae.worlds.model import load_model
+from raysae.worlds.spec import HubWorld, LocalWorld
 
 Evaluator = CachedEvaluator | SAEBenchEvaluator
 
@@ -50,7 +51,7 @@ class WorkerConfig:
     """What a worker needs to know; the same for all workers of a search."""
 
     namespace: str
-    world: str
+    world: str | HubWorld | LocalWorld
     hook: str
     evaluator: str
     split_seed: int
@@ -120,6 +121,8 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     if published is None:
         return None
     store: StoreHandle = ray.get(published[0])
+    if world.known_questions is None:
+        world = replace(world, known_questions=store.known_questions)
 
     def make_evaluator() -> Evaluator:
         assert model is not None, "only the first worker of a trial scores it"
@@ -132,7 +135,10 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         assert model is not None, "only the first worker of a trial scores it"
         folder = Path(config.run_dir) / "sparse_probing" / str(group)
         folder.mkdir(parents=True, exist_ok=True)
-        return SparseProbing(world, model, config.hook, folder)
+        probed = model
+        if world.score_model_path is not None:  # the texts are put to the model of the SAE
+            probed = load_model(world, device=device, trained_on=True)
+        return SparseProbing(world, probed, config.hook, folder)
 
     # Ray Train gives every set of workers that it starts a placement group of its own.
     generation = ray.get_runtime_context().get_placement_group_id() or ""
@@ -207,7 +213,7 @@ class Worker:
                 SAERun(
                     member,
                     self.source,
-                    model_name=self.world.saebench_model_name,
+                    model_name=self.world.sae_model_name,
                     hook_name=self.config.hook,
                     device=self.device,
                     collective=self.collective,

@@ -13,6 +13,8 @@ import pandas as pd
 from raysae.errors import UserError
 from raysae.report.run import Run, read_run
 from raysae.report.style import NAMES
+from raysae.worlds.presets import label_of
+from raysae.worlds.world import SAEBENCH
 
 REPORT_FILE = "report.html"
 FIGURES = "figures"
@@ -91,6 +93,7 @@ def _page(run: Run) -> str:
         verdicts=[words.verdict(run, row) for _, row in run.confirmation.iterrows()],
         gaps=run.gaps,
         leaderboard=_leaderboard(run),
+        score_name=run.about.get("score_name", SAEBENCH),
         trials=len(run.searched),
         spread=bool(run.searched["seeds"].max() > 1) if len(run.searched) else False,
         study=_study(run),
@@ -214,7 +217,7 @@ def _environment(run: Run) -> list[tuple[str, str]]:
     ) if key in about]  # fmt: skip
     for key, name in (("world", "world"), ("hook", "hook point")):
         if key in run.config:
-            rows.append((name, str(run.config[key])))
+            rows.append((name, label_of(run.config[key])))
     if isinstance(about.get("plan"), dict):
         rows.append(("plan", ", ".join(f"{k} {v}" for k, v in about["plan"].items())))
     if isinstance(about.get("versions"), dict):

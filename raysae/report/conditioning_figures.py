@@ -56,7 +56,7 @@ def associations(run: Run, folder: Path) -> Plot | None:
             panel.set_yticks(range(len(names)), [PREDICTORS[name] for name in names])
             plain(panel)
         panels.flat[0].invert_yaxis()
-        figure.supxlabel("rank correlation with SAEBench's score, 95 % interval")
+        figure.supxlabel("rank correlation with the score on all questions, 95 % interval")
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
     found = sorted(set(table.loc[table["evidence"], "predictor"]))
     title = (
@@ -102,7 +102,7 @@ def scatter(run: Run, folder: Path) -> Plot | None:
             panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel(PREDICTORS[name])
             plain(panel)
-        panels.flat[0].set_ylabel("SAEBench's score")
+        panels.flat[0].set_ylabel("the score on all questions")
         figure.colorbar(marks, ax=list(panels.flat), label="L0", fraction=0.03)
     caption = (
         f"All trials scored at step {step}; brightness: L0, which both axes may follow. ρ: rank "
@@ -195,7 +195,7 @@ def over_training(run: Run, folder: Path) -> Plot | None:
     wanted = {
         "condition_number": "κ of the decoder",
         angle if repeated.get(angle, pd.Series(dtype=float)).notna().any() else FALLBACK: "",
-        "saebench_score": "SAEBench's score",
+        "saebench_score": "the score on all questions",
     }
     with rc_context(RC):
         figure = Figure(figsize=(10.5, 3.1), layout="constrained")

@@ -9,6 +9,7 @@ import pandas as pd
 from raysae.analysis.predictors import MIN_TRIALS, PREDICTORS, SENSITIVITY
 from raysae.report.run import Run
 from raysae.search.live import describe
+from raysae.worlds.world import SAEBENCH
 
 
 def headline(run: Run) -> str:
@@ -71,6 +72,12 @@ def _study_headline(run: Run) -> str:
     )
 
 
+def _on_all(run: Run) -> str:
+    """Name of the score on all questions."""
+    name = run.about.get("score_name", SAEBENCH)
+    return "SAEBench's score, all questions" if name == SAEBENCH else f"{name}, all questions"
+
+
 def best_facts(run: Run) -> list[tuple[str, str]]:
     """The best trial of a search in name–value pairs; [] where none was trained to its end."""
     if run.finished.empty or not run.runs.empty:
@@ -84,7 +91,7 @@ def best_facts(run: Run) -> list[tuple[str, str]]:
             f"{_spread(best, 'score')}, the best of {len(run.scored)}",
         ),
         ("score, held-out questions", f"{_spread(best, 'heldout_score')}{_wilson(run, trial)}"),
-        ("SAEBench's score, all questions", _spread(best, "saebench_score")),
+        (_on_all(run), _spread(best, "saebench_score")),
     ]
     again = run.confirmation[run.confirmation["candidate"] == trial]
     if not again.empty:

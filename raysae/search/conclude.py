@@ -17,6 +17,7 @@ from raysae.analysis.seeds import seed_records
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, seed_folder, trial_folder
 from raysae.search.services import last_line
+from raysae.worlds.world import SAEBENCH
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ def conclude(
         peak_gib: memory of everything together.
     """
     from raysae.analysis.runs import runs_table
-    from raysae.analysis.tables import curves_table, seeds_table, trials_table, write_tables
+    from raysae.analysis.tables import (
+        curves_table,
+        rename_score,
+        seeds_table,
+        trials_table,
+        write_tables,
+    )
     from raysae.model_card import write_card
     from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
@@ -56,18 +63,18 @@ def conclude(
     ended = ended_trials(records)
     write_tables(run_dir, records, ended)
     write_missing(run_dir, ended)
+    about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
     trials = trials_table(ended)
     seeds = seeds_table(ended)
     confirmation, study = verdicts(ended), runs_table(seeds[seeds["stage"] == "search"])
     for name, table in (("confirmation", confirmation), ("runs", study)):
         if not table.empty:
-            table.to_csv(run_dir / f"{name}.csv", index=False)
+            rename_score(table, about).to_csv(run_dir / f"{name}.csv", index=False)
     if not study.empty:
         from raysae.analysis.plots import plot_study
 
         plot_study(trials[trials["stage"] == "search"], curves_table(ended), run_dir / "figures")
     rungs = [record for record in records if record["event"] == "rung"]
-    about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
     begun = [session["started"] for session in about["sessions"]]
     wall = time.time() - started + _time_before(begun, records)
     busy = sum(record["rung"].get("train_seconds", 0.0) for record in ended)
@@ -87,7 +94,8 @@ def conclude(
     whole = time.time() - started + _time_before(begun, records)
     facts |= {"wall_seconds": whole, "report_seconds": whole - wall}
     (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    print_summary(console, trials, ended, confirmation, run_dir, facts)
+    name = about.get("score_name", SAEBENCH)
+    print_summary(console, trials, ended, confirmation, run_dir, facts, score_name=name)
     console.print(note, markup=False, highlight=False, soft_wrap=True)
     failed = trials[trials["state"] == "failed"]
     return SearchOutcome(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from raysae.config import RunConfig
 from raysae.imports import imports_without_gc
 from raysae.training.spec import TrialSpec
-from raysae.worlds.world import World, WorldEntry, hook_layer
+from raysae.worlds.presets import Shape
+from raysae.worlds.world import World, hook_layer
 
 if TYPE_CHECKING:
     from raysae.store.batches import ChunkedActivations
@@ -88,8 +89,10 @@ def corpus_size(world: World) -> CorpusSize:
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
     sequences = rows = 0
-    for texts in (world.forget_texts, world.retain_texts):
+    texts_of = {"forget": world.forget_texts, "retain": world.retain_texts}
+    for texts in (texts_of | dict(world.training_texts)).values():
         tokens, n_texts = _count(tokenizer, texts)
+        tokens = min(tokens, world.store_tokens or tokens)
         # Between two texts stands one that is not kept, and another at the head of a sequence.
         cut = int((tokens + n_texts) // world.seq_len)
         sequences += cut
@@ -115,7 +118,7 @@ def _count(tokenizer: Any, texts: Iterable[str]) -> tuple[float, int]:
 
 def estimate(
     config: RunConfig,
-    entry: WorldEntry,
+    entry: Shape,
     world: World | None,
     size: CorpusSize | None,
     *,

@@ -14,11 +14,14 @@ import psutil
 
 from raysae.config import RunConfig
 from raysae.errors import UserError
+from raysae.search.cards import on_cards
 from raysae.search.cluster import Gpu, NodeRoom, Plan, list_gpus, look
 from raysae.search.estimate import CorpusSize, Estimate, corpus_size, estimate
 from raysae.store.cache import MANIFEST, Entry, activations_key, cache_folder
 from raysae.store.tiers import DEVICE_SHARE, choose_tier, human
-from raysae.worlds.world import WORLDS, World, load_world
+from raysae.worlds.presets import shape_of
+from raysae.worlds.spec import HubWorld, LocalWorld
+from raysae.worlds.world import World, load_world
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 PROCESS_BYTES = 900 << 20
@@ -68,7 +71,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     here = plan.workers if address is None else ceil(plan.workers / len(nodes))
     found = estimate(
         config,
-        WORLDS[config.world],
+        shape_of(config.world),
         world,
         size,
         workers=plan.workers,
@@ -84,13 +87,13 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     ]
 
 
-def _world_here(name: str) -> World | None:
+def _world_here(world: str | HubWorld | LocalWorld) -> World | None:
     """The world, where all of it is on this machine already: a plan fetches nothing."""
     before = {variable: os.environ.get(variable) for variable in OFFLINE}
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
     try:
-        return load_world(name)
-    except (ConnectionError, FileNotFoundError):
+        return load_world(world)
+    except (ConnectionError, FileNotFoundError, UserError):
         return None
     finally:
         for variable, value in before.items():
@@ -112,7 +115,7 @@ def _element(config: RunConfig) -> int:
 
 
 def _needs(config: RunConfig, size: CorpusSize | None, world: World | None) -> Needs:
-    entry, d_sae = WORLDS[config.world], config.sae.d_sae
+    entry, d_sae = shape_of(config.world), config.sae.d_sae
     sae = 4 * (2 * entry.d_model * d_sae + entry.d_model + d_sae)
     model = 0
     if world is not None:
@@ -148,7 +151,7 @@ def _float32_bytes(folder: Path) -> int:
 
 
 def _what(config: RunConfig) -> Iterator[str]:
-    entry, training = WORLDS[config.world], config.training
+    entry, training = shape_of(config.world), config.training
     assert config.hook is not None
     layer = int(config.hook.split(".")[1])
     confirmation = config.max_confirmation
@@ -165,7 +168,7 @@ def _what(config: RunConfig) -> Iterator[str]:
     # Forward and backward of encoder and decoder: three times two products of tokens·d_in·d_sae.
     operations = 12 * training.tokens * entry.d_model * d_sae
     yield (
-        f"model        {config.world}: {entry.n_layers} layers, d_in {entry.d_model}; SAEs at "
+        f"model        {entry.label}: {entry.n_layers} layers, d_in {entry.d_model}; SAEs at "
         f"{config.hook}, {layer + 1} of {entry.n_layers} layers are run for activations"
     )
     yield (
@@ -177,6 +180,7 @@ def _what(config: RunConfig) -> Iterator[str]:
         f"{training.batch_size}; {operations:.2e} operations a trial without the penalty"
     )
     yield f"scored at    {', '.join(f'{tokens:,}' for tokens in config.rungs)} tokens"
+    yield from on_cards(config, entry)
 
 
 def _corpora(size: CorpusSize | None) -> Iterator[str]:
@@ -194,7 +198,7 @@ def _memory(
     gpus: list[Gpu],
     here: int,
 ) -> Iterator[str]:
-    entry = WORLDS[config.world]
+    entry = shape_of(config.world)
     row = f"{_element(config) * entry.d_model:,} bytes a token ({config.resources.store_dtype})"
     cache = cache_folder(config.resources.cache)
     if needs.store is None:

@@ -30,7 +30,8 @@ from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
-from raysae.worlds.world import WORLDS, World, check_hook, load_world
+from raysae.worlds.presets import shape_of
+from raysae.worlds.world import World, check_hook, load_world, score_name
 
 if TYPE_CHECKING:
     from raysae.search.watch import Watch
@@ -92,10 +93,10 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     check_loggers(config.loggers)
     check_folder("resources.cache", config.resources.cache)
-    entry = WORLDS[config.world]
-    hook = config.hook or entry.default_hook_name
+    shape = shape_of(config.world)
+    hook = config.hook or shape.default_hook_name
     try:
-        check_hook(entry, hook)
+        check_hook(shape, hook)
     except ValueError as error:
         raise UserError(f"hook: {error}") from None
     return config.model_copy(update={"hook": hook})
@@ -117,15 +118,12 @@ def load_run(run_dir: Path) -> RunConfig:
 
 
 def fetch_world(config: RunConfig) -> World:
-    """The search's world, fetched if it is one of the hub's.
+    """The search's world, fetched where it is one of the hub's.
 
     Raises:
-        UserError: it cannot be had; the message says what is missing.
+        UserError: it cannot be had, or is not what it should be; the message says what is missing.
     """
-    try:
-        return load_world(config.world)
-    except ConnectionError as error:
-        raise UserError(f"world: {error}") from None
+    return load_world(config.world)
 
 
 def run_search(
@@ -165,6 +163,7 @@ def run_search(
         )
         broker: Any = None
         closing: threading.Thread | None = None
+        store: Store | None = None
         memory = MemoryWatch()
         try:
             # Ray's dashboard shows it with the pool's run, the trials' experiment and the broker.
@@ -202,6 +201,8 @@ def run_search(
             # them.
             closing = background(_close, broker, threads)
         except KeyboardInterrupt:
+            if store is not None and store.refused:
+                raise UserError(store.refused) from None
             raise _interrupted(interruption.reason, run_dir, broker, console) from None
         finally:
             memory.stop()
@@ -362,6 +363,8 @@ def _write_about(
         "platform": platform.platform(),
         "git_commit": _git_commit(),
         "world_fingerprint": world.fingerprint(),
+        "world_sources": dict(world.sources),
+        "score_name": score_name(world.permutations),
         "seed": config.search.seed,
         "plan": vars(plan),
     }

@@ -32,13 +32,15 @@ class Store:
     def __init__(self, config: RunConfig, broker: Any, console: Console) -> None:
         self._config, self._broker, self._console = config, broker, console
         self._handle: Any = None
+        self.refused = ""
+        """Why nothing can be trained on this world, whatever the search."""
 
     def fill(self) -> None:
         """Harvest or find again, and publish; if that fails, no trial can run."""
         import ray
 
         from raysae.store.cache import cache_folder
-        from raysae.store.harvest import harvest
+        from raysae.store.harvest import WeakModelError, harvest
 
         config = self._config
         try:
@@ -50,11 +52,15 @@ class Store:
                 evaluation_cache=config.objective.evaluator == "cached",
                 tasks_at_a_time=cluster.HARVEST_CPUS,
                 cache=cache_folder(config.resources.cache),
+                device="cuda" if config.resources.use_gpu else "cpu",
             )
             self._handle = ray.put(harvested.stores[config.hook])
             self.publish()
             self._say(harvested.lines)
             self._say(harvested.finish())
+        except WeakModelError as error:
+            self.refused = str(error)
+            ray.get(self._broker.halt.remote(str(error)))
         except Exception as error:
             ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
 

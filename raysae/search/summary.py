@@ -13,6 +13,7 @@ from rich.text import Text
 
 from raysae.analysis.runs import runs_table
 from raysae.search.live import describe
+from raysae.worlds.world import SAEBENCH
 
 SHOWN = 10
 """Rows of the leaderboard."""
@@ -25,6 +26,8 @@ def print_summary(
     confirmation: pd.DataFrame,
     run_dir: Path,
     facts: dict[str, Any],
+    *,
+    score_name: str = SAEBENCH,
 ) -> None:
     """Print the result of a search or a study.
 
@@ -34,6 +37,7 @@ def print_summary(
         confirmation: `raysae.search.confirm.verdicts`.
         run_dir: where everything is.
         facts: figures of the run: wall_seconds, first_result_seconds, busy_share, peak_gib.
+        score_name: of the score on all questions, see `raysae.worlds.world.score_name`.
     """
     specs = {record["trial"]: record["spec"] for record in ended}
     searched = trials[trials["stage"] == "search"]
@@ -41,7 +45,7 @@ def print_summary(
     if (searched["run"] != "").any():
         _print_runs(console, searched)
     else:
-        _print_leaderboard(console, searched, specs)
+        _print_leaderboard(console, searched, specs, score_name)
     for error, group in trials[trials["state"] == "failed"].groupby("error"):
         numbers = ", ".join(str(number) for number in group["trial"])
         console.print(f"failed: trial {numbers}: {error}", markup=False, highlight=False)
@@ -61,7 +65,7 @@ def print_summary(
 
 
 def _print_leaderboard(
-    console: Console, trials: pd.DataFrame, specs: dict[int, dict[str, Any]]
+    console: Console, trials: pd.DataFrame, specs: dict[int, dict[str, Any]], score_name: str
 ) -> None:
     ranked = trials[trials["state"] != "failed"].sort_values(
         ["tokens", "score"], ascending=False, kind="stable"
@@ -72,14 +76,14 @@ def _print_leaderboard(
         shown = pd.concat([shown, baseline])
     table = Table(
         title=f"Leaderboard: {len(trials)} trials, those trained longest first, then by score",
-        caption=_caption(trials),
+        caption=_caption(trials, score_name),
         title_justify="left",
         caption_justify="left",
         box=None,
         pad_edge=False,
     )
     columns = (
-        "trial", "score", "held-out", "SAEBench", "forget", "retain", "L0", "EV", "dead", "κ",
+        "trial", "score", "held-out", score_name, "forget", "retain", "L0", "EV", "dead", "κ",
         "steps",
     )  # fmt: skip
     for name in columns:
@@ -126,10 +130,10 @@ def _print_leaderboard(
         )
 
 
-def _caption(trials: pd.DataFrame) -> str:
+def _caption(trials: pd.DataFrame, score_name: str) -> str:
     seeds = int(trials["seeds"].max())
     spread = f"; ±: standard deviation over {seeds} seeds" if seeds > 1 else ""
-    return f"score: on the half of the questions that the search sees; SAEBench: on all{spread}"
+    return f"score: on the half of the questions that the search sees; {score_name}: on all{spread}"
 
 
 def _seeds(row: pd.Series[Any]) -> str:

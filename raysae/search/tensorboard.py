@@ -19,7 +19,7 @@ TENSORBOARD = "tensorboard"
 SCORES = {
     "score": "score/search",
     "heldout_score": "score/heldout",
-    "saebench_score": "score/saebench",
+    "saebench_score": "score/all_questions",
 }
 """Figures of a rung and the tags they are written under; those of a curve are `train/<name>`."""
 

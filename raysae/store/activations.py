@@ -16,12 +16,41 @@ from raysae.store.texts import tokenize_texts
 from raysae.worlds.world import World, hook_layer
 
 SEQUENCES_PER_FORWARD = 64
+TOKENS_PER_FORWARD = 32_768
+"""Longer sequences are run fewer at a time."""
+MAX_CHARACTERS_PER_TOKEN = 16
+"""On average; prose has about four."""
 
 
 def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarray]:
-    """Token ids of both corpora, int32 (sequences, seq_len), as SAEBench concatenates and cuts."""
-    texts = {"forget": world.forget_texts, "retain": world.retain_texts}
-    return {name: tokenize_texts(model.tokenizer, texts[name], world.seq_len) for name in CORPORA}
+    """Token ids to train on, int32 (sequences, seq_len), as SAEBench concatenates and cuts.
+
+    Of each corpus `world.store_tokens` at most, from its beginning.
+    """
+    texts = {"forget": world.forget_texts, "retain": world.retain_texts} | dict(
+        world.training_texts
+    )
+    found = {}
+    for name in CORPORA:
+        kept = _enough(texts[name], world.store_tokens)
+        tokens = tokenize_texts(model.tokenizer, kept, world.seq_len)
+        if world.store_tokens is not None:
+            tokens = tokens[: max(1, world.store_tokens // world.seq_len)]
+        found[name] = tokens
+    return found
+
+
+def _enough(texts: Sequence[str], tokens: int | None) -> Sequence[str]:
+    """The first texts that make so many tokens for sure: no need to tokenise a gigabyte."""
+    if tokens is None:
+        return texts
+    kept, characters = list[str](), 0
+    for text in texts:
+        kept.append(text)
+        characters += len(text)
+        if characters > tokens * MAX_CHARACTERS_PER_TOKEN:
+            break
+    return kept
 
 
 @torch.no_grad()
@@ -45,7 +74,8 @@ def harvest_chunks(
     stop_at = max(hook_layer(name) for name in hook_names) + 1
     found: dict[str, list[Tensor]] = {name: [] for name in hook_names}
     masks = []
-    for batch in torch.from_numpy(tokens).split(SEQUENCES_PER_FORWARD):
+    at_a_time = max(1, min(SEQUENCES_PER_FORWARD, TOKENS_PER_FORWARD // tokens.shape[1]))
+    for batch in torch.from_numpy(tokens).split(at_a_time):
         batch = batch.to(model.cfg.device, torch.int64)
         _, cache = model.run_with_cache(
             batch, stop_at_layer=stop_at, names_filter=lambda name: name in found

@@ -53,9 +53,10 @@ def activations_key(world: World, hook_name: str, dtype: StoreDtype) -> dict[str
     """Everything that decides a world's activations at a hook, and their order."""
     return {
         "model": world.model_fingerprint(),
-        "forget": sha256_of_texts(world.forget_texts),
-        "retain": sha256_of_texts(world.retain_texts),
+        "forget": sha256_of_texts(world.training_texts.get("forget", world.forget_texts)),
+        "retain": sha256_of_texts(world.training_texts.get("retain", world.retain_texts)),
         "seq_len": world.seq_len,
+        "tokens": world.store_tokens,
         "hook": hook_name,
         "dtype": dtype,
         **_what_computes(
@@ -71,7 +72,17 @@ def evaluation_key(world: World, hook_name: str) -> dict[str, Any]:
         "world": world.fingerprint(),
         "known_questions": hashlib.sha256(json.dumps(known).encode()).hexdigest(),
         "hook": hook_name,
-        **_what_computes("unlearning/cache.py", "unlearning/protocol.py", "worlds/model.py"),
+        **_what_computes(
+            "unlearning/cache.py", "unlearning/protocol.py", "worlds/model.py", "worlds/prompts.py"
+        ),
+    }
+
+
+def known_key(world: World) -> dict[str, Any]:
+    """Everything that decides which questions a world's model knows."""
+    return {
+        "questions": world.questions_fingerprint(),
+        **_what_computes("unlearning/known.py", "unlearning/protocol.py", "worlds/model.py"),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ class StoreHandle:
     moments: dict[str, Moments]
     evaluation_cache: ObjectRef | None  # of (arrays, facts), as `EvaluationCache.to_plain`
     nbytes: int
+    known_questions: Mapping[str, tuple[int, ...]] | None = None
+    """As the search found them, where the world does not say."""
 
     @property
     def rows(self) -> int:

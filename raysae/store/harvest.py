@@ -22,7 +22,7 @@ from ray import ObjectRef
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from raysae.imports import imports_without_gc
-from raysae.store.cache import Entry, FileRecord, activations_key, evaluation_key
+from raysae.store.cache import Entry, FileRecord, activations_key, evaluation_key, known_key
 from raysae.store.chunks import CORPORA, Chunk, Moments, Piece, StoreDtype, add_up, pieces_of
 from raysae.store.entries import (
     CannotWrite,
@@ -35,7 +35,11 @@ from raysae.store.entries import (
 from raysae.store.files import CorruptFileError, checksum
 from raysae.store.handle import HeldChunk, StoreHandle
 from raysae.store.tiers import choose_tier, human
-from raysae.worlds.world import WORLDS, World, load_world
+from raysae.worlds.spec import HubWorld, LocalWorld
+from raysae.worlds.world import World, load_world
+
+WorldRef = str | HubWorld | LocalWorld
+"""A world by name or description: every process loads it for itself."""
 
 SEQUENCES_PER_CHUNK = 512
 CHUNK_BYTES = 64 << 20
@@ -48,6 +52,10 @@ for a CPU could not bring back what a lost node held, as the pool holds them all
 
 class StoreFullError(Exception):
     """The activations fit neither into shared memory nor on the disk that Ray spills to."""
+
+
+class WeakModelError(Exception):
+    """The model knows too few of the questions for any score to mean something."""
 
 
 @dataclass
@@ -67,11 +75,17 @@ class Harvest:
     """
 
     def __init__(
-        self, world_name: str, hook_names: Sequence[str], dtype: StoreDtype, cache: Path | None
+        self,
+        world: WorldRef,
+        hook_names: Sequence[str],
+        dtype: StoreDtype,
+        cache: Path | None,
+        device: str,
     ) -> None:
         self.stores: dict[str, StoreHandle] = {}
         self.lines: list[str] = []
-        self._world = load_world(world_name)
+        self._ref, self._device = world, device
+        self._world = load_world(world)
         self._hook_names, self._dtype, self._cache = tuple(hook_names), dtype, cache
         self._entries = {
             name: Entry.at(cache, "activations", activations_key(self._world, name, dtype))
@@ -140,8 +154,44 @@ class Harvest:
         """Of the number of sequences of each corpus, and of the tokens of each of `CORPORA`."""
         if not self._tokens:
             task: Any = _tokenize.options(num_returns=1 + len(CORPORA))
-            self._tokens = task.remote(self._world.name)
+            self._tokens = task.remote(self._ref)
         return self._tokens
+
+    def find_known(self) -> None:
+        """Find which questions the model knows, in the cache or by asking it; before anything is
+        trained, because a model that knows too few makes every score meaningless.
+
+        Raises:
+            WeakModelError: it does; the message says what can be done.
+        """
+        if self._world.known_questions is not None:
+            return
+        started = time.perf_counter()
+        entry = None
+        facts: dict[str, Any] | None = None
+        if self._cache is not None:
+            entry = Entry.at(self._cache, "known", known_key(self._world))
+            try:
+                facts = (entry.read() or (None, None))[1]
+            except CorruptFileError as error:
+                self.lines.append(f"cache: {error}; asking the model again")
+        source = "from the cache"
+        if facts is None:
+            facts = ray.get(_known_questions.remote(self._ref, self._device))
+            source = f"asked in {time.perf_counter() - started:.1f} s"
+            if entry is not None:
+                try:
+                    entry.publish([], facts)
+                except CannotWrite as error:
+                    self.lines.append(_unwritten(entry, error))
+        if facts["weakness"]:
+            raise WeakModelError(facts["weakness"])
+        known = {name: tuple(ids) for name, ids in facts["ids"].items()}
+        self._world = replace(self._world, known_questions=known)
+        self.lines.append(
+            f"known questions: {', '.join(f'{name} {len(ids)}' for name, ids in known.items())}; "
+            f"right under {self._world.permutations} orders of the choices, {source}"
+        )
 
     def find_evaluations(self) -> None:
         """Find the evaluation cache of every hook, or begin to compute it."""
@@ -156,7 +206,7 @@ class Harvest:
                 ref = ray.put(found)
             else:
                 task: Any = _evaluation_cache.options(num_returns=2)
-                ready, ref = task.remote(self._world.name, name)
+                ready, ref = task.remote(self._ref, name, self._world.known_questions, self._device)
                 self._computing[name] = ready, ref
             self.stores[name] = store.with_evaluation_cache(ref)
 
@@ -164,11 +214,11 @@ class Harvest:
         return Entry.at(cache, "evaluation", evaluation_key(self._world, hook_name))
 
     def _sequences_per_chunk(self) -> int:
-        width = WORLDS[self._world.name].d_model * (2 if self._dtype == "bfloat16" else 4)
+        width = self._world.d_model * (2 if self._dtype == "bfloat16" else 4)
         return max(1, min(SEQUENCES_PER_CHUNK, CHUNK_BYTES // (width * self._world.seq_len)))
 
     def _choose_tier(self) -> tuple[bool, str]:
-        width = WORLDS[self._world.name].d_model * (2 if self._dtype == "bfloat16" else 4)
+        width = self._world.d_model * (2 if self._dtype == "bfloat16" else 4)
         tokens = self._world.seq_len * sum(piece.stop - piece.start for piece in self._pieces)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         return choose_tier(
@@ -213,7 +263,7 @@ class Harvest:
                 piece, names = waiting.popleft()
                 task: Any = _harvest_piece.options(num_returns=1 + len(names))
                 tokens = self._tokenized()[1 + CORPORA.index(piece.corpus)]
-                refs = task.remote(self._world.name, names, piece, self._dtype, tokens)
+                refs = task.remote(self._ref, names, piece, self._dtype, self._device, tokens)
                 running.append((piece, names, refs))
             piece, names, (rest, *refs) = running.popleft()
             # The chunks are looked at, too: one that found no room is an error of its own.
@@ -253,6 +303,7 @@ class Harvest:
             moments=add_up(corpora, [part.moments for part in held]),
             evaluation_cache=None,
             nbytes=sum(part.nbytes for part in held),
+            known_questions=self._world.known_questions,
         )
 
     def _save(self, hook_name: str, entry: Entry) -> str:
@@ -271,32 +322,38 @@ class Harvest:
 
 
 def harvest(
-    world_name: str,
+    world: WorldRef,
     hook_names: Sequence[str],
     dtype: StoreDtype,
     *,
     evaluation_cache: bool,
     tasks_at_a_time: int = 1,
     cache: Path | None = None,
+    device: str = "cpu",
 ) -> Harvest:
     """Fill the stores, from the cache or by tasks, and return as soon as batches can be had.
+
+    Which questions the model knows is found first, where the world does not say.
 
     The evaluation cache may still be on its way, so that training begins without it: call `finish`
     on what is returned.
 
     Args:
-        world_name: as in `raysae.worlds.load_world`.
+        world: as in `raysae.worlds.load_world`.
         hook_names: e.g. ["blocks.0.hook_resid_post"]; the model runs once for all of them.
         dtype: of the chunks.
         evaluation_cache: whether to compute what the cached evaluator needs, too.
         tasks_at_a_time: no more, or they would take the CPUs that the starting pool waits for.
         cache: folder in which to look first, and to write to; None for no cache.
+        device: of the tasks; "cuda" is the CPU where there is no GPU.
 
     Raises:
         StoreFullError: there is no room for the activations.
+        WeakModelError: the model knows too few questions.
     """
-    result = Harvest(world_name, hook_names, dtype, cache)
+    result = Harvest(world, hook_names, dtype, cache, device)
     with _clear_when_full():
+        result.find_known()
         result.fill(tasks_at_a_time)
         if evaluation_cache:
             result.find_evaluations()
@@ -325,8 +382,8 @@ def _unwritten(entry: Entry, error: Exception) -> str:
 
 
 @lru_cache(maxsize=1)
-def _model(world_name: str) -> tuple[World, Any]:
-    """World and model, kept by the worker process so that its next task starts at once."""
+def _model(ref: WorldRef, device: str, trained_on: bool) -> tuple[World, Any]:
+    """World and one of its models, kept by the process so that its next task starts at once."""
     with imports_without_gc():
         import torch
 
@@ -334,17 +391,18 @@ def _model(world_name: str) -> tuple[World, Any]:
         from raysae.worlds.model import load_model
 
     torch.set_num_threads(1)
-    world = load_world(world_name)
-    return world, load_model(world)
+    world = load_world(ref)
+    device = device if torch.cuda.is_available() else "cpu"
+    return world, load_model(world, device=device, trained_on=trained_on)
 
 
 @ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _tokenize(world_name: str) -> tuple[Any, ...]:
+def _tokenize(ref: WorldRef) -> tuple[Any, ...]:
     """Number of sequences of each corpus, and then their tokens, which all tasks of a node share.
 
     The texts are read here alone, in parts; see `raysae.store.texts`.
     """
-    world, model = _model(world_name)
+    world, model = _model(ref, "cpu", True)
     from raysae.store.activations import corpus_tokens
 
     tokens = corpus_tokens(world, model)
@@ -353,10 +411,15 @@ def _tokenize(world_name: str) -> tuple[Any, ...]:
 
 @ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
 def _harvest_piece(
-    world_name: str, hook_names: list[str], piece: Piece, dtype: StoreDtype, tokens: np.ndarray
+    ref: WorldRef,
+    hook_names: list[str],
+    piece: Piece,
+    dtype: StoreDtype,
+    device: str,
+    tokens: np.ndarray,
 ) -> tuple[Any, ...]:
     """What the driver must know of each hook's chunk, and then the activations of each hook."""
-    _, model = _model(world_name)
+    _, model = _model(ref, device, True)
     from raysae.store.activations import harvest_chunks
 
     part = np.array(tokens[piece.start : piece.stop])
@@ -374,9 +437,23 @@ def _harvest_piece(
 
 
 @ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _evaluation_cache(world_name: str, hook_name: str) -> tuple[bool, Any]:
+def _known_questions(ref: WorldRef, device: str) -> dict[str, Any]:
+    """Ids of the known questions by data set, and what to say of a model that knows too few."""
+    from raysae.unlearning import ask_all, default_eval_config
+
+    world, model = _model(ref, device, False)
+    answers = ask_all(world, model, default_eval_config(world))
+    ids = {name: found.tolist() for name, found in answers.ids().items()}
+    return {"ids": ids, "weakness": answers.weakness(world)}
+
+
+@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
+def _evaluation_cache(
+    ref: WorldRef, hook_name: str, known: dict[str, tuple[int, ...]] | None, device: str
+) -> tuple[bool, Any]:
     """True, and what scoring needs and does not depend on the SAE, as arrays and facts."""
     from raysae.unlearning import build_cache, default_eval_config
 
-    world, model = _model(world_name)
+    world, model = _model(ref, device, False)
+    world = replace(world, known_questions=known)
     return True, build_cache(world, model, hook_name, default_eval_config(world)).to_plain()

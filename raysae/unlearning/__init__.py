@@ -11,12 +11,14 @@
 from raysae.unlearning.cache import EvaluationCache, build_cache
 from raysae.unlearning.cached import CachedEvaluator
 from raysae.unlearning.halves import Halves, halve, split_questions
+from raysae.unlearning.known import Answers, ask_all
 from raysae.unlearning.protocol import check_sae, default_eval_config, sae_cfg_dict
 from raysae.unlearning.result import Intervention, UnlearningResult, UnlearningStatus
 from raysae.unlearning.saebench import SAEBenchEvaluator
 from raysae.unlearning.scoring import best_row, unlearning_score
 
 __all__ = [
+    "Answers",
     "CachedEvaluator",
     "EvaluationCache",
     "Halves",
@@ -24,6 +26,7 @@ __all__ = [
     "SAEBenchEvaluator",
     "UnlearningResult",
     "UnlearningStatus",
+    "ask_all",
     "best_row",
     "build_cache",
     "check_sae",

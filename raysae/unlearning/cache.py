@@ -19,18 +19,16 @@ import numpy as np
 import torch
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
-from sae_bench.evals.unlearning.utils.var import PRE_QUESTION_FORMAT, PRE_WMDP_BIO
 from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformer_lens import HookedTransformer
 
-from raysae.unlearning.protocol import known_question_ids, saebench_session
+from raysae.unlearning.known import known_question_ids
+from raysae.unlearning.protocol import saebench_session
 from raysae.unlearning.result import MIN_KNOWN_QUESTIONS, too_few_known
-from raysae.worlds.world import FORGET_SET, World, check_hook
-
-ANSWERS = ("A", "B", "C", "D", " A", " B", " C", " D")
-"""SAEBench's answer tokens for gemma-2-{2b,9b}-it; letter i is the better of i and i+4."""
+from raysae.worlds.prompts import ANSWERS
+from raysae.worlds.world import World, check_hook
 
 _PARTS = ("forget", "retain", "prompts")
 
@@ -258,7 +256,7 @@ def _run_prompts(
         resid.append(activation)
 
     for name, known in ids.items():
-        prompts = [_prompt(world, name, i) for i in known]
+        prompts = [world.ask(name, i) for i in known]
         size = min(len(prompts), config.llm_batch_size * 2)
         starts = range(0, len(prompts), size)
         with model.hooks(fwd_hooks=[(hook_name, listen)]):
@@ -290,20 +288,3 @@ def _run_prompts(
         resid=as_array(torch.cat(resid)),
         batches=np.array(batches),
     )
-
-
-def _prompt(world: World, dataset: str, index: int) -> str:
-    question = world.questions[dataset][index]
-    header = (
-        PRE_WMDP_BIO
-        if dataset == FORGET_SET
-        else PRE_QUESTION_FORMAT.format(subject=dataset.replace("_", " "))
-    )
-    prompt: str = metrics.convert_wmdp_data_to_prompt(
-        question.question,
-        list(question.choices),
-        prompt_format="GEMMA_INST_FORMAT",
-        permute_choices=[0, 1, 2, 3],
-        pre_question=header,
-    )
-    return prompt

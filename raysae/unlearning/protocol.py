@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import random
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -28,7 +26,13 @@ from sae_bench.sae_bench_utils import activation_collection, general_utils
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from transformer_lens import HookedTransformer
 
+from raysae.worlds.prompts import GEMMA_2
 from raysae.worlds.world import FORGET_SET, World
+
+SAEBENCH_SUBJECT = "biology"
+"""SAEBench's own header asks about it, whatever the world forgets."""
+SAEBENCH_MODELS = ("gemma-2-2b-it", "gemma-2-9b-it")
+"""The names by which SAEBench knows how to ask."""
 
 KNOWN_KIND = "correct"
 """SAEBench's kind of question ids: right under all 24 permutations. Its interventions are scored
@@ -38,15 +42,16 @@ on this kind whatever ``target_metric`` says."""
 def default_eval_config(world: World, **changes: Any) -> UnlearningEvalConfig:
     """SAEBench's own configuration with its own defaults, fitted to a world.
 
-    Only what SAEBench asks its user for is set: the model's name, the length of the world's
-    sequences, the model's batch size and type. `changes` override any field of
-    `UnlearningEvalConfig`; a changed grid is no longer SAEBench's score.
+    Only what SAEBench asks its user for is set: the model's name, the names of the data sets, the
+    length of the world's sequences, the model's batch size and type. `changes` override any field
+    of `UnlearningEvalConfig`; a changed grid is no longer SAEBench's score.
     """
     fields: dict[str, Any] = {
         "model_name": world.saebench_model_name,
+        "dataset_names": [FORGET_SET, *(name for name in world.questions if name != FORGET_SET)],
         "seq_len": world.seq_len,
-        "llm_batch_size": 64,
-        "llm_dtype": "float32",
+        "llm_batch_size": world.llm_batch_size,
+        "llm_dtype": world.dtype,
     }
     return UnlearningEvalConfig(**(fields | changes))
 
@@ -61,7 +66,10 @@ def saebench_session(world: World, model: HookedTransformer, seed: int) -> Itera
     and torch's grad mode included. Patches module globals, hence one session per process at a time.
     """
 
+    asked: list[str] = []  # the data set that SAEBench is at
+
     def load_dataset(_path: str, name: str, **_: Any) -> list[dict[str, Any]]:
+        asked[:] = [name]
         return [
             {"question": q.question, "choices": list(q.choices), "answer": q.answer}
             for q in world.questions[name]
@@ -75,13 +83,26 @@ def saebench_session(world: World, model: HookedTransformer, seed: int) -> Itera
         retain = [text for text in world.retain_texts if len(text) > min_len]
         return forget, retain
 
+    def prompt(
+        question: str,
+        choices: Sequence[str],
+        *_: Any,
+        permute_choices: Sequence[int] = (0, 1, 2, 3),
+        without_question: bool = False,
+        **__: Any,
+    ) -> str:
+        subject, listed = world.subject(asked[0]), [choices[i] for i in permute_choices]
+        return world.prompt.ask(subject, question, listed, without_question=without_question)
+
     with ExitStack() as stack:
+        if world.prompt != GEMMA_2 or world.forget_subject != SAEBENCH_SUBJECT:
+            stack.enter_context(patch.object(metrics, "convert_wmdp_data_to_prompt", prompt))
         for module, name, value in (
             (metrics, "load_dataset", load_dataset),
             (feature_activation, "get_forget_retain_data", get_forget_retain_data),
             (metrics, "tqdm", _no_progress_bar),
             (activation_collection, "tqdm", _no_progress_bar),
-            (model.cfg, "model_name", world.saebench_model_name),
+            (model.cfg, "model_name", _name_for_saebench(world)),
         ):
             stack.enter_context(patch.object(module, name, value))
         stack.enter_context(torch.no_grad())  # restores the caller's mode on the way out
@@ -118,7 +139,7 @@ def saebench_view(sae: Any, world: World, hook_name: str, dtype: torch.dtype, de
     if sae.W_dec.dtype != dtype or sae.W_dec.device.type != torch.device(device).type:
         view = copy.deepcopy(sae).to(device=torch.device(device), dtype=dtype)
     view.cfg = copy.deepcopy(sae.cfg)
-    _fill_metadata(view.cfg, world.saebench_model_name, hook_name)
+    _fill_metadata(view.cfg, world.sae_model_name, hook_name)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         general_utils.load_and_format_sae("sae", view, device)
@@ -135,18 +156,18 @@ def check_sae(sae: Any, world: World, hook_name: str) -> None:
 
     Width, model and layer as far as the SAE's metadata says; `saebench_view` checks the rest.
     """
-    width = json.loads((world.model_path / "config.json").read_text())["hidden_size"]
-    if sae.cfg.d_in != width:
+    if sae.cfg.d_in != world.d_model:
         raise ValueError(
             f"the SAE has d_in {sae.cfg.d_in}, the residual stream of the world {world.name!r} has "
-            f"{width} dimensions: the SAE belongs to another model"
+            f"{world.d_model} dimensions: the SAE belongs to another model"
         )
     metadata = getattr(sae.cfg, "metadata", None)
-    for kind, expected in (("model_name", world.saebench_model_name), ("hook_name", hook_name)):
+    models = (world.sae_model_name, world.saebench_model_name)
+    for kind, expected in (("model_name", models), ("hook_name", (hook_name,))):
         found = getattr(metadata, kind, None)
-        if found and found != expected:
+        if found and found not in expected:
             raise ValueError(
-                f"the SAE was made for {kind} {found!r}, the evaluation is for {expected!r}"
+                f"the SAE was made for {kind} {found!r}, the evaluation is for {expected[0]!r}"
             )
 
 
@@ -155,24 +176,6 @@ def sae_cfg_dict(sae: Any, world: World, hook_name: str) -> dict[str, Any]:
     view = saebench_view(sae, world, hook_name, sae.W_dec.dtype, str(sae.W_dec.device))
     config: dict[str, Any] = view.cfg.to_dict()
     return config
-
-
-def known_question_ids(
-    world: World, model: HookedTransformer, config: UnlearningEvalConfig
-) -> dict[str, np.ndarray]:
-    """By data set, the int ids of the questions that the model knows.
-
-    `world.known_questions` where it is given; else SAEBench's own `save_target_question_ids`
-    finds them, 48 forward passes per question.
-    """
-    names = config.dataset_names
-    if world.known_questions is not None:
-        return {name: np.asarray(world.known_questions[name], dtype=int) for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        with saebench_session(world, model, config.random_seed):
-            for name in names:
-                metrics.save_target_question_ids(model, config.llm_batch_size * 2, folder, name)
-        return {name: np.loadtxt(_ids_file(folder, "all", name), int, ndmin=1) for name in names}
 
 
 def write_question_ids(folder: Path, ids: Mapping[str, np.ndarray]) -> None:
@@ -218,6 +221,12 @@ def _seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def _name_for_saebench(world: World) -> str:
+    """A name SAEBench asks by; the prompts of other models are served to it."""
+    known = world.saebench_model_name in SAEBENCH_MODELS
+    return world.saebench_model_name if known else SAEBENCH_MODELS[0]
 
 
 def _no_progress_bar(iterable: Any, **_: Any) -> Any:

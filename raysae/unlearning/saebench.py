@@ -21,9 +21,9 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from transformer_lens import HookedTransformer
 
 from raysae.unlearning.grid import GridPoint, choose_features, eligible_features
+from raysae.unlearning.known import known_question_ids
 from raysae.unlearning.protocol import (
     KNOWN_KIND,
-    known_question_ids,
     saebench_session,
     saebench_view,
     write_question_ids,

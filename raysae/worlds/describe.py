@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -10,13 +9,22 @@ from rich.table import Table
 from rich.text import Text
 
 from raysae.errors import UserError
-from raysae.worlds.world import FORGET_SET, WORLDS, Question, load_world, unknown_name, valid_hooks
+from raysae.worlds.spec import HubWorld, LocalWorld
+from raysae.worlds.world import (
+    FORGET_SET,
+    WORLDS,
+    Question,
+    load_world,
+    read_model_config,
+    unknown_name,
+    valid_hooks,
+)
 
 SHOWN_CHARACTERS = 300
 LETTERS = "ABCD"
 
 
-def describe_world(name: str, examples: int, console: Console) -> None:
+def describe_world(name: str | HubWorld | LocalWorld, examples: int, console: Console) -> None:
     """Print model, hook points, corpora and questions.
 
     Args:
@@ -27,13 +35,10 @@ def describe_world(name: str, examples: int, console: Console) -> None:
     Raises:
         UserError: there is no world of that name, or it cannot be fetched.
     """
-    if name not in WORLDS:
+    if isinstance(name, str) and name not in WORLDS:
         raise UserError(unknown_name("world", name, WORLDS))
-    try:
-        world = load_world(name)
-    except ConnectionError as error:
-        raise UserError(str(error)) from None
-    config = json.loads((world.model_path / "config.json").read_text(encoding="utf-8"))
+    world = load_world(name)
+    config = read_model_config(world.model_path)
     hooks = valid_hooks(world)
     size = sum(path.stat().st_size for path in world.model_path.glob("*.safetensors"))
 
@@ -44,7 +49,7 @@ def describe_world(name: str, examples: int, console: Console) -> None:
     say(
         f"model      {config.get('model_type', 'unknown')}: {config['num_hidden_layers']} layers, "
         f"d_in {config['hidden_size']}, vocabulary {config['vocab_size']}, {size / 1e6:.1f} MB; "
-        f"prompts as for {world.saebench_model_name}"
+        f"{world.saebench_model_name} is asked in the format {world.prompt.name!r}"
     )
     say(f"hooks      {hooks[0]} to {hooks[-1]}; default {world.default_hook_name}")
     for kind, texts in (("forget", world.forget_texts), ("retain", world.retain_texts)):
@@ -55,7 +60,10 @@ def describe_world(name: str, examples: int, console: Console) -> None:
             cut = text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")
             say(f"           “{' '.join(cut.split())}”")
     console.print(_questions_table(world.questions, world.known_questions))
-    say("known: answered right under all 24 orders of the choices")
+    orders = "all 24 orders" if world.permutations == 24 else f"{world.permutations} orders"
+    say(f"known: answered right under {orders} of the choices")
+    say("prompt, the answer being its next token:")
+    say(repr(world.ask(FORGET_SET, 0)))
     for subject, questions in world.questions.items():
         for question in questions[:examples]:
             say(f"{subject}: {question.question}")

@@ -1,95 +1,142 @@
-"""Worlds from the Hugging Face hub: a published model, SAEBench's questions and corpora.
+"""What a world needs from the Hugging Face hub: found on this machine, fetched, or asked for.
 
-Everything is fetched by Hugging Face's own libraries into their own caches, once; a machine without
-a network runs from a cache that was filled before.
+Everything is fetched by Hugging Face's own library into its own cache, once. Whether the hub
+answers is asked once and in seconds: without it, what is missing is named at once, and not after
+the retries of every single download.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-from raysae.worlds.world import FORGET_SET, RETAIN_SETS, Question, World
+from raysae.errors import UserError, first_line
+from raysae.worlds.spec import HubWorld, LocalWorld, Source
 
-FORGET_CORPUS = "cais/wmdp-bio-forget-corpus"
-"""Gated: its owners grant access on the hub, to the account whose token is in HF_TOKEN."""
-RETAIN_CORPUS = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-MIN_CHARACTERS = 50
-"""SAEBench drops shorter texts."""
-
-
-@dataclass(frozen=True)
-class HubModel:
-    """A published model and where its SAEs are trained; sizes are known before it is fetched."""
-
-    repository: str
-    saebench_model_name: str
-    n_layers: int
-    d_model: int
-    default_layer: int
-    seq_len: int = 1024
+PROBE_SECONDS = 5.0
+MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+DATA_FILES = ["README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt"]
+GATED = ("google/gemma", "meta-llama/", "cais/wmdp-bio-forget-corpus")
+"""Known beginnings of repositories that want their terms accepted; others are told by the hub."""
 
 
-MODELS = {
-    "gemma-2-2b": HubModel("google/gemma-2-2b-it", "gemma-2-2b-it", 26, 2304, 19),
-}
-"""By world name. Layer 19 is the seed study's; SAEBench's unlearning evaluation knows gemma-2-2b as
-its instruction-tuned variant only."""
+@dataclass
+class Shopping:
+    """Everything a world lacks, so that it is said at once."""
+
+    missing: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    """By repository: how to get it, and the fields that want it."""
+
+    def add(self, what: str, repository: str, kind: str, why: str) -> None:
+        """Note a repository that could not be had."""
+        dataset = " --repo-type dataset" if kind == "dataset" else ""
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+        gated = f" (gated: accept its terms at {page})" if repository.startswith(GATED) else ""
+        how = f"{repository}{gated}: {why}; get it with: hf download{dataset} {repository}"
+        self.missing.setdefault(repository, (how, []))[1].append(what)
+
+    def check(self, spec: HubWorld | LocalWorld) -> None:
+        """Raise UserError if anything is missing."""
+        if not self.missing:
+            return
+        state = "answers" if hub_answers() else "cannot be reached, or HF_HUB_OFFLINE is set"
+        raise UserError(
+            f"world: {spec.label!r} lacks what follows (the hub {state}):\n"
+            + "\n".join(f"  {', '.join(fields)}: {how}" for how, fields in self.missing.values())
+            + "\nGated repositories also need a token (`hf auth login`, or HF_TOKEN). A machine "
+            "without a network can be given copies: `hf download … --local-dir DIR/OWNER/NAME` "
+            "elsewhere, and `folder: DIR` in the world"
+        )
 
 
-def load(name: str) -> World:
-    """Fetch a hub world, or read it from the cache.
+def model_folder(
+    spec: HubWorld | LocalWorld,
+    which: str,
+    shopping: Shopping | None = None,
+    *,
+    config_only: bool = False,
+) -> Path:
+    """Return the folder of `spec.model` or `spec.score_model`, fetched if need be.
 
-    Raises:
-        ConnectionError: something is neither cached nor to be had; says what, and what it needs.
+    Args:
+        spec: the world.
+        which: ``model`` or ``score_model``.
+        shopping: takes down what is missing; None: it is raised as UserError.
+        config_only: config.json is enough.
     """
-    from datasets import load_dataset
+    name = getattr(spec, which)
+    if isinstance(spec, LocalWorld) or Path(name).is_dir():
+        return Path(name)
+    revision = spec.revision if which == "model" else spec.score_revision
+    patterns = ["config.json"] if config_only else MODEL_FILES
+    mine = shopping or Shopping()
+    found = _fetch(spec, which, name, "model", revision, patterns, mine)
+    if shopping is None:
+        mine.check(spec)
+    return found
+
+
+def data_place(spec: HubWorld | LocalWorld, name: str, source: Source, shopping: Shopping) -> Path:
+    """Return the file or folder of a source, fetched if need be; `name` is its field."""
+    if source.path is not None:
+        return Path(source.path)
+    assert source.dataset is not None and isinstance(spec, HubWorld)
+    patterns = DATA_FILES
+    if source.config is not None:  # as the hub lays them out; not all the others' files as well
+        patterns = ["README.md", f"{source.config}/*"]
+    return _fetch(spec, name, source.dataset, "dataset", source.revision, patterns, shopping)
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; False in offline mode. Asked once a process."""
+    import huggingface_hub.constants
+    from huggingface_hub import get_session
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the HTTP library's own types, which huggingface_hub does not re-export
+        return False
+    return True
+
+
+def _fetch(
+    spec: HubWorld,
+    what: str,
+    repository: str,
+    kind: str,
+    revision: str | None,
+    patterns: list[str],
+    shopping: Shopping,
+) -> Path:
+    """The folder of a repository; where there is none, a line of `shopping` and any path."""
+    if spec.folder is not None and (Path(spec.folder) / repository).is_dir():
+        return Path(spec.folder) / repository
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    model = MODELS[name]
-
-    def fetched(what: str, fetch: Callable[[], Any]) -> Any:
-        try:
-            return fetch()
-        except Exception as error:  # hub, file system and parser raise dozens of types
-            raise ConnectionError(
-                f"world {name!r} needs {what}, which is neither in the Hugging Face cache nor to "
-                f"be had from the hub ({type(error).__name__}); it takes a network, an account "
-                "that was granted access (HF_TOKEN), and HF_HUB_OFFLINE unset"
-            ) from error
-
-    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
-    path = fetched(
-        model.repository, lambda: snapshot_download(model.repository, allow_patterns=patterns)
-    )
-    forget = fetched(FORGET_CORPUS, lambda: load_dataset(FORGET_CORPUS, split="train"))
-    repository, config, split = RETAIN_CORPUS
-    retain = fetched(repository, lambda: load_dataset(repository, config, split=split))
-    questions = {FORGET_SET: fetched("cais/wmdp", lambda: _questions("cais/wmdp", FORGET_SET))}
-    for subject in RETAIN_SETS:
-        questions[subject] = fetched("cais/mmlu", partial(_questions, "cais/mmlu", subject))
-    # Workers read what this process has just cached.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return World(
-        name=name,
-        model_path=Path(path),
-        saebench_model_name=model.saebench_model_name,
-        default_hook_name=f"blocks.{model.default_layer}.hook_resid_post",
-        seq_len=model.seq_len,
-        forget_texts=tuple(t for t in forget["text"] if len(t) > MIN_CHARACTERS),
-        retain_texts=tuple(t for t in retain["text"] if len(t) > MIN_CHARACTERS),
-        questions=MappingProxyType(questions),
-        known_questions=None,
-    )
-
-
-def _questions(repository: str, subject: str) -> tuple[Question, ...]:
-    from datasets import load_dataset
-
-    rows = load_dataset(repository, subject, split="test")
-    return tuple(Question(r["question"], tuple(r["choices"]), int(r["answer"])) for r in rows)
+    try:
+        found = Path(
+            snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=not hub_answers(),
+            )
+        )
+    except GatedRepoError:
+        shopping.add(what, repository, kind, "access was not granted to this account")
+    except RepositoryNotFoundError:
+        shopping.add(what, repository, kind, "there is none of that name, or it is private")
+    except Exception as error:  # network, file system and cache raise dozens of types
+        why = "not on this machine" if not hub_answers() else first_line(error)
+        shopping.add(what, repository, kind, why)
+    else:
+        if any(path.is_file() for path in found.rglob("*")):
+            return found
+        shopping.add(what, repository, kind, f"its files are not in {found}")
+    return Path(repository)

@@ -6,10 +6,10 @@ written by hand from config.json, so that any folder of a known architecture loa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +26,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from raysae.worlds.world import World, check_hook, hook_layer, unknown_name
+from raysae.worlds.tokens import with_padding
+from raysae.worlds.world import (
+    CONTEXT,
+    World,
+    check_hook,
+    hook_layer,
+    read_model_config,
+    unknown_name,
+)
 
 __all__ = ["ARCHITECTURES", "check_hook", "hook_layer", "load_model"]
 
@@ -153,9 +161,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def load_model(
-    world: World, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    world: World,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    trained_on: bool = False,
 ) -> HookedTransformer:
     """Return the world's model, frozen and in evaluation mode, on `device` in `dtype`.
+
+    `dtype` is the world's unless given. With `trained_on` it is the model that SAEs are trained on,
+    where that is not the one that is asked.
 
     Its weights are the folder's as they are (nothing is folded or centred), so that the residual
     stream is the one SAEBench's absolute multipliers are meant for. ``cfg.model_name`` is the name
@@ -164,14 +179,18 @@ def load_model(
     Raises ValueError for an architecture not in ARCHITECTURES, and for a form of one (scaled rotary
     positions, for example) that TransformerLens does not run.
     """
-    architecture = _architecture(world)
+    folder = world.model_path if trained_on else world.asked_path
+    dtype = getattr(torch, world.dtype) if dtype is None else dtype
+    architecture = _architecture(folder)
     with _no_progress_bars():
         source = architecture.hugging_face_class.from_pretrained(
-            world.model_path, dtype=dtype, attn_implementation="eager", local_files_only=True
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
         )
-    tokenizer = AutoTokenizer.from_pretrained(world.model_path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    fields = architecture.config(source.config)
+    fields["n_ctx"] = min(fields["n_ctx"], max(CONTEXT, world.seq_len))
     config = HookedTransformerConfig(
-        **architecture.config(source.config),
+        **fields,
         original_architecture=architecture.hugging_face_class.__name__,
         device=str(device),
         dtype=dtype,
@@ -186,18 +205,20 @@ def load_model(
         center_unembed=False,
         fold_value_biases=False,
     )
-    model.cfg.model_name = world.saebench_model_name
+    if world.pad_token is not None:
+        with_padding(model.tokenizer, world.pad_token)
+    model.cfg.model_name = world.sae_model_name if trained_on else world.saebench_model_name
     model.requires_grad_(False).eval().to(device, print_details=False)
     return model
 
 
-def _architecture(world: World) -> Architecture:
-    named = json.loads((world.model_path / "config.json").read_text()).get("architectures") or []
+def _architecture(folder: Path) -> Architecture:
+    named = read_model_config(folder).get("architectures") or []
     for name in named:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
     raise ValueError(
-        f"{world.model_path / 'config.json'}: "
+        f"{folder / 'config.json'}: "
         + unknown_name("architecture", ", ".join(named) or "(none given)", ARCHITECTURES)
     )
 

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from raysae.worlds.prompts import GEMMA_2, PromptFormat
+
+if TYPE_CHECKING:
+    from raysae.worlds.spec import HubWorld, LocalWorld
 
 # The data set names are SAEBench's: one set to forget, four MMLU subjects to retain.
 FORGET_SET = "wmdp-bio"
@@ -27,6 +34,27 @@ RETAIN_SETS = (
 MIN_CHARACTERS = 50
 """SAEBench drops texts of this length and shorter ones."""
 N_CHOICES = 4
+PERMUTATIONS: dict[int, tuple[tuple[int, ...], ...]] = {
+    24: tuple(itertools.permutations(range(4))),
+    4: tuple(tuple((shift + i) % 4 for i in range(4)) for shift in range(4)),
+    1: ((0, 1, 2, 3),),
+}
+"""Orders of the choices under which a question must be answered right to count as known, by their
+number: SAEBench's 24; 4 in which every choice stands once at every letter; the one as written."""
+
+SAEBENCH = "SAEBench"
+
+
+def score_name(permutations: int) -> str:
+    """Name of the score on questions that are known under so many orders of their choices."""
+    if permutations == len(PERMUTATIONS[24]):
+        return SAEBENCH
+    return f"score of {permutations} order{'s' if permutations > 1 else ''}"
+
+
+CONTEXT = 2048
+"""Positions that are kept room for, where a model has more: every layer holds a mask of its square,
+which for the 131 072 of Llama 3.1 would be 17 GB. SAEBench's prompts and sequences are shorter."""
 
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
@@ -48,9 +76,9 @@ class World:
 
     name: str
     model_path: Path
-    """Hugging Face folder: config, weights, tokenizer."""
+    """Hugging Face folder: config, weights, tokenizer. The SAEs are trained on this model."""
     saebench_model_name: str
-    """Selects SAEBench's prompt format and answer tokens, for example ``gemma-2-2b-it``."""
+    """Name of the model that is asked, for example ``gemma-2-2b-it``."""
     default_hook_name: str
     """TransformerLens name of the residual-stream hook the autoencoders are trained at."""
     seq_len: int
@@ -58,12 +86,60 @@ class World:
     forget_texts: tuple[str, ...]
     retain_texts: tuple[str, ...]
     questions: Mapping[str, tuple[Question, ...]]
-    """By SAEBench data set name: ``FORGET_SET`` and the ``RETAIN_SETS``."""
+    """By data set name: ``FORGET_SET`` whatever is forgotten, and those to retain, SAEBench's being
+    the ``RETAIN_SETS``."""
     known_questions: Mapping[str, tuple[int, ...]] | None
     """Ids (positions in ``questions``) answered right under all 24 permutations of the choices,
     SAEBench's kind ``correct``; None where they must be computed."""
     probe_texts: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None
     """``train`` and ``test``: texts by class, for sparse probing; None for SAEBench's own."""
+    score_model_path: Path | None = None
+    """Folder of the model that is asked and intervened on; None: `model_path`."""
+    trained_on: str | None = None
+    """Name of the model that the SAEs are trained on; None: that of the one that is asked."""
+    training_texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By ``forget`` and ``retain``: what SAEs are trained on where it is not the corpus by which
+    their features are chosen."""
+    store_tokens: int | None = None
+    """Of either corpus, to train on; None: all."""
+    prompt: PromptFormat = GEMMA_2
+    forget_subject: str = "biology"
+    """In the prompts of `FORGET_SET`; a retain set's name says its own."""
+    permutations: int = 24
+    """See `PERMUTATIONS`."""
+    dtype: str = "float32"
+    """The model runs in it; torch's name."""
+    llm_batch_size: int = 64
+    """Sequences the model runs at a time; of questions, twice as many."""
+    pad_token: str | None = None
+    """None: the tokenizer's own."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where model and data came from, commits included; decides nothing."""
+
+    @property
+    def asked_path(self) -> Path:
+        """Folder of the model that is asked."""
+        return self.score_model_path or self.model_path
+
+    @property
+    def sae_model_name(self) -> str:
+        """Name of the model that the SAEs are trained on."""
+        return self.trained_on or self.saebench_model_name
+
+    @property
+    def d_model(self) -> int:
+        """Dimensions of the residual stream."""
+        return int(read_model_config(self.model_path)["hidden_size"])
+
+    def subject(self, data_set: str) -> str:
+        """What the questions of a data set are about, as the prompts say it."""
+        return self.forget_subject if data_set == FORGET_SET else data_set.replace("_", " ")
+
+    def ask(self, data_set: str, index: int, order: Sequence[int] = (0, 1, 2, 3)) -> str:
+        """The prompt of a question with its choices in that order."""
+        question = self.questions[data_set][index]
+        choices = [question.choices[i] for i in order]
+        return self.prompt.ask(self.subject(data_set), question.question, choices)
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming what is wrong, for questions and corpora that cannot score."""
@@ -72,29 +148,36 @@ class World:
         check_questions(f"world {self.name!r}", self.questions)
 
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of config, weights, tokenizer, corpora and questions.
+        """Return the sha256 (hex) of everything that decides the numbers.
 
-        Depends on contents only, never on where the world lies, so that results of different
-        machines can be compared. Raises FileNotFoundError if the folder holds no weights.
+        Model or models, corpora, questions, and how they are put. Depends on contents only, never
+        on where the world lies, so that results of different machines can be compared. Raises
+        FileNotFoundError if a folder holds no weights.
         """
-        digest = self._digest_of_model()
-        digest.update(sha256_of_texts(self.forget_texts).encode())
-        digest.update(sha256_of_texts(self.retain_texts).encode())
-        digest.update(sha256_of_questions(self.questions).encode())
-        digest.update(f"{self.saebench_model_name}\0{self.seq_len}".encode())
-        return digest.hexdigest()
+        plain = [
+            self.model_fingerprint(),
+            self.questions_fingerprint(),
+            sha256_of_texts(self.forget_texts),
+            sha256_of_texts(self.retain_texts),
+            {name: sha256_of_texts(texts) for name, texts in sorted(self.training_texts.items())},
+            [self.trained_on, self.seq_len, self.store_tokens],
+        ]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
     def model_fingerprint(self) -> str:
-        """Return the sha256 (hex) of config, weights and tokenizer alone; raises as above."""
-        return self._digest_of_model().hexdigest()
+        """Return the sha256 (hex) of what computes the activations; raises as above."""
+        plain = [_sha256_of_model(self.model_path), self.dtype, self.pad_token]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
-    def _digest_of_model(self) -> hashlib._Hash:
-        if not any(self.model_path.glob("*.safetensors")):
-            raise FileNotFoundError(f"no *.safetensors weights in {self.model_path}")
-        digest = hashlib.sha256()
-        for path in _files_that_define_the_model(self.model_path):
-            digest.update(f"{path.name}\0{sha256_of_file(path)}\0".encode())
-        return digest
+    def questions_fingerprint(self) -> str:
+        """Return the sha256 (hex) of what decides which questions are known; raises as above."""
+        plain = [
+            _sha256_of_model(self.asked_path),
+            sha256_of_questions(self.questions),
+            [self.saebench_model_name, self.forget_subject, vars(self.prompt)],
+            [self.permutations, self.dtype, self.llm_batch_size, self.pad_token],
+        ]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 def check_corpus(what: str, texts: Sequence[str]) -> None:
@@ -125,45 +208,24 @@ def check_questions(what: str, questions: Mapping[str, Sequence[Question]]) -> N
                 )
 
 
-@dataclass(frozen=True)
-class WorldEntry:
-    """What is known of a world before it is loaded, so that a plan needs no download."""
-
-    load: Callable[[], World]
-    n_layers: int
-    d_model: int
-    default_hook_name: str
+WORLDS = ("embedded", "gemma-2-2b", "pythia-70m")
+"""Names of worlds; those of the hub are described in `raysae.worlds.presets`."""
 
 
-def load_world(name: str) -> World:
-    """Return the world called `name`; raises ValueError naming the valid ones for another.
+def load_world(world: str | HubWorld | LocalWorld) -> World:
+    """Return the world of that name or description; raises ValueError for an unknown name.
 
-    Raises ConnectionError for a world of the hub that cannot be fetched.
+    Raises UserError for what is missing or malformed, see `raysae.worlds.load`.
     """
-    if name not in WORLDS:
-        raise ValueError(unknown_name("world", name, WORLDS))
-    return WORLDS[name].load()
+    if isinstance(world, str) and world not in WORLDS:
+        raise ValueError(unknown_name("world", world, WORLDS))
+    if world == "embedded":
+        from raysae.worlds import embedded  # here, because that package imports this module
 
+        return embedded.load()
+    from raysae.worlds import load, presets
 
-def _embedded() -> World:
-    from raysae.worlds import embedded  # here, because that package imports this module
-
-    return embedded.load()
-
-
-def _from_hub(name: str) -> Callable[[], World]:
-    def load() -> World:
-        from raysae.worlds import hub
-
-        return hub.load(name)
-
-    return load
-
-
-WORLDS: dict[str, WorldEntry] = {
-    "embedded": WorldEntry(_embedded, 4, 128, "blocks.0.hook_resid_post"),
-    "gemma-2-2b": WorldEntry(_from_hub("gemma-2-2b"), 26, 2304, "blocks.19.hook_resid_post"),
-}
+    return load.load(presets.PRESETS[world] if isinstance(world, str) else world)
 
 
 def hook_layer(hook_name: str) -> int:
@@ -183,14 +245,19 @@ def valid_hooks(world: World) -> list[str]:
     Reads ``num_hidden_layers`` from the folder's config.json. The last layer is left out: no layer
     follows it, so that an intervention there could only rewrite the logits.
     """
-    config = json.loads((world.model_path / "config.json").read_text())
-    return _hook_names(config["num_hidden_layers"])
+    return _hook_names(int(read_model_config(world.model_path)["num_hidden_layers"]))
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Return a model folder's config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def check_hook(model_or_config: Any, hook_name: str) -> int:
     """Return the hook's layer, or raise ValueError with the valid names and the nearest one.
 
-    `model_or_config` is a World or its WorldEntry, a TransformerLens model or its config, or a
+    `model_or_config` is a World or its `Shape`, a TransformerLens model or its config, or a
     Hugging Face config (an object or the dictionary read from config.json).
     """
     valid = (
@@ -212,7 +279,14 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes, read in blocks."""
+    """Return the sha256 (hex) of a file's bytes, read once until the file changes."""
+    stat = path.stat()
+    return _sha256_of_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of_file(path: Path, size: int, mtime_ns: int) -> str:
+    del size, mtime_ns  # they tell one state of a file from the next
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -236,6 +310,15 @@ def sha256_of_questions(questions: Mapping[str, tuple[Question, ...]]) -> str:
         for name in sorted(questions)
     }
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def _sha256_of_model(folder: Path) -> str:
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"no *.safetensors weights in {folder}")
+    digest = hashlib.sha256()
+    for path in _files_that_define_the_model(folder):
+        digest.update(f"{path.name}\0{sha256_of_file(path)}\0".encode())
+    return digest.hexdigest()
 
 
 def _files_that_define_the_model(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from raysae.search.run import resolve
 from raysae.store.activations import corpus_tokens
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
-from raysae.worlds.world import WORLDS
+from raysae.worlds.presets import shape_of
 
 SPACES = Path(__file__).parent.parent.parent / "search_spaces"
 
@@ -62,7 +62,7 @@ def test_seconds_of_a_search_are_those_of_its_steps_and_rungs():
         search__num_samples=10, search__scheduler={"name": "none"}, training__tokens=1024 * 1000,
         confirm__top=0,
     )  # fmt: skip
-    found = estimate(made, WORLDS["embedded"], load_world("embedded"), SIZE, **MACHINE)
+    found = estimate(made, shape_of("embedded"), load_world("embedded"), SIZE, **MACHINE)
     assert found.start == 0
     assert found.training == pytest.approx(1000 * 0.01)
     # 16 interventions on a quarter of the positions in the 3 layers behind the hook; and the SAE's
@@ -79,7 +79,7 @@ def test_trials_that_are_stopped_early_cost_less():
         search__num_samples=90, confirm__top=0, training__tokens=1024 * 900,
         search__scheduler={"name": "asha", "grace_fraction": 1 / 9, "reduction_factor": 3},
     )  # fmt: skip
-    found = estimate(made, WORLDS["embedded"], load_world("embedded"), SIZE, **MACHINE)
+    found = estimate(made, shape_of("embedded"), load_world("embedded"), SIZE, **MACHINE)
     # Rungs at 1/9, 1/3 and 1 of the run; a third goes on at each.
     share, rungs = 1 / 9 + 2 / 9 / 3 + 2 / 3 / 9, 1 + 1 / 3 + 1 / 9
     assert found.search == pytest.approx(45 * (share * found.training + rungs * found.scoring))
@@ -88,7 +88,7 @@ def test_trials_that_are_stopped_early_cost_less():
 @pytest.mark.usefixtures("measured")
 def test_workers_that_outnumber_the_cores_are_no_faster():
     two, four = (
-        estimate(config(), WORLDS["embedded"], load_world("embedded"), SIZE,
+        estimate(config(), shape_of("embedded"), load_world("embedded"), SIZE,
                  **MACHINE | {"workers": n, "workers_here": n})
         for n in (2, 4)
     )  # fmt: skip
@@ -99,7 +99,7 @@ def test_workers_that_outnumber_the_cores_are_no_faster():
 @pytest.mark.usefixtures("measured")
 def test_without_the_model_it_counts_operations_and_says_so():
     made = config("seed_gemma-2-2b.yaml", resources__use_gpu=False)
-    found = estimate(made, WORLDS["gemma-2-2b"], None, None, **MACHINE)
+    found = estimate(made, shape_of("gemma-2-2b"), None, None, **MACHINE)
     assert "the model is not on this machine" in found.measured
     # 16 · 2304² parameters a layer, two operations each, at the speed of the training step.
     rate = 12 * made.training.batch_size * 2304 * made.sae.d_sae / 0.01

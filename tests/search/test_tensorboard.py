@@ -84,7 +84,7 @@ def test_a_trial_is_a_run_with_curves_scores_and_hyperparameters(tmp_path: Path,
     assert found["train/tokens"] == [(s, 64.0 * s) for s in steps]
     assert found["score/search"] == [(2, pytest.approx(0.1)), (4, pytest.approx(0.4))]
     assert found["score/heldout"][-1] == (4, pytest.approx(0.2))
-    assert found["score/saebench"][-1] == (4, pytest.approx(0.1))
+    assert found["score/all_questions"][-1] == (4, pytest.approx(0.1))
     started, ended = sessions(run)
     values = started.session_start_info.hparams
     assert values["regularizer"].string_value == "grouped"

@@ -22,7 +22,7 @@ from raysae.unlearning import (
     sae_cfg_dict,
     unlearning_score,
 )
-from raysae.unlearning.protocol import known_question_ids
+from raysae.unlearning.known import known_question_ids
 
 
 def state() -> tuple[Any, ...]:
