@@ -165,7 +165,7 @@ def test_the_best_of_a_study_shows_the_other_seeds_of_its_run(run_dir: Path):
 def test_a_world_of_the_hub_names_its_model_and_claims_no_licence(run_dir: Path):
     (run_dir / "config.yaml").write_text("world: gemma-2-2b\nhook: blocks.19.hook_resid_post\n")
     card = ModelCard.load(write_card(run_dir))
-    assert card.data.base_model == "google/gemma-2-2b-it"
+    assert card.data.base_model == "google/gemma-2-2b"
     assert card.data.license is None
     assert "toy" not in card.text
 

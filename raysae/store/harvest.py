@@ -187,10 +187,12 @@ class Harvest:
         if facts["weakness"]:
             raise WeakModelError(facts["weakness"])
         known = {name: tuple(ids) for name, ids in facts["ids"].items()}
+        n = self._world.permutations
+        orders = f"{n} orders" if n > 1 else "one order"
         self._world = replace(self._world, known_questions=known)
         self.lines.append(
             f"known questions: {', '.join(f'{name} {len(ids)}' for name, ids in known.items())}; "
-            f"right under {self._world.permutations} orders of the choices, {source}"
+            f"right under {orders} of the choices, {source}"
         )
 
     def find_evaluations(self) -> None:

@@ -152,7 +152,7 @@ def test_an_sae_of_another_hook_or_model_is_refused(command, saved, sae_of: GetS
     ("options", "parts"),
     [
         (["--hook", "blocks.7.hook_resid_post"], ["--hook", "blocks.0.hook_resid_post"]),
-        (["--world", "embeded"], ["--world", "did you mean 'embedded'?"]),
+        (["--world", "embeded"], ["--world", "Did you mean 'embedded'?"]),
         (["--evaluator", "fast"], ["--evaluator", "'cached', 'saebench'"]),
     ],
     ids=lambda value: value[0],

@@ -26,7 +26,7 @@ from raysae.worlds.embedded.language_model import (
 from raysae.worlds.embedded.text import CorpusConfig, exam_prompt, make_corpora
 from raysae.worlds.embedded.tokenizer import make_tokenizer
 from raysae.worlds.model import load_model
-from raysae.worlds.presets import shape_of
+from raysae.worlds.presets import EMBEDDED
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS, sha256_of_file
 
 PERMUTATIONS = list(permutations(range(4)))
@@ -339,8 +339,7 @@ def test_rescaling_keeps_the_function_and_scales_every_layer(hugging_face_model,
 
 
 def test_what_is_known_before_loading_is_what_the_model_says(world: World) -> None:
-    entry = shape_of("embedded")
-    config = json.loads((world.model_path / "config.json").read_text())
+    entry, config = EMBEDDED, json.loads((world.model_path / "config.json").read_text())
     assert entry.n_layers == config["num_hidden_layers"]
     assert entry.d_model == config["hidden_size"]
     assert entry.default_hook_name == world.default_hook_name

@@ -79,6 +79,7 @@ def test_gemmas_chat_template_is_saebenchs_format(world: World):
 
 def test_the_tokens_that_the_model_sees_are_saebenchs(world: World):
     """Both ways, through all of SAEBench's own code: with its prompts, and with the world's."""
+    world = dataclasses.replace(world, permutations=4)
     model = load_model(world)
     config = default_eval_config(world)
     served = dataclasses.replace(world, prompt=dataclasses.replace(GEMMA_2, name="another object"))
