@@ -59,11 +59,11 @@ class CrossTaskInhibition(Regularizer):
 
     def penalty(self, view: StepView, state: State) -> Tensor:
         threshold = state["threshold"].to(view.acts.dtype)
-        excess = (view.acts - threshold).relu() / threshold.clamp_min(1e-6)
+        excess = (view.acts - threshold).relu()
         on_forget, on_retain = mean_over_task(excess.pow(2), view, state)
         belongs_to_forget = _belongs_to_forget(state)
         counted = torch.where(belongs_to_forget, on_retain, on_forget)
-        counted = torch.where(threshold > 0, counted, 0.0)
+        counted = torch.where(threshold > 0, counted / threshold.clamp_min(1e-6).pow(2), 0.0)
         total: Tensor = 0.5 * counted.sum() / state["l0"].to(view.acts.dtype).clamp_min(1e-6)
         return total
 

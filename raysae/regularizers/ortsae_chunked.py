@@ -40,8 +40,12 @@ class OrtSAEChunked(PeriodicRegularizer, OrthogonalityRegularizer):
     def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
         n, d_in = W_dec.shape
         U = by_chunk(unit_rows(W_dec), state["chunks"])
-        cosines = U @ U.transpose(1, 2)
-        # A feature is not its own neighbour; the zeros that fill a chunk cost nothing.
-        itself = torch.eye(U.shape[1], dtype=torch.bool, device=U.device)
-        nearest = cosines.masked_fill(itself, 0.0).relu().amax(dim=2)
-        return nearest.pow(2).sum() * (d_in / (2 * n * math.log(max(2, U.shape[1]))))
+        with torch.no_grad():
+            cosines = U @ U.transpose(1, 2)
+            cosines.diagonal(dim1=1, dim2=2).fill_(-1)  # a feature is not its own neighbour
+            neighbours = cosines.argmax(2)
+        # The gradient of a maximum is that of the pair that attains it; the zeros that fill a
+        # chunk are neighbours at a cosine of 0, which costs nothing.
+        nearest = U.gather(1, neighbours[..., None].expand_as(U))
+        cosine = (U * nearest).sum(2).relu()
+        return cosine.pow(2).sum() * (d_in / (2 * n * math.log(max(2, U.shape[1]))))

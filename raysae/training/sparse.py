@@ -100,19 +100,36 @@ class Support:
         return self.rows * self.d_sae + self.features % self.d_sae
 
 
+def largest(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest entries of `x` (size,), in no order.
+
+    On a CPU in two stages, since topk takes as long as `x` is. Entries are cut into groups; whatever
+    lies outside the k groups with the largest maxima is below k others.
+    """
+    width = 1  # of a group; both stages then see about √(k · size) entries
+    while 4 * width * width * k <= len(x) and len(x) % (2 * width) == 0:
+        width *= 2
+    if x.is_cuda or width == 1:
+        return x.topk(k, sorted=False).indices
+    count = len(x) // width
+    groups = x.view(width, count).amax(0).topk(k, sorted=False).indices
+    entries = (groups + torch.arange(0, len(x), count)[:, None]).flatten()
+    return entries[x[entries].topk(k, sorted=False).indices]
+
+
 def encode_at(
-    support: Support, hidden: Tensor, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor
+    support: Support, values: Tensor, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor
 ) -> Tensor:
     """Pre-activations (entries,) at the support, differentiable in the parameters.
 
     Args:
-        support: chosen from `hidden`.
-        hidden: centred · W_enc + b_enc, (m, n, d_sae), without gradient.
+        support: which are wanted.
+        values: centred · W_enc + b_enc at the support, (entries,), without gradient.
         centred: batch − b_dec, (m, n, d_in), without gradient.
         W_enc, b_enc, b_dec: (m, d_in, d_sae), (m, d_sae), (m, d_in).
     """
-    values: Tensor = _EncodeAt.apply(support, hidden, centred, W_enc, b_enc, b_dec)
-    return values
+    encoded: Tensor = _EncodeAt.apply(support, values, centred, W_enc, b_enc, b_dec)
+    return encoded
 
 
 def decode(support: Support, values: Tensor, W_dec: Tensor) -> Tensor:
@@ -127,7 +144,7 @@ class _EncodeAt(torch.autograd.Function):
     def forward(
         ctx: Any,
         support: Support,
-        hidden: Tensor,
+        values: Tensor,
         centred: Tensor,
         W_enc: Tensor,
         b_enc: Tensor,  # noqa: ARG004 - its gradient is returned
@@ -135,7 +152,7 @@ class _EncodeAt(torch.autograd.Function):
     ) -> Tensor:
         ctx.support = support
         ctx.save_for_backward(centred, W_enc)
-        return hidden.flatten()[support._flat]
+        return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,10 @@ from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 
-from raysae.training.sparse import Support, decode, encode_at
+from raysae.training.sparse import Support, decode, encode_at, largest
+
+SPARSE = 1 / 16
+"""Share of the activations below which sums over what fires are faster than matrix products."""
 
 Parameters = dict[str, Tensor]
 """SAELens' parameters by name, stacked: W_enc (m, d_in, d_sae), W_dec (m, d_sae, d_in), …"""
@@ -93,11 +96,33 @@ class Forward:
 
 def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     """ReLU and an L1 term weighted by decoder norms."""
-    acts = _pre_activations(p, batch, p["b_enc"]).relu()
+    pre = _pre_activations(p, batch, p["b_enc"])
+    fires = pre.detach() > 0
+    # Waiting for the count costs a GPU more than it saves.
+    if not batch.is_cuda and int(fires.count_nonzero()) < SPARSE * fires.numel():
+        return _standard_where(fires, pre.detach(), p, batch, members)
+    acts = pre.relu()
     error = _error(acts @ p["W_dec"], p, batch)
     l1 = (acts @ p["W_dec"].norm(dim=-1)[:, :, None]).squeeze(-1).mean(1)
     losses = {"mse_loss": _mse(error), "l1_loss": _coefficients(members, l1) * l1}
     return Forward(error, DenseActs(acts), losses)
+
+
+def _standard_where(
+    fires: Tensor, pre: Tensor, p: Parameters, batch: Tensor, members: list[Settings]
+) -> Forward:
+    """The same from what fires alone: a ReLU passes no gradient elsewhere."""
+    support, values = _at(pre, fires.flatten().nonzero()[:, 0])
+    centred = (batch - p["b_dec"][:, None]).detach()
+    values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"])
+    error = _error(decode(support, values, p["W_dec"]), p, batch)
+    norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
+    of_member = values.new_zeros(len(members)).index_add(
+        0, support.rows // support.n, values * norms
+    )
+    l1 = of_member / support.n
+    losses = {"mse_loss": _mse(error), "l1_loss": _coefficients(members, l1) * l1}
+    return Forward(error, SparseActs(support, values), losses)
 
 
 def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
@@ -177,14 +202,13 @@ def _picked(
     p: Parameters,
     batch: Tensor,
     members: list[Settings],
-    pick: Callable[[Tensor, list[Settings]], Support],
+    pick: Callable[[Tensor, list[Settings]], tuple[Support, Tensor]],
 ) -> tuple[Forward, Support, Tensor]:
     """Also the support and the values at it without SAELens' factor, the decoder's norm."""
     with torch.no_grad():
         centred = batch - p["b_dec"][:, None]
-        hidden = (centred @ p["W_enc"]).add_(p["b_enc"][:, None])
-        support = pick(hidden, members)
-    values = encode_at(support, hidden, centred, p["W_enc"], p["b_enc"], p["b_dec"]).relu()
+        support, values = pick(torch.baddbmm(p["b_enc"][:, None], centred, p["W_enc"]), members)
+    values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"]).relu()
     error = _error(decode(support, values, p["W_dec"]), p, batch)
     losses = {
         "mse_loss": _mse(error),
@@ -194,16 +218,18 @@ def _picked(
     return Forward(error, SparseActs(support, values * norms), losses), support, values
 
 
-def _largest_of_tokens(hidden: Tensor, members: list[Settings]) -> Support:
+def _largest_of_tokens(hidden: Tensor, members: list[Settings]) -> tuple[Support, Tensor]:
+    """The support, and `hidden` at it."""
     d_sae = hidden.shape[-1]
     ks = {int(member.k) for member in members}
     if len(ks) == 1:
-        return Support.from_indices(hidden.topk(ks.pop(), sorted=False).indices, d_sae)
+        values, indices = hidden.topk(ks.pop(), sorted=False)
+        return Support.from_indices(indices, d_sae), values.flatten()
     flat = [
         _flat(hidden[i].topk(int(member.k), sorted=False).indices, d_sae) + i * hidden[i].numel()
         for i, member in enumerate(members)
     ]
-    return Support.from_flat(torch.cat(flat), *hidden.shape)
+    return _at(hidden, torch.cat(flat))
 
 
 def _flat(indices: Tensor, d_sae: int) -> Tensor:
@@ -211,13 +237,18 @@ def _flat(indices: Tensor, d_sae: int) -> Tensor:
     return (indices + torch.arange(len(indices), device=indices.device)[:, None] * d_sae).flatten()
 
 
-def _largest_of_batch(hidden: Tensor, members: list[Settings]) -> Support:
+def _largest_of_batch(hidden: Tensor, members: list[Settings]) -> tuple[Support, Tensor]:
     n = hidden.shape[1]
     flat = []
     for i, member in enumerate(members):
-        chosen = hidden[i].relu().flatten().topk(int(member.k * n), sorted=False).indices
+        chosen = largest(hidden[i].relu().flatten(), int(member.k * n))
         flat.append(chosen.sort().values + i * hidden[i].numel())
-    return Support.from_flat(torch.cat(flat), *hidden.shape)
+    return _at(hidden, torch.cat(flat))
+
+
+def _at(hidden: Tensor, flat: Tensor) -> tuple[Support, Tensor]:
+    """The support of positions in the flattened `hidden`, ascending, and `hidden` at it."""
+    return Support.from_flat(flat, *hidden.shape), hidden.flatten().index_select(0, flat)
 
 
 def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]) -> Tensor:

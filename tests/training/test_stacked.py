@@ -1,0 +1,57 @@
+"""Short cuts of the stacked step against what they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from raysae.training import stacked
+from raysae.training.sparse import largest
+
+
+@pytest.mark.parametrize(("size", "k"), [(4096, 8), (4096, 64), (1000, 5), (997, 3), (64, 64)])
+def test_the_largest_are_those_of_a_sort(size, k):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size + k))
+    assert sorted(largest(x, k).tolist()) == sorted(x.argsort(descending=True)[:k].tolist())
+
+
+def test_the_largest_of_equal_ones_are_distinct_and_no_smaller():
+    x = (torch.arange(4096) % 7).float()
+    chosen = largest(x, 600)
+    assert len(chosen.unique()) == 600
+    assert x[chosen].sort().values.equal(x.sort().values[-600:])
+
+
+def test_a_standard_sae_has_the_same_gradients_from_what_fires_alone(monkeypatch):
+    """Two members of different sparsity; a term in the activations stands for a regularizer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    drawn = {
+        "W_enc": draw(2, 8, 24),
+        "W_dec": draw(2, 24, 8),
+        "b_enc": draw(2, 24) - torch.tensor([[1.0], [4.0]]),
+        "b_dec": draw(2, 8),
+    }
+    batch, is_forget = draw(40, 8), torch.arange(40) % 3 == 0
+    members = [
+        stacked.Settings(coefficient, 0, torch.zeros(24, dtype=torch.bool), (), 0.0)
+        for coefficient in (0.5, 2.0)
+    ]
+    found = []
+    for share, kind in ((0.0, stacked.DenseActs), (1.1, stacked.SparseActs)):
+        monkeypatch.setattr(stacked, "SPARSE", share)
+        p = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
+        forward = stacked.standard(p, batch, members)
+        assert isinstance(forward.acts, kind)
+        acts = [forward.acts.member(i) for i in range(2)]
+        loss = torch.stack(list(forward.losses.values())).sum() + acts[1].pow(2).mean()
+        loss.backward()
+        gradients = [tensor.grad for tensor in p.values()]
+        fired = forward.acts.fired(is_forget)
+        found.append([forward.error, *acts, *forward.losses.values(), fired, *gradients])
+    for dense, sparse in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, dense)
