@@ -29,6 +29,7 @@ OPTIONS = [
     *("--set", "resources.workers=1"),
     *("--set", "resources.checkpoint_seconds=0.5"),
     *("--set", "search.startup_trials=1"),
+    *("--set", "search.seeds_per_trial=1"),
     *("--set", "search.scheduler.name=asha"),
     *("--set", "training.batch_size=256"),
     *("--set", "training.tokens=131072"),

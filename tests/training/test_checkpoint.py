@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_bench import small
 
 from raysae.training.checkpoint import CHECKPOINT_FILE, SHARE, Checkpoints
+from raysae.training.loop import train as train_together
 from raysae.training.loop import train_one
 from raysae.training.run import Progress, Rung, SAERun
 
@@ -132,3 +134,33 @@ def test_checkpoints_take_a_small_share_of_the_time(
         now[0] += 1
     assert saves[0] == pytest.approx(1)
     assert all(b - a >= 3 / SHARE for a, b in pairwise(saves))
+
+
+def test_the_seeds_of_a_trial_are_taken_up_together(make_spec, make_store, fake_result, tmp_path):
+    """Bit for bit, from one file, though a pack's weights are views of one tensor."""
+    spec = make_spec("topk", "grouped", small("grouped")).model_copy(update={"seeds": 3})
+    store = make_store()
+
+    def runs() -> list[SAERun]:
+        return [SAERun(member, store) for member in spec.members()]
+
+    def go(these: list[SAERun], on_events) -> None:
+        train_together(these, lambda saes, _: [fake_result() for _ in saes], on_events)
+
+    whole, killed, resumed = runs(), runs(), runs()
+    go(whole, lambda _: [True] * 3)
+    checkpoints = Checkpoints(tmp_path, seconds_between=0)
+
+    def until_nine(events: list[Progress | Rung]) -> list[bool]:
+        if events[0].step == 9:
+            checkpoints.save(killed)
+        return [events[0].step < 9] * 3
+
+    go(killed, until_nine)
+    assert checkpoints.restore(resumed)
+    assert [run.step for run in resumed] == [9] * 3
+    go(resumed, lambda _: [True] * 3)
+    for expected, found in zip(whole, resumed, strict=True):
+        for name, tensor in expected.sae.state_dict().items():
+            assert torch.equal(found.sae.state_dict()[name], tensor), name
+        assert [row.metrics for row in found.curve] == [row.metrics for row in expected.curve]

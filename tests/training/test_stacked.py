@@ -36,7 +36,7 @@ def test_a_standard_sae_has_the_same_gradients_from_what_fires_alone(monkeypatch
         "b_enc": draw(2, 24) - torch.tensor([[1.0], [4.0]]),
         "b_dec": draw(2, 8),
     }
-    batch, is_forget = draw(40, 8), torch.arange(40) % 3 == 0
+    batch, is_forget = draw(2, 40, 8), torch.arange(80).view(2, 40) % 3 == 0
     members = [
         stacked.Settings(coefficient, 0, torch.zeros(24, dtype=torch.bool), (), 0.0)
         for coefficient in (0.5, 2.0)
