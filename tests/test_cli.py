@@ -329,7 +329,6 @@ def test_plan_says_what_search_plan_says(raysae, monkeypatch):
     ("arguments", "part"),
     [
         (["plan", "--space", "orht"], "--space orht: no such file"),
-        (["plan", "--set", "resources.use_gpu=true"], "resources.use_gpu: 1 workers with a GPU"),
         (
             ["plan", "--set", "training.batch_size=200000", "--set", "training.tokens=200000000"],
             "training.batch_size: 200,000 rows, and",

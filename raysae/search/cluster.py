@@ -244,6 +244,14 @@ def look(config: RunConfig, address: str | None) -> tuple[Plan, list[NodeRoom]]:
         ray.shutdown()
 
 
+def imagine(config: RunConfig) -> tuple[Plan, list[NodeRoom]]:
+    """The plan of a search on a machine with as many GPUs as it asks for, and that machine."""
+    workers = config.resources.workers or config.resources.workers_per_trial
+    cpus = workers * config.resources.threads_per_worker + HARVEST_CPUS
+    node = NodeRoom("a machine with GPUs", cpus, workers, STORE_BYTES)
+    return make_plan(config, {"CPU": float(cpus), "GPU": float(workers)}, local=True), [node]
+
+
 def _free_resources() -> dict[str, float]:
     """CPUs and GPUs that nobody holds: what others hold, a pool would wait for without end.
 

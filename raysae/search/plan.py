@@ -15,7 +15,7 @@ import psutil
 from raysae.config import RunConfig
 from raysae.errors import UserError
 from raysae.search.cards import on_cards
-from raysae.search.cluster import Gpu, NodeRoom, Plan, list_gpus, look
+from raysae.search.cluster import Gpu, NodeRoom, Plan, imagine, list_gpus, look
 from raysae.search.estimate import CorpusSize, Estimate, corpus_size, estimate
 from raysae.store.cache import MANIFEST, Entry, activations_key, cache_folder
 from raysae.store.tiers import DEVICE_SHARE, choose_tier, human
@@ -57,7 +57,14 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     Raises:
         UserError: it cannot run; the message says what to set.
     """
-    plan, nodes = look(config, address)
+    not_here = ""
+    try:
+        plan, nodes = look(config, address)
+    except UserError as error:
+        if address is not None or list_gpus() or not config.resources.use_gpu:
+            raise
+        not_here = str(error)  # of a machine with a GPU a plan is worth having on any other
+        plan, nodes = imagine(config)
     world = _world_here(config.world)
     size = None if world is None else corpus_size(world)
     if size is not None and config.training.batch_size > size.rows:
@@ -69,6 +76,10 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
     here = plan.workers if address is None else ceil(plan.workers / len(nodes))
+    lines = [*_what(config), *_corpora(size)]
+    lines += _memory(config, plan, nodes, needs, gpus, here)
+    if not_here:
+        return [*lines, f"this machine {cores} cores, no GPU", f"not here     {not_here}"]
     found = estimate(
         config,
         shape_of(config.world),
@@ -79,9 +90,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
         cores=cores,
         harvested=world is not None and _harvested(config, world),
     )
-    lines = [*_what(config), *_corpora(size)]
-    lines += [*_memory(config, plan, nodes, needs, gpus, here), *_time(config, plan, found)]
-    lines.append(f"this machine {cores} cores, {_names(gpus)}")
+    lines += [*_time(config, plan, found), f"this machine {cores} cores, {_names(gpus)}"]
     return lines + [
         f"short of     {line}" for line in _short(config, plan, needs, gpus, here, cores)
     ]

@@ -191,11 +191,13 @@ def check_corpus(what: str, texts: Sequence[str]) -> None:
 
 def check_questions(what: str, questions: Mapping[str, Sequence[Question]]) -> None:
     """Raise ValueError for missing data sets and for questions SAEBench cannot ask."""
-    missing = [name for name in (FORGET_SET, *RETAIN_SETS) if not questions.get(name)]
+    missing = [name for name in (FORGET_SET, *questions) if not questions.get(name)]
     if missing:
         raise ValueError(
             f"{what}: no questions for {', '.join(missing)}; every data set needs some"
         )
+    if len(questions) < 2:
+        raise ValueError(f"{what}: no questions to retain, only {FORGET_SET}; one set is needed")
     for name, of_set in questions.items():
         for number, question in enumerate(of_set):
             where = f"{what}: {name}, question {number}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -108,13 +109,19 @@ class Search:
         return self.log.read_text(errors="replace")[-3000:]
 
 
+def untimed(rung: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in rung.items() if not k.endswith("_seconds")}
+
+
 def results(out: Path) -> list[dict[str, object]]:
     """What a search found, without times, workers and attempts: by trial, its end."""
     kept = []
     for record in read_journal(out / JOURNAL):
         if record["event"] != "end":
             continue
-        rung = {k: v for k, v in record["rung"].items() if not k.endswith("_seconds")}
+        rung = untimed(record["rung"])
+        if "seeds" in rung:
+            rung["seeds"] = [untimed(seed) for seed in rung["seeds"]]
         fields = {k: record[k] for k in ("trial", "state", "spec", "error", "curve")}
         kept.append(json.loads(json.dumps({**fields, "rung": rung})))
     return sorted(kept, key=lambda r: int(str(r["trial"])))

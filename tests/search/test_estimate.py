@@ -67,8 +67,9 @@ def test_seconds_of_a_search_are_those_of_its_steps_and_rungs():
     assert found.training == pytest.approx(1000 * 0.01)
     # 16 interventions on a quarter of the positions in the 3 layers behind the hook; and the SAE's
     # encoder, a sixth of a step, over 1000 sequences of 64 and the questions.
+    # A trial is three SAEs, which share a step's 10 ms and are scored each.
     encoded = (1000 * 64 + 50_000) / 1024 * 0.01 / 6
-    assert found.scoring == pytest.approx(16 * 50_000 * 4e-6 * 3 * 0.25 + encoded)
+    assert found.scoring == pytest.approx(3 * 16 * 50_000 * 4e-6 * 3 * 0.25 + encoded)
     assert found.search == pytest.approx(10 / 2 * (found.training + found.scoring))
     assert found.confirmation == 0
 

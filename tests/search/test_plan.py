@@ -11,7 +11,9 @@ import pytest
 from raysae.config import RunConfig, load_config
 from raysae.errors import UserError
 from raysae.search import cluster
+from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
+from raysae.search.plan import describe_plan
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 
@@ -203,3 +205,14 @@ def test_a_machine_without_a_gpu_runs_no_search_that_wants_one(monkeypatch: pyte
     monkeypatch.setattr(cluster, "list_gpus", lambda: [])
     with pytest.raises(UserError, match="this machine has none; set"):
         start(config(resources__use_gpu=True), None, "namespace")
+
+
+def test_a_machine_without_a_gpu_plans_for_one_that_has(monkeypatch: pytest.MonkeyPatch):
+    for module in (cluster, planning):
+        monkeypatch.setattr(module, "list_gpus", lambda: [])
+    made = config(resources__use_gpu=True, resources__workers=4, resources__workers_per_trial=2)
+    lines = describe_plan(made)
+    (workers,) = (line for line in lines if line.startswith("workers "))
+    assert "4, 2 a trial" in workers and "2 trials at a time" in workers
+    assert lines[-1].startswith("not here     resources.use_gpu: 4 workers with a GPU each")
+    assert not any(line.startswith("time ") for line in lines)

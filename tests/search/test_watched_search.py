@@ -77,9 +77,12 @@ def test_the_best_has_a_card_with_its_scores(seen: Seen):
     trials = pd.read_parquet(seen.out / "trials.parquet")
     trials = trials[trials["stage"] == "search"]
     best = trials.sort_values("score", ascending=False, kind="stable").iloc[0]
+    seeds = pd.read_parquet(seen.out / "seeds.parquet")
+    seeds = seeds[seeds["trial"] == best["trial"]].sort_values("score", kind="stable")
+    typical = seeds.iloc[(len(seeds) - 1) // 2]  # the one with the median score is the one in best/
     results = {r.dataset_split: r.metric_value for r in card.data.eval_results}
-    assert results["search"] == pytest.approx(best["score"], abs=1e-4)
-    assert results["heldout"] == pytest.approx(best["heldout_score"], abs=1e-4)
+    assert results["search"] == pytest.approx(typical["score"], abs=1e-4)
+    assert results["heldout"] == pytest.approx(typical["heldout_score"], abs=1e-4)
 
 
 def test_without_a_terminal_every_trial_was_a_line(seen: Seen):

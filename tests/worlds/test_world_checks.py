@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raysae.worlds import load_world
-from raysae.worlds.world import World
+from raysae.worlds.world import FORGET_SET, World
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,14 @@ def test_three_choices(world: World):
 
 
 def test_a_data_set_without_questions(world: World):
-    left = {name: qs for name, qs in world.questions.items() if name != "human_aging"}
-    for questions in (left, left | {"human_aging": ()}):
-        with pytest.raises(ValueError, match="no questions for human_aging"):
-            dataclasses.replace(world, questions=questions)
+    empty = dict(world.questions) | {"human_aging": ()}
+    with pytest.raises(ValueError, match="no questions for human_aging"):
+        dataclasses.replace(world, questions=empty)
+    retained = {name: qs for name, qs in world.questions.items() if name != FORGET_SET}
+    with pytest.raises(ValueError, match=f"no questions for {FORGET_SET}"):
+        dataclasses.replace(world, questions=retained)
+    with pytest.raises(ValueError, match="no questions to retain"):
+        dataclasses.replace(world, questions={FORGET_SET: world.questions[FORGET_SET]})
 
 
 @pytest.mark.parametrize("corpus", ["forget", "retain"])
