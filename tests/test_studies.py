@@ -404,7 +404,7 @@ def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatc
     ],
 )
 def test_the_spaces_of_the_hub_are_planned_offline(space: str, parts: list[str], monkeypatch):
-    monkeypatch.setattr("raysae.worlds.hub.hub_answers", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("raysae.worlds.hub._probe", Mock(side_effect=AssertionError))
     plan = "\n".join(describe_plan(resolve(load_config(SPACES_FOLDER / space))))
     assert [part for part in parts if part not in plan] == []
 

@@ -7,6 +7,7 @@ the retries of every single download.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -88,14 +89,22 @@ def data_place(spec: HubWorld | LocalWorld, name: str, source: Source, shopping:
     return _fetch(spec, name, source.dataset, "dataset", source.revision, patterns, shopping)
 
 
-@cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached; False in offline mode. Asked once a process."""
+    """Whether the hub can be reached; False in offline mode, which a plan switches on for itself.
+
+    Asked once a process.
+    """
+    import huggingface_hub.constants
+
+    asked_to_stay = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    return not (asked_to_stay or huggingface_hub.constants.HF_HUB_OFFLINE) and _probe()
+
+
+@cache
+def _probe() -> bool:
     import huggingface_hub.constants
     from huggingface_hub import get_session
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
     try:
         get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
     except Exception:  # the HTTP library's own types, which huggingface_hub does not re-export

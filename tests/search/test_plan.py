@@ -14,6 +14,7 @@ from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 from raysae.search.plan import describe_plan
+from raysae.search.run import resolve
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 
@@ -211,7 +212,7 @@ def test_a_machine_without_a_gpu_plans_for_one_that_has(monkeypatch: pytest.Monk
     for module in (cluster, planning):
         monkeypatch.setattr(module, "list_gpus", lambda: [])
     made = config(resources__use_gpu=True, resources__workers=4, resources__workers_per_trial=2)
-    lines = describe_plan(made)
+    lines = describe_plan(resolve(made))
     (workers,) = (line for line in lines if line.startswith("workers "))
     assert "4, 2 a trial" in workers and "2 trials at a time" in workers
     assert lines[-1].startswith("not here     resources.use_gpu: 4 workers with a GPU each")

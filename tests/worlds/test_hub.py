@@ -151,16 +151,17 @@ def test_whether_the_hub_answers_is_asked_once(monkeypatch: pytest.MonkeyPatch):
             calls.append(timeout)
             raise OSError("Name or service not known")
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", Session)
-    hub.hub_answers.cache_clear()
+    hub._probe.cache_clear()
     assert [hub.hub_answers() for _ in range(3)] == [False] * 3
     assert calls == [hub.PROBE_SECONDS]
-    hub.hub_answers.cache_clear()
+    hub._probe.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert not hub.hub_answers()
     assert len(calls) == 1
-    hub.hub_answers.cache_clear()
+    hub._probe.cache_clear()
 
 
 def test_a_gate_that_is_shut_is_said_to_be(root: Path, monkeypatch: pytest.MonkeyPatch):
