@@ -103,8 +103,8 @@ class Support:
 def largest(x: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of `x` (size,), in no order.
 
-    On a CPU in two stages, since topk takes as long as `x` is. Entries are cut into groups; whatever
-    lies outside the k groups with the largest maxima is below k others.
+    On a CPU in two stages, since topk takes as long as `x` is. Entries are cut into groups;
+    whatever lies outside the k groups with the largest maxima is below k others.
     """
     width = 1  # of a group; both stages then see about √(k · size) entries
     while 4 * width * width * k <= len(x) and len(x) % (2 * width) == 0:
