@@ -321,8 +321,7 @@ def measure(size: str, architecture: str, options: argparse.Namespace) -> None:
 
     rate = operations / seconds(product)
     print(f"torch.mm of a batch and W_enc: {rate / 1e9:.0f} Gflop/s; L0 after warm-up {l0}")
-    columns = "SAEs | ms a step (lowest to highest) | CPU, ms | tokens/s an SAE | in all | products"
-    print(f"| | {columns} |")
+    print("| | SAEs | ms a step (range) | CPU, ms | tokens/s an SAE | aggregate | products |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for one in rest:
         tokens = options.rows / seconds(one)
