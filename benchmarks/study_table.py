@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     arguments = parser.parse_args()
-    table = runs_table(pd.read_parquet(arguments.run_dir / "trials.parquet"))
+    table = runs_table(pd.read_parquet(arguments.run_dir / "seeds.parquet"))
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + " --- |" * len(COLUMNS))
     for _, row in table.iterrows():
