@@ -37,7 +37,8 @@ def headline(run: Run) -> str:
         winner = winners.sort_values("difference", ascending=False).iloc[0]
         return (
             f"{describe(run.specs[winner['candidate']])} separates better than an SAE without a "
-            f"regularizer: held-out score {_difference(winner)} over {winner['seeds']} fresh seeds."
+            f"regularizer: held-out score {_difference(winner)} over {winner['seeds']} fresh seeds"
+            f"{_but(run, winner['candidate'])}."
         )
     if against_none.empty:
         return f"The best trial, {name}, has no regularizer itself: none of the methods beat it."
@@ -51,6 +52,16 @@ def headline(run: Run) -> str:
         f"{found}: with fresh seeds {describe(run.specs[top['candidate']])} differs from it by "
         f"{_difference(top)} in held-out score."
     )
+
+
+def _but(run: Run, candidate: int) -> str:
+    """What the winner loses to, for who reads no further."""
+    rows = run.confirmation
+    lost = rows[(rows["candidate"] == candidate) & (rows["high"] < 0)]
+    if lost.empty:
+        return ""
+    row = lost.iloc[0]
+    return f"; but worse than {row['baseline']} by as sure a measure, {_difference(row)}"
 
 
 def _study_headline(run: Run) -> str:
@@ -119,7 +130,7 @@ def best_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _seeds(row: pd.Series[Any]) -> str:
-    return "" if row["seeds"] == 1 else f", mean ± standard deviation of {row['seeds']} seeds"
+    return "" if row["seeds"] == 1 else f" ({row['seeds']} seeds)"
 
 
 def _spread(row: pd.Series[Any], figure: str) -> str:
