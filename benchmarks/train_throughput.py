@@ -99,7 +99,7 @@ class Source:
         return self._batches[step % len(self._batches)], self._is_forget
 
     def with_forget_share(self, forget_share: float) -> Source:
-        raise NotImplementedError
+        raise ValueError("the benchmark's batches have a share of their own")
 
 
 def raysae(setting: Setting, members: int, regularizer: str) -> Step:

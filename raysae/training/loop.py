@@ -77,6 +77,15 @@ def train(
     sums: dict[str, Tensor] = {}
     since = 0
     clock = _Clock(runs)
+
+    def keep(going: list[SAERun]) -> None:
+        """Go on with these alone, on a clock of their own."""
+        nonlocal runs, advance, clock
+        if len(going) < len(runs):
+            runs = going
+            advance = stepper(runs) if runs else advance
+        clock = _Clock(runs)
+
     while True:
         step = runs[0].step
         # First, because a trial may have been taken up again between training and scoring.
@@ -89,12 +98,9 @@ def train(
             going = _tell(runs, on_events, events)
             for run in going:
                 run.scored_step = step
-            if len(going) < len(runs):
-                runs = going
-                if not runs:
-                    return
-                advance = stepper(runs)
-            clock = _Clock(runs)
+            keep(going)
+            if not runs:
+                return
         if step == total:
             return
         for name, value in advance().items():
@@ -109,12 +115,9 @@ def train(
             sums, since = {}, 0
             clock.stop()
             going = _tell(runs, on_events, list(rows))
-            if len(going) < len(runs):
-                runs = going
-                if not runs:
-                    return
-                advance = stepper(runs)
-            clock = _Clock(runs)
+            keep(going)
+            if not runs:
+                return
 
 
 class _Clock:
