@@ -103,5 +103,8 @@ class Artifacts:
             with np.load(path) as saved:
                 # A trial that began again finds the labels of its first attempt.
                 kept = {name: saved[name] for name in saved.files if int(name) < step}
-        np.savez_compressed(path, **kept, **{str(step): groups})
+        # The next worker reads it if this one is killed meanwhile.
+        partial = path.with_suffix(".partial.npz")
+        np.savez_compressed(partial, **kept, **{str(step): groups})
+        partial.replace(path)
         return kept[max(kept, key=int)] if kept else None

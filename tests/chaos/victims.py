@@ -125,3 +125,15 @@ def results(out: Path) -> list[dict[str, object]]:
         fields = {k: record[k] for k in ("trial", "state", "spec", "error", "curve")}
         kept.append(json.loads(json.dumps({**fields, "rung": rung})))
     return sorted(kept, key=lambda r: int(str(r["trial"])))
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two results differ, a line each: an assertion of equality would print all of both."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        pairs = [(f"{where}.{key}", one.get(key), other.get(key)) for key in keys]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [f"{where}: {one!r} != {other!r}"]
+    return [line for path, a, b in pairs for line in differences(a, b, path)]

@@ -205,3 +205,22 @@ def test_asha_decides_after_a_restart_as_it_would_have_before():
     assert decide(past, range(4, 8)) == whole[4:]
     assert len(set(whole)) == 2
     assert decide([], range(4, 8)) != whole[4:], "the test must need the past"
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_trial_that_ends_after_a_restart_counts_once_at_the_rung_behind_it(number: int):
+    """Tune tells of a result again when the trial ends, and knows it by another id than before."""
+    settings = {"time_attr": "tokens", "max_t": 20, "grace_period": 10, "reduction_factor": 3}
+    past = [{"number": n, "tokens": 10, "objective": s} for n, s in enumerate([0.5, 0.1, 0.4, 0.6])]
+    scheduler = BaselineSparingASHA(past, **settings)
+    scheduler.set_search_properties("objective", "max")
+    trial = FakeTrial(number)
+    last = {"tokens": 20, "objective": 0.9, "number": number}
+    scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, trial, last)
+    scheduler.on_trial_complete(None, trial, last)
+    later = FakeTrial(4)
+    scheduler.on_trial_add(None, later)
+    # Of 0.1, 0.4, 0.5 and 0.6 the upper third begins at 0.5; with 0.9 counted too, at 0.57.
+    result = {"tokens": 10, "objective": 0.52, "number": 4}
+    assert scheduler.on_trial_result(None, later, result) == scheduler.CONTINUE
