@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raysae.config import RunConfig
-from raysae.errors import UserError
+from raysae.errors import UserError, first_line
 
 HARVEST_CPUS = 1
 STORE_BYTES = 1 << 30
@@ -93,6 +93,10 @@ class Plan:
         return self.workers // self.workers_per_trial
 
 
+class RayStartError(Exception):
+    """Ray does not start on this machine; the message says what it said."""
+
+
 def check_address(address: str) -> None:
     """Find out in seconds, and without Ray, that nothing answers at `address`; Ray takes minutes.
 
@@ -121,6 +125,7 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
 
     Raises:
         UserError: the address cannot be reached, or the cluster is too small for the plan.
+        RayStartError: Ray does not start on this machine.
     """
     # A Ray that is started here hands its environment on to the workers.
     for name, value in (_ENVIRONMENT | WORKER_ENVIRONMENT).items():
@@ -137,15 +142,7 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         "configure_logging": True,
     }
     if address is None:
-        here = local_resources(config)
-        context = ray.init(
-            address="local",  # a cluster that happens to run here is not to be joined unasked
-            num_cpus=here["CPU"],
-            num_gpus=here["GPU"],
-            object_store_memory=STORE_BYTES,
-            include_dashboard=True,
-            **common,
-        )
+        context = _start_here(local_resources(config), **common)
     else:
         context = _join(address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common)
     try:
@@ -155,6 +152,26 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
         raise
     url = context.dashboard_url
     return plan, f"http://{url}" if url else None
+
+
+def _start_here(resources: dict[str, int], **arguments: Any) -> Any:
+    import ray
+
+    try:
+        return ray.init(
+            address="local",  # a cluster that happens to run here is not to be joined unasked
+            num_cpus=resources["CPU"],
+            num_gpus=resources["GPU"],
+            object_store_memory=STORE_BYTES,
+            include_dashboard=True,
+            **arguments,
+        )
+    except Exception as error:  # a dashboard that is late is no narrower one
+        raise RayStartError(
+            f"Ray did not start on this machine ({type(error).__name__}: {first_line(error)}); "
+            "where the machine was overloaded, another try helps; Ray's logs are in the newest "
+            "folder of its temporary directory, /tmp/ray unless RAY_TMPDIR says otherwise"
+        ) from error
 
 
 def _join(address: str, **arguments: Any) -> Any:

@@ -204,6 +204,10 @@ def run_search(
             if store is not None and store.refused:
                 raise UserError(store.refused) from None
             raise _interrupted(interruption.reason, run_dir, broker, console) from None
+        except cluster.RayStartError as error:
+            raise InterruptedSearchError(
+                f"{error}; try again with: python run_search.py --resume {run_dir}", code=1
+            ) from error
         finally:
             memory.stop()
             if closing is None:

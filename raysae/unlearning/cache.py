@@ -4,9 +4,9 @@ Built once per search, read by every worker: question ids, prompts, right answer
 answers without an intervention, and the residual stream at the hook, of every known prompt and of
 SAEBench's two corpora. Each SAE is then scored without running the layers below the hook.
 
-The residual stream is kept in the very batches in which SAEBench encodes it. A matrix product may
-round a row differently in a batch of another shape, and a feature that barely fires would then be
-counted by one evaluator and not by the other.
+The residual stream is kept in the batches in which SAEBench encodes it, and encoded in even pieces
+of them. A matrix product may round a row differently in a batch of few rows, and a feature that
+barely fires would then be counted by one evaluator and not by the other.
 """
 
 from __future__ import annotations

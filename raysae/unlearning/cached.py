@@ -20,8 +20,9 @@ where the two best letters are within the rounding, about a dozen units of bfloa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -182,12 +183,14 @@ class CachedEvaluator:
     def _sparsities(self, saes: Sequence[Any], corpus: Corpus) -> list[np.ndarray]:
         """Of each SAE, (d_sae,) share of the counted tokens on which each feature fires.
 
-        As SAEBench reads it, and in SAEBench's batches, see `raysae.unlearning.cache`.
+        As SAEBench reads it, and in pieces of its batches, see `raysae.unlearning.cache`.
         """
         counts = [torch.zeros(len(sae.W_dec), device=self.device) for sae in saes]
         fires = torch.empty(0, device=self.device)
-        for start in range(0, len(corpus.resid), self.config.llm_batch_size):
-            batch = slice(start, start + self.config.llm_batch_size)
+        n, length = corpus.counts.shape
+        size = self.config.llm_batch_size
+        starts = range(0, n, size)
+        for batch, _ in self._pieces((start, min(start + size, n), length) for start in starts):
             resid = as_tensor(corpus.resid[batch], self.cache.dtype, self.device)
             counted = as_tensor(corpus.counts[batch], "bool", self.device).flatten().float()
             for sae, count in zip(saes, counts, strict=True):
@@ -199,6 +202,16 @@ class CachedEvaluator:
                 count += counted @ fires
         total = int(corpus.counts.sum())
         return [sparsity_through_text((count / total).cpu().numpy()) for count in counts]
+
+    def _pieces(self, batches: Iterable[tuple[int, int, int]]) -> Iterator[tuple[slice, int]]:
+        """Rows (first, end) of padded length, in even pieces of about `positions_at_once`.
+
+        So that what an encoder makes of a piece is still in the processor's cache when it is read.
+        """
+        for first, end, length in batches:
+            pieces = max(1, round((end - first) * length / self.positions_at_once))
+            bounds = np.linspace(first, end, pieces + 1).astype(int).tolist()
+            yield from ((slice(low, high), length) for low, high in pairwise(bounds))
 
     def _activations(self, saes: Sequence[Any], features: Sequence[Tensor]) -> Tensor:
         """(prompts, longest, features of all SAEs) of all prompts; position 0 and padding are zero.
@@ -212,11 +225,11 @@ class CachedEvaluator:
         bounds = np.cumsum([0, *map(len, features)]).tolist()
         dtype = saes[0].W_dec.dtype
         chosen = torch.zeros(n, longest, bounds[-1], dtype=dtype, device=self.device)
-        for first, end, length in prompts.batches.tolist():
-            resid = as_tensor(prompts.resid[first:end, :length], self.cache.dtype, self.device)
+        for batch, length in self._pieces(prompts.batches.tolist()):
+            resid = as_tensor(prompts.resid[batch, :length], self.cache.dtype, self.device)
             for i, sae in enumerate(saes):
                 here = slice(bounds[i], bounds[i + 1])
-                chosen[first:end, :length, here] = sae.encode(resid)[:, :, features[i]]
+                chosen[batch, :length, here] = sae.encode(resid)[:, :, features[i]]
         chosen[:, 0] = 0  # SAEBench leaves the BOS position alone
         lengths = as_tensor(prompts.lengths, "int64", self.device)
         beyond = torch.arange(longest, device=self.device) >= lengths[:, None]

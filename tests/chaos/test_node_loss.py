@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
-from victims import PROCESSES, Search, results
+from victims import PROCESSES, Search, differences, results
 
 from raysae.journal import JOURNAL, read_journal
 
@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 OPTIONS = [
     "--smoke",
-    *("--num-samples", "6"),
+    *("--num-samples", "9"),
     *("--set", "search.sampler=random"),
     *("--set", "resources.checkpoint_seconds=0.5"),
     *("--set", "training.batch_size=256"),
     *("--set", "training.tokens=262144"),
 ]
-"""What is tried does not depend on the order of results, which two workers do not keep."""
+"""What is tried does not depend on the order of results, which several workers do not keep."""
 SECONDS = 600
 """For every step of the story; all of them together take a few minutes."""
 
@@ -58,20 +58,22 @@ def starts(out: Path) -> list[tuple[str, int]]:
     return [(r["generation"], r["worker"]) for r in records if r["event"] == "start"]
 
 
-def test_a_search_goes_on_without_a_lost_node_and_uses_a_new_one(cluster: Cluster, tmp_path: Path):
-    lost = cluster.add_node(num_cpus=1)
+def test_a_search_of_three_nodes_goes_on_without_a_lost_one_and_uses_a_new_one(
+    cluster: Cluster, tmp_path: Path
+):
+    lost, kept = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
     out = tmp_path / "run"
     search = Search(
         out,
         *OPTIONS,
-        *("--set", "resources.max_workers=2"),
+        *("--set", "resources.max_workers=3"),
         *("--address", cluster.address),
         *("--out", str(out)),
         RAY_AUTH_MODE="disabled",
     )
-    assert search.wait_until(lambda: {w for _, w in starts(out)} == {0, 1}, SECONDS), search.tail()
-    assert works(cluster.head_node)
-    assert works(lost)
+    everyone = {0, 1, 2}
+    assert search.wait_until(lambda: {w for _, w in starts(out)} == everyone, SECONDS)
+    assert all(works(node) for node in (cluster.head_node, lost, kept))
     (first,) = {generation for generation, _ in starts(out)}
 
     for process in processes_of(lost):
@@ -85,10 +87,10 @@ def test_a_search_goes_on_without_a_lost_node_and_uses_a_new_one(cluster: Cluste
     assert search.wait_until(lambda: works(added), SECONDS), search.tail()
     assert search.wait(SECONDS) == 0, search.tail()
     workers = {w for generation, w in starts(out) if generation == second}
-    assert workers == {0}, "one node was left"
-    assert {w for generation, w in starts(out) if generation not in (first, second)} == {0, 1}
+    assert workers <= {0, 1}, "two nodes were left"
+    assert {w for generation, w in starts(out) if generation not in (first, second)} == everyone
 
     alone = tmp_path / "alone"
     undisturbed = Search(alone, *OPTIONS, "--out", str(alone))
     assert undisturbed.wait(SECONDS) == 0, undisturbed.tail()
-    assert results(out) == results(alone)
+    assert differences(results(out), results(alone)) == []

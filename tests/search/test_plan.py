@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from raysae.config import RunConfig, load_config
-from raysae.errors import UserError
+from raysae.errors import InterruptedSearchError, UserError
 from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 from raysae.search.plan import describe_plan
-from raysae.search.run import resolve
+from raysae.search.run import resolve, run_search
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 
@@ -25,13 +26,32 @@ def test_a_search_of_its_own_does_not_join_a_cluster_that_happens_to_run(monkeyp
 
     def init(**arguments: Any) -> None:
         asked.update(arguments)
-        raise InterruptedError
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setattr("os.environ", dict(os.environ))
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         start(config(), None, "namespace")
     assert asked["address"] == "local"
+
+
+def test_a_ray_that_does_not_start_ends_in_one_message_that_says_how_to_try_again(
+    monkeypatch, tmp_path: Path
+):
+    def init(**_: Any) -> None:
+        raise Exception("The dashboard did not come up\n  a long log")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(InterruptedSearchError) as caught:
+        run_search(resolve(config()), run_dir, console=Console(quiet=True))
+    message = str(caught.value)
+    assert "The dashboard did not come up" in message
+    assert "a long log" not in message
+    assert f"--resume {run_dir}" in message
+    assert caught.value.code == 1
 
 
 def config(**overrides: Any) -> RunConfig:
