@@ -59,7 +59,7 @@ def test_the_default_space_has_enough_trials_and_every_method():
     assert config.objective.baseline == "none"
     assert config.space.regularizer.keys() == REGISTRY.keys()
     assert (config.world, config.objective.metric) == ("embedded", "unlearning_score")
-    assert config.training.steps == 512
+    assert config.training.steps == 384
 
 
 def test_every_sample_of_the_default_space_is_a_trial():
@@ -194,7 +194,7 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
         ),
         (
             {"space.regularizer.grouped.group_update_period": {"int": [20, 5000]}},
-            ["group_update_period 5000", "longer than the run", "512 steps"],
+            ["group_update_period 5000", "longer than the run", "384 steps"],
         ),
         ({"space.regularizer.grouped.n_groups": 513}, ["n_groups 513", "d_sae 512"]),
         ({"space.sae.k": {"int": [3, 600]}}, ["k 600", "d_sae 512"]),
