@@ -115,7 +115,6 @@ class TrialAtWork:
 
     def fail(self, error: Exception) -> None:
         """The trial raised: its folder says where, and the broker hears of it."""
-        self.over = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(error, TrainingDivergedError) and error.last_good is not None:
             error.last_good.save_model(self.folder / LAST_GOOD_FOLDER)
@@ -124,6 +123,7 @@ class TrialAtWork:
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         reason = f"{type(error).__name__}: {error} (log: {log})"
         ray.get(self.broker.fail.remote(self.number, reason, self._curve()))
+        self.over = True
 
     def _curve(self) -> list[dict[str, Any]]:
         """The training curve so far, means over the SAEs, as plain data.
