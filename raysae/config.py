@@ -23,6 +23,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from raysae.errors import UserError, nearest
 from raysae.regularizers import REGISTRY
+from raysae.resources import ResourcesConfig
 from raysae.space import SearchSpace
 from raysae.training.schedules import SCHEDULES
 from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
@@ -130,27 +131,6 @@ def _check_names(values: dict[str, Any], model: type[BaseModel], owner: str) -> 
         if name not in model.model_fields:
             options = nearest(name, model.model_fields) if model.model_fields else "it has none."
             raise ValueError(f"{owner} has no parameter {name!r}; {options}")
-
-
-class ResourcesConfig(_Strict):
-    """The worker pool."""
-
-    workers: int | None = Field(None, ge=1, description="default: one per CPU core, or per GPU")
-    max_workers: int | None = Field(
-        None, ge=1, description="on a cluster: as far as the pool grows where nodes join it"
-    )
-    workers_per_trial: int = Field(1, ge=1, description="above 1: data-parallel")
-    threads_per_worker: int = Field(1, ge=1)
-    use_gpu: bool = False
-    store_dtype: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_seconds: float = Field(
-        10.0, ge=0, description="a trial in flight is saved so often, or less if that takes long"
-    )
-    cache: str | None = Field(
-        "auto",
-        description="folder that keeps activations for the next search; auto: $RAYSAE_CACHE, or "
-        "raysae in the user's cache folder; null: none",
-    )
 
 
 class RunConfig(_Strict):

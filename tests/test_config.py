@@ -182,6 +182,12 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
         ({"confirm.top": -1}, ["confirm.top:", "greater than or equal to 0", "got -1"]),
         ({"confirm.seeds": 1}, ["confirm.seeds:", "greater than or equal to 2", "got 1"]),
         ({"resources.workers": 0}, ["resources.workers:", "greater than or equal to 1", "got 0"]),
+        ({"resources.trials_per_pack": 0}, ["resources.trials_per_pack:", "auto", "got 0"]),
+        ({"resources.trials_per_pack": "all"}, ["resources.trials_per_pack:", "got 'all'"]),
+        (
+            {"resources.trials_per_pack": 2, "resources.workers_per_trial": 2},
+            ["resources.trials_per_pack:", "2 trials", "data-parallel", "workers_per_trial to 1"],
+        ),
         ({"sae": None}, ["sae:", "got None"]),
         ({"space.alpha": {"float": [3, 1]}}, ["space.alpha:", "low 3 is not below high 1"]),
         ({"space.alpha": {"float": [0, 1], "log": True}}, ["space.alpha:", "above 0, got low 0"]),

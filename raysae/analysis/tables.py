@@ -80,7 +80,7 @@ TRIAL_COLUMNS: dict[str, str] = {
     "train_seconds": "wall time in training, s",
     "score_seconds": "wall time in scoring at the last rung, s",
     "wall_seconds": "from the start of the trial on its worker to its end, s",
-    "gpu_hours": "wall_seconds × GPUs of the trial, h; 0 on the CPU",
+    "gpu_hours": "wall_seconds × GPUs of the trial / trials a pack, h; 0 on the CPU",
     "tokens_per_second": "tokens × seeds / train_seconds",
     "attempts": "1, or more if a worker died under it",
     "config_hash": "12 hex digits over everything that decides the trial's numbers but its number",
@@ -188,7 +188,8 @@ def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, A
     if about is None:
         return row
     plan = about["plan"]
-    gpus = plan["workers_per_trial"] if plan["gpus"] else 0
+    # Plans did not always have packs.
+    gpus = plan["workers_per_trial"] / plan.get("trials_per_pack", 1) if plan["gpus"] else 0
     return row | {
         "gpu_hours": None if seconds is None else seconds * gpus / 3600,
         "git_commit": about["git_commit"],

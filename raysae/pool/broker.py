@@ -1,7 +1,7 @@
 """The broker: one actor between the trials, which ask for work, and the workers, which do it.
 
 Who waits for whom: a trial client waits in `next_event` for its worker; a worker waits in
-`next_job` for a trial, and in `rung` for the client's decision to go on or stop. Nothing else
+`next_jobs` for trials, and in `rung` for the client's decision to go on or stop. Nothing else
 blocks.
 
 Anybody may be killed at any time, and Ray repeats calls that a death cut off, so every call may
@@ -14,6 +14,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,13 @@ from raysae.journal import append, cut_partial_line, read_journal
 from raysae.pool.jobs import ENDED, HaltedError, Job, end_record, replay
 
 MAX_ATTEMPTS = 3
-"""Workers that a trial may take down at one place, before it is the trial that fails."""
+"""Workers that a trial may take down at one place, before it is the trial that fails; the last of
+them alone, because it may have been one beside it.
+"""
+PACK_SECONDS = 0.5
+"""A worker that trains several trials together waits so long for more than one: trials that end
+together are followed by some that come together, each after its own client's round with Tune.
+"""
 
 
 class BrokerState:
@@ -45,6 +54,7 @@ class BrokerState:
         self._some_worker = False
         self._generation = ""
         self._workers: dict[int, str] = {}
+        self._asking = 0
         cut_partial_line(self._journal)
         self._jobs = replay(read_journal(self._journal), session)
         waiting = [job for job in self._jobs.values() if job.state == "waiting"]
@@ -194,11 +204,18 @@ class BrokerState:
                 job.state, job.worker = "waiting", None
                 self._queue.appendleft(job.number)
 
-    async def next_job(self, group: int, generation: str = "") -> dict[str, Any] | None:
-        """The next trial's spec, oldest first; None when the search is over.
+    async def next_jobs(
+        self, group: int, generation: str = "", most: int = 1
+    ) -> list[dict[str, Any]] | None:
+        """The specs of the next trial, oldest first, and of those that can be trained with it.
 
-        A worker that died while it waited here must not be given a trial: once another generation
-        has registered, the old call returns None to nobody.
+        None when the search is over. A worker that died while it waited here must not be given a
+        trial: once another generation has registered, the old call returns None to nobody.
+
+        Args:
+            group: which worker asks.
+            generation: of the worker.
+            most: trials that it trains together.
         """
         if not self._generation:  # a restarted broker does not know it yet
             self._adopt(generation)
@@ -211,18 +228,57 @@ class BrokerState:
             # It asks, so it has none: the answer to its last call was lost.
             return [job for job in self._running() if job.worker == group]
 
-        await self._wait_for(lambda: mine() or self._queue or self._over or outdated())
-        if outdated() or self._over:
-            return None
-        if mine():
-            return mine()[0].spec
-        job = self._jobs[self._queue.popleft()]
-        job.state, job.worker, job.generation = "running", group, generation
-        job.attempt += 1
-        job.attempts += 1
-        job.started = job.started or time.time()
-        self._write("start", job, worker=group, generation=generation, attempt=job.attempt)
-        return job.spec
+        def settled() -> bool:
+            return bool(mine()) or self._over or outdated()
+
+        self._asking += 1
+        try:
+            while True:
+                await self._wait_for(lambda: settled() or self._queue)
+                if most > 1:
+                    await self._moment(lambda: settled() or len(self._queue) >= most * self._asking)
+                if settled() or self._queue:  # nobody has taken what there was
+                    break
+            if outdated() or self._over:
+                return None
+            if not mine():
+                self._hand_out(self._choose(most), group, generation)
+        finally:
+            self._asking -= 1
+        return [job.spec for job in mine()]
+
+    async def _moment(self, enough: Callable[[], bool]) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_for(enough), PACK_SECONDS)
+
+    def _choose(self, most: int) -> list[Job]:
+        """The oldest waiting trial and others that can join it; no more than leaves the other
+        workers that wait their share."""
+        first, *others = [self._jobs[number] for number in self._queue]
+        share = ceil(len(self._queue) / self._asking)
+        room = 1 if _suspect(first) else min(most, share)
+        chosen = [first]
+        for job in others:
+            if len(chosen) < room and not _suspect(job) and job.can_join(first):
+                chosen.append(job)
+        return chosen
+
+    def _hand_out(self, jobs: list[Job], group: int, generation: str) -> None:
+        for job in jobs:
+            self._queue.remove(job.number)
+            job.state, job.worker, job.generation = "running", group, generation
+            job.attempt += 1
+            job.attempts += 1
+            job.pack = jobs[0].number
+            job.started = job.started or time.time()
+            self._write(
+                "start",
+                job,
+                worker=group,
+                generation=generation,
+                attempt=job.attempt,
+                pack=job.pack,
+            )
 
     async def progress(self, number: int, row: dict[str, Any]) -> str:
         """Show a row of the training curve; "go", or "stop", or "pause": save the trial and leave.
@@ -329,6 +385,10 @@ class BrokerState:
         except OSError as error:
             self._halted = f"{self._journal} cannot be written: {error.strerror}"
             raise HaltedError(self._halted) from None
+
+
+def _suspect(job: Job) -> bool:
+    return job.attempt >= MAX_ATTEMPTS - 1
 
 
 Broker: Any = ray.remote(BrokerState)

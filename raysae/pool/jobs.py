@@ -30,6 +30,8 @@ class Job:
     attempt: int = 0
     """Times that a worker has taken it since it last got further."""
     attempts: int = 0
+    pack: int | None = None
+    """The first of the trials that it was last handed out with, itself perhaps; None: never."""
     furthest: int = 0
     """Tokens."""
     proceeded: int = 0
@@ -50,6 +52,13 @@ class Job:
         """Whether a rung waits for the client's word."""
         return int(self.rung.get("tokens", 0)) > self.proceeded
 
+    def can_join(self, other: Job) -> bool:
+        """Whether one worker may train both together.
+
+        One that was trained before has a checkpoint, at the position of those beside it then.
+        """
+        return self.pack == other.pack and _steps(self.spec) == _steps(other.spec)
+
     def snapshot(self) -> dict[str, Any]:
         """For observers: state, spec, last row and last rung."""
         return {
@@ -61,6 +70,14 @@ class Job:
             "rung": {k: self.rung.get(k) for k in ("score", "status", "tokens", "l0")},
             **self.progress,
         }
+
+
+def _steps(spec: dict[str, Any]) -> tuple[Any, ...]:
+    """What trials must have in common to share their steps, see `raysae.training.loop.train`."""
+    sae, training = spec["sae"], spec["training"]
+    widths = sae["matryoshka_widths"]
+    shapes = (sae["architecture"], sae["d_sae"], widths and tuple(widths))
+    return (*shapes, training["batch_size"], training["step"], tuple(spec["rungs"]))
 
 
 def end_record(job: Job, state: str) -> dict[str, Any]:
@@ -104,6 +121,7 @@ def replay(records: list[dict[str, Any]], session: str) -> dict[int, Job]:
             job.state = "running" if job.state == "waiting" else job.state
             job.worker, job.generation = fields["worker"], fields["generation"]
             job.attempt, job.attempts = fields["attempt"], job.attempts + 1
+            job.pack = fields.get("pack", number)
             job.started = job.started or record["time"]
         elif event == "rung":
             job.curve = fields.pop("curve")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import errno
+import logging
 import platform
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,34 +17,26 @@ import ray.train
 import torch
 import torch.distributed as dist
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
-from sae_lens import SAE
 
-from raysae.analysis.seeds import mean_curve, over_seeds
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
-from raysae.pool.folder import LAST_GOOD_FOLDER, seed_folder, trial_folder
+from raysae.pool.folder import seed_folder, trial_folder
 from raysae.pool.jobs import HaltedError
+from raysae.pool.together import Evaluator, Together
+from raysae.pool.trial import TrialAtWork, no_room
 from raysae.pool.waits import TimedSource
 from raysae.sparse_probing import SparseProbing
 from raysae.store.handle import StoreHandle
-from raysae.training.checkpoint import Checkpoints
+from raysae.training.checkpoint import Pace
 from raysae.training.collective import Alone, Group
-from raysae.training.loop import Event, train
-from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
+from raysae.training.run import Rung, SAERun
 from raysae.training.spec import TrialSpec
-from raysae.unlearning import (
-    CachedEvaluator,
-    SAEBenchEvaluator,
-    UnlearningResult,
-    default_eval_config,
-)
+from raysae.unlearning import CachedEvaluator, SAEBenchEvaluator, default_eval_config
 from raysae.worlds import World, load_world
 from raysae.worlds.model import load_model
 from raysae.worlds.spec import HubWorld, LocalWorld
 
-Evaluator = CachedEvaluator | SAEBenchEvaluator
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,7 @@ class WorkerConfig:
     frontier_weight: float
     evals: tuple[str, ...]
     workers_per_trial: int
+    trials_per_pack: int
     threads: int
     use_gpu: bool
     checkpoint_seconds: float
@@ -79,9 +73,9 @@ def serve(settings: dict[str, Any]) -> None:
     try:
         worker = _set_up(config, broker)
     except Exception as error:
-        log = Path(config.run_dir) / "worker_error.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
-        reason = f"a worker cannot start: {type(error).__name__}: {error} (log: {log})"
+        path = Path(config.run_dir) / "worker_error.log"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"a worker cannot start: {type(error).__name__}: {error} (log: {path})"
         ray.get(broker.halt.remote(reason))
         return
     if worker is not None:
@@ -191,121 +185,107 @@ class Worker:
         """Take trials from the broker until it has no more."""
         leader = self.collective.rank == 0
         while True:
-            job = None
+            jobs: Any = None
             if leader:
-                job = ray.get(self.broker.next_job.remote(self.group, self.generation))
-            job = self.collective.broadcast(job)
-            if job is None:
+                most = self.config.trials_per_pack
+                jobs = ray.get(self.broker.next_jobs.remote(self.group, self.generation, most))
+            jobs = self.collective.broadcast(jobs)
+            if jobs is None:
                 return
-            self._run(TrialSpec.model_validate(job))
+            self._run([TrialSpec.model_validate(job) for job in jobs])
 
-    def _run(self, spec: TrialSpec) -> None:
-        """Train and score one trial; an error is its own and reaches the journal, not the loop.
+    def _run(self, specs: list[TrialSpec]) -> None:
+        """Train and score trials; an error is a trial's own and reaches the journal, not the loop.
 
-        Unless the disk is full: that is nobody's error but an end of the whole search, which can be
-        taken up again once there is room.
+        Those that are taken up at different positions are trained one position after the other.
         """
-        folder = trial_folder(Path(self.config.run_dir), spec.number)
-        checkpoints = Checkpoints(folder, seconds_between=self.config.checkpoint_seconds)
-        runs: list[SAERun] = []
+        at: defaultdict[tuple[int, int], list[TrialAtWork]] = defaultdict(list)
+        for trial in map(self._begin, specs):
+            if not trial.over:
+                at[trial.position].append(trial)
+        for trials in at.values():
+            self._train(trials)
+
+    def _begin(self, spec: TrialSpec) -> TrialAtWork:
+        config = self.config
+        folder = trial_folder(Path(config.run_dir), spec.number)
+        artifacts = [
+            Artifacts(
+                seed_folder(folder, index, spec.seeds),
+                self.world,
+                config.hook,
+                self.eval_config,
+                config.split_seed,
+                config.frontier_weight,
+                index,
+            )
+            for index in range(spec.seeds)
+        ]
+        trial = TrialAtWork(spec, folder, self.broker, artifacts)
         try:
-            runs += [
-                SAERun(
-                    member,
-                    self.source,
-                    model_name=self.world.sae_model_name,
-                    hook_name=self.config.hook,
-                    device=self.device,
-                    collective=self.collective,
-                )
-                for member in spec.members()
-            ]
-            artifacts = [
-                Artifacts(
-                    seed_folder(folder, index, spec.seeds),
-                    self.world,
-                    self.config.hook,
-                    self.eval_config,
-                    self.config.split_seed,
-                    self.config.frontier_weight,
-                    index,
-                )
-                for index in range(spec.seeds)
-            ]
-            self._drive(runs, artifacts, checkpoints)
+            trial.begin([self._make_run(member) for member in spec.members()])
+        except Exception as error:
+            self._failed(trial, error)
+        return trial
+
+    def _make_run(self, spec: TrialSpec) -> SAERun:
+        return SAERun(
+            spec,
+            self.source,
+            model_name=self.world.sae_model_name,
+            hook_name=self.config.hook,
+            device=self.device,
+            collective=self.collective,
+        )
+
+    def _train(self, trials: list[TrialAtWork]) -> None:
+        """Train trials together, to the end of each.
+
+        An error of a step or of scoring does not say whose it is: the trials then go on one by one
+        from their checkpoints, and who raises again ends with it.
+        """
+        together = Together(
+            trials,
+            evaluator=lambda: self.evaluator,
+            probe=self._probe,
+            publish=self.source.publish,
+            pace=Pace(self.config.checkpoint_seconds),
+        )
+        try:
+            together.train()
+            return
         except HaltedError:
             return
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                reason = f"trial {spec.number} cannot write to {folder}: {error.strerror}"
-                ray.get(self.broker.halt.remote(reason))
-                ray.get(self.broker.paused.remote(spec.number))
+            left = [trial for trial in trials if not trial.over]
+            if len(left) == 1 or no_room(error):
+                for trial in left:
+                    self._failed(trial, error)
                 return
-            folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(error, TrainingDivergedError) and error.last_good is not None:
-                error.last_good.save_model(folder / LAST_GOOD_FOLDER)
-            checkpoints.remove()
-            log = folder / "error.log"
-            log.write_text(traceback.format_exc(), encoding="utf-8")
-            reason = f"{type(error).__name__}: {error} (log: {log})"
-            curve = _curve(runs) if len(runs) == spec.seeds else []
-            ray.get(self.broker.fail.remote(spec.number, reason, curve))
-            if self.collective.size > 1:
-                # The other workers of the trial are waiting in a collective that will not come:
-                # only a restart of the group by Ray Train brings them back.
-                raise
+            log.warning("trials %s go on alone: %r", [trial.number for trial in left], error)
+        for trial in trials:
+            trial.runs = []  # perhaps there was no memory for all of them
+        for trial in left:
+            self._run([trial.spec])
 
-    def _drive(
-        self, runs: list[SAERun], artifacts: list[Artifacts], checkpoints: Checkpoints
-    ) -> None:
-        """Train one trial's SAEs from where they were, telling the broker of everything; ends early
-        when it says so.
-        """
-        number = runs[0].spec.number
-
-        def evaluate(saes: list[SAE], steps: int) -> list[UnlearningResult]:
-            return self.evaluator.evaluate_many(saes, training_steps=steps)
-
-        def on_events(events: list[Event]) -> list[bool]:
-            rungs = [event for event in events if isinstance(event, Rung)]
-            if not rungs:
-                self.source.publish()
-                row = _curve(runs)[-1]
-                word = ray.get(self.broker.progress.remote(number, row))
-                if word == "go":
-                    checkpoints.save_if_due(runs)
-            else:
-                records = [
-                    kept.write(run.spec, rung, self._probe(rung))
-                    for kept, run, rung in zip(artifacts, runs, rungs, strict=True)
-                ]
-                record = over_seeds(records)
-                word = ray.get(self.broker.rung.remote(number, record, _curve(runs)))
-            if word == "pause":
-                checkpoints.save(runs)
-                ray.get(self.broker.paused.remote(number))
-            elif word == "stop":
-                checkpoints.remove()
-            return [word == "go"] * len(events)
-
-        checkpoints.restore(runs)
-        train(runs, evaluate, on_events, before_scoring=lambda: self.evaluator)
+    def _failed(self, trial: TrialAtWork, error: Exception) -> None:
+        """A trial alone has raised."""
+        if no_room(error):
+            reason = f"trial {trial.number} cannot write to {trial.folder}: {error.strerror}"
+            ray.get(self.broker.halt.remote(reason))
+            trial.abandon()
+            return
+        trial.fail(error)
+        if self.collective.size > 1:
+            # The other workers of the trial are waiting in a collective that will not come:
+            # only a restart of the group by Ray Train brings them back.
+            raise error
 
     def _probe(self, rung: Rung) -> dict[str, float] | None:
         """Sparse probing of a finished SAE, where it is asked for."""
         if not rung.last or "sparse_probing" not in self.config.evals:
             return None
         return self.probing.evaluate(rung.sae)
-
-
-def _curve(runs: list[SAERun]) -> list[dict[str, Any]]:
-    """The trial's training curve so far, means over its SAEs, as plain data."""
-    return mean_curve([[_row(point) for point in run.curve] for run in runs])
-
-
-def _row(point: Progress) -> dict[str, Any]:
-    """A row of the training curve as plain data."""
-    return {"step": point.step, "tokens": point.tokens, **point.metrics}
 
 
 def _device(use_gpu: bool) -> str:

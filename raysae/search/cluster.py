@@ -13,6 +13,8 @@ from typing import Any
 
 from raysae.config import RunConfig
 from raysae.errors import UserError, first_line
+from raysae.search.room import model_bytes, room_on_gpu, trials_per_pack
+from raysae.worlds.world import World
 
 HARVEST_CPUS = 1
 STORE_BYTES = 1 << 30
@@ -75,6 +77,7 @@ class Plan:
     max_workers: int
     """As far as the pool grows."""
     workers_per_trial: int
+    trials_per_pack: int
     concurrent_trials: int
     cpus: int
     gpus: int
@@ -89,7 +92,7 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """Trials that train at the same time."""
+        """Groups of workers, each of which trains one trial at a time, or a pack of them."""
         return self.workers // self.workers_per_trial
 
 
@@ -117,8 +120,10 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan, str | None]:
-    """Start or join Ray, and plan the search on it.
+def start(
+    config: RunConfig, address: str | None, namespace: str, world: World | None = None
+) -> tuple[Plan, str | None]:
+    """Start or join Ray, and plan the search on it; its world decides what fits a GPU.
 
     Returns:
         the plan, and the dashboard's address if it has one.
@@ -146,7 +151,8 @@ def start(config: RunConfig, address: str | None, namespace: str) -> tuple[Plan,
     else:
         context = _join(address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common)
     try:
-        plan = make_plan(config, _free_resources(), local=address is None)
+        gpu_bytes = free_for_saes(config, world)
+        plan = make_plan(config, _free_resources(), local=address is None, gpu_bytes=gpu_bytes)
     except UserError:
         ray.shutdown()
         raise
@@ -231,7 +237,19 @@ def list_gpus() -> list[Gpu]:
     return found[: len([part for part in visible.split(",") if part.strip() not in ("", "-1")])]
 
 
-def look(config: RunConfig, address: str | None) -> tuple[Plan, list[NodeRoom]]:
+def free_for_saes(config: RunConfig, world: World | None) -> int | None:
+    """Bytes for SAEs on the smallest of this machine's GPUs; those of a cluster are taken to be
+    like them. None where a search uses none, or this machine has none.
+    """
+    gpus = list_gpus() if config.resources.use_gpu else []
+    if not gpus:
+        return None
+    return room_on_gpu(min(gpu.free_bytes for gpu in gpus), model_bytes(world))
+
+
+def look(
+    config: RunConfig, address: str | None, world: World | None = None
+) -> tuple[Plan, list[NodeRoom]]:
     """The plan of a search and the nodes it would run on; nothing is started for it.
 
     Raises:
@@ -240,7 +258,8 @@ def look(config: RunConfig, address: str | None) -> tuple[Plan, list[NodeRoom]]:
     if address is None:
         here = local_resources(config)
         node = NodeRoom("this machine", here["CPU"], here["GPU"], STORE_BYTES)
-        return make_plan(config, {name: float(n) for name, n in here.items()}, local=True), [node]
+        free = {name: float(n) for name, n in here.items()}
+        return make_plan(config, free, local=True, gpu_bytes=free_for_saes(config, world)), [node]
     import ray
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -256,7 +275,8 @@ def look(config: RunConfig, address: str | None) -> tuple[Plan, list[NodeRoom]]:
             for node in ray.nodes()
             if node["Alive"]
         ]
-        return make_plan(config, _free_resources(), local=False), nodes
+        gpu_bytes = free_for_saes(config, world)
+        return make_plan(config, _free_resources(), local=False, gpu_bytes=gpu_bytes), nodes
     finally:
         ray.shutdown()
 
@@ -308,7 +328,9 @@ def _token_hint() -> str:
     return "; if the cluster asks for a token, set RAY_AUTH_MODE=token"
 
 
-def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> Plan:
+def make_plan(
+    config: RunConfig, cluster: dict[str, float], *, local: bool, gpu_bytes: int | None = None
+) -> Plan:
     """Fit the pool to the cluster, or say why it cannot be.
 
     A pool that waits for CPUs which its own trials hold would hang without a word, so a plan that
@@ -318,6 +340,7 @@ def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> P
         config: of the search.
         cluster: CPUs and GPUs that are free, as Ray names them.
         local: whether Ray was started for this search alone.
+        gpu_bytes: for SAEs, see `free_for_saes`.
 
     Raises:
         UserError: more workers than the cluster has room for.
@@ -349,6 +372,7 @@ def make_plan(config: RunConfig, cluster: dict[str, float], *, local: bool) -> P
             f"room for now, and a multiple of resources.workers_per_trial ({per_trial}); set it "
             "so, or leave it out"
         )
-    groups = most // per_trial
-    concurrent = min(config.search.max_concurrent or groups, groups, config.num_trials)
-    return Plan(workers, most, per_trial, concurrent, cpus, gpus, local)
+    pack = trials_per_pack(config, gpu_bytes)
+    slots = most // per_trial * pack
+    concurrent = min(config.search.max_concurrent or slots, slots, config.num_trials)
+    return Plan(workers, most, per_trial, pack, concurrent, cpus, gpus, local)

@@ -123,6 +123,7 @@ def estimate(
     size: CorpusSize | None,
     *,
     workers: int,
+    trials_per_pack: int,
     workers_here: int,
     cores: int,
     harvested: bool,
@@ -135,6 +136,7 @@ def estimate(
         world: None where its model is not on this machine: from counts of operations then.
         size: of the world's texts; None without a world.
         workers: of the pool.
+        trials_per_pack: that one of them trains together.
         workers_here: those of them that share this machine.
         cores: of this machine.
         harvested: whether the activations are in the cache on disk.
@@ -152,7 +154,7 @@ def estimate(
     device = "cuda" if config.resources.use_gpu and torch.cuda.is_available() else "cpu"
     # Workers that outnumber the cores wait for each other.
     crowd = 1.0 if device == "cuda" else max(1.0, workers_here * threads / cores)
-    step = _seconds_a_step(config, entry.d_model, device)
+    step = _seconds_a_step(config, entry.d_model, device, trials_per_pack)
     assert config.hook is not None
     layer = hook_layer(config.hook)
     training_tokens, seeds = config.training.batch_size, config.search.seeds_per_trial
@@ -211,8 +213,11 @@ def _expected_share(config: RunConfig) -> tuple[float, float]:
     return share, rungs
 
 
-def _seconds_a_step(config: RunConfig, d_in: int, device: str) -> float:
-    """Mean over the space's methods; those for which there is no time count as the others."""
+def _seconds_a_step(config: RunConfig, d_in: int, device: str, trials: int) -> float:
+    """Of a trial, its share of one that `trials` take together.
+
+    Mean over the space's methods; those for which there is no time count as the others.
+    """
     means: list[float] = []
     specs = _one_of_each_method(config)
     deadline = time.perf_counter() + STEP_SECONDS
@@ -221,7 +226,8 @@ def _seconds_a_step(config: RunConfig, d_in: int, device: str) -> float:
         left = deadline - time.perf_counter()
         if means and left <= 0:
             break
-        means.append(_time_steps(spec, source, device, max(0.0, left) / (len(specs) - i)))
+        share = max(0.0, left) / (len(specs) - i)
+        means.append(_time_steps(spec, source, device, share, trials) / trials)
     return sum(means) / len(means)
 
 
@@ -258,8 +264,10 @@ def _synthetic(d_in: int, batch_size: int, device: str) -> ChunkedActivations:
     )
 
 
-def _time_steps(spec: TrialSpec, source: ChunkedActivations, device: str, seconds: float) -> float:
-    """Seconds a step of all SAEs of the trial, after one that counts for nothing."""
+def _time_steps(
+    spec: TrialSpec, source: ChunkedActivations, device: str, seconds: float, trials: int
+) -> float:
+    """Seconds a step of so many of the trial, all their SAEs, after one that counts for nothing."""
     from raysae.training.loop import stepper
     from raysae.training.run import SAERun
 
@@ -267,7 +275,9 @@ def _time_steps(spec: TrialSpec, source: ChunkedActivations, device: str, second
         spec = spec.model_copy(
             update={"training": spec.training.model_copy(update={"forget_share": None})}
         )
-    advance = stepper([SAERun(member, source, device=device) for member in spec.members()])
+    together = [spec.model_copy(update={"seed": spec.seed + i}) for i in range(trials)]
+    members = [member for trial in together for member in trial.members()]
+    advance = stepper([SAERun(member, source, device=device) for member in members])
     advance()
     _synchronise(device)
     started, steps = time.perf_counter(), 0

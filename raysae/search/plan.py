@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,13 @@ from raysae.errors import UserError
 from raysae.search.cards import on_cards
 from raysae.search.cluster import Gpu, NodeRoom, Plan, imagine, list_gpus, look
 from raysae.search.estimate import CorpusSize, Estimate, corpus_size, estimate
+from raysae.search.room import (
+    describe_pack,
+    memory_of_sae,
+    model_bytes,
+    most_seeds,
+    room_on_gpu,
+)
 from raysae.store.cache import MANIFEST, Entry, activations_key, cache_folder
 from raysae.store.tiers import DEVICE_SHARE, choose_tier, human
 from raysae.worlds.presets import shape_of
@@ -26,17 +32,12 @@ from raysae.worlds.world import World, load_world
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 PROCESS_BYTES = 900 << 20
 """Of a worker that has imported torch and what stands on it, without model and SAE."""
-SAE_COPIES = 4
-"""Weights, gradients and Adam's two moments."""
-BATCH_COPIES = 6
-"""Of the features of a batch, forward and backward; a penalty adds products of d_sae²."""
 
 
 @dataclass(frozen=True)
 class Needs:
     """Bytes."""
 
-    sae: int
     store: int | None
     """None: the corpora are not on this machine."""
     model: int
@@ -57,22 +58,21 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     Raises:
         UserError: it cannot run; the message says what to set.
     """
-    not_here = ""
+    not_here, world = "", _world_here(config.world)
     try:
-        plan, nodes = look(config, address)
+        plan, nodes = look(config, address, world)
     except UserError as error:
         if address is not None or list_gpus() or not config.resources.use_gpu:
             raise
         not_here = str(error)  # of a machine with a GPU a plan is worth having on any other
         plan, nodes = imagine(config)
-    world = _world_here(config.world)
     size = None if world is None else corpus_size(world)
     if size is not None and config.training.batch_size > size.rows:
         raise UserError(
             f"training.batch_size: {config.training.batch_size:,} rows, and the corpora have about "
             f"{size.rows:,}; set training.batch_size to less, or take longer texts"
         )
-    needs = _needs(config, size, world)
+    needs = _needs(config, size, world, plan)
     gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
     here = plan.workers if address is None else ceil(plan.workers / len(nodes))
@@ -86,6 +86,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
         world,
         size,
         workers=plan.workers,
+        trials_per_pack=plan.trials_per_pack,
         workers_here=here,
         cores=cores,
         harvested=world is not None and _harvested(config, world),
@@ -123,40 +124,20 @@ def _element(config: RunConfig) -> int:
     return 2 if config.resources.store_dtype == "bfloat16" else 4
 
 
-def _needs(config: RunConfig, size: CorpusSize | None, world: World | None) -> Needs:
-    entry, d_sae = shape_of(config.world), config.sae.d_sae
-    sae = 4 * (2 * entry.d_model * d_sae + entry.d_model + d_sae)
-    model = 0
-    if world is not None:
-        model = _float32_bytes(world.model_path)
-    batch = 4 * config.training.batch_size * (entry.d_model + d_sae)
-    seeds = max(config.search.seeds_per_trial, config.confirm.seeds if config.is_search else 1)
-    training = seeds * (SAE_COPIES * sae + BATCH_COPIES * batch) + 4 * d_sae**2
+def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan: Plan) -> Needs:
+    entry, sae, seeds = shape_of(config.world), memory_of_sae(config), most_seeds(config)
+    model = model_bytes(world)
+    training = plan.trials_per_pack * seeds * sae.total + 4 * config.sae.d_sae**2
     return Needs(
-        sae=sae,
         # Activations, and of each row its token and its position.
         store=None if size is None else size.rows * (entry.d_model * _element(config) + 8),
         model=model,
         worker=PROCESS_BYTES + (0 if config.resources.use_gpu else model + training),
         gpu=model + training if config.resources.use_gpu else 0,
         # Every trial's SAE, and checkpoints of those in flight.
-        run_folder=sae * seeds * (config.num_trials + config.max_confirmation + 1) + (4 << 20),
+        run_folder=sae.weights * seeds * (config.num_trials + config.max_confirmation + 1)
+        + (4 << 20),
     )
-
-
-def _float32_bytes(folder: Path) -> int:
-    """Of the weights, as they are loaded: 4 bytes a parameter, by the files' headers."""
-    parameters = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for length in tensor["shape"]:
-                    count *= length
-                parameters += count
-    return 4 * parameters
 
 
 def _what(config: RunConfig) -> Iterator[str]:
@@ -228,6 +209,8 @@ def _memory(
         f"{config.resources.threads_per_worker} threads each; {plan.concurrent_trials} trials at a "
         f"time; about {human(needs.worker)} a worker, {human(here * needs.worker)} on a node"
     )
+    free = _room(config, plan, needs, gpus, here)
+    yield f"packs        {describe_pack(config, plan.trials_per_pack, free)}"
     if config.resources.use_gpu:
         resident = ""
         if needs.store is not None and gpus:
@@ -238,6 +221,15 @@ def _memory(
                 else "; activations come from host memory, a step ahead"
             )
         yield f"a GPU        about {human(needs.gpu)} of model, SAE and batch{resident}"
+
+
+def _room(config: RunConfig, plan: Plan, needs: Needs, gpus: list[Gpu], here: int) -> int | None:
+    """Bytes of a worker for SAEs; None for one that is elsewhere."""
+    if config.resources.use_gpu:
+        return room_on_gpu(min(gpu.free_bytes for gpu in gpus), needs.model) if gpus else None
+    if not plan.local:
+        return None
+    return max(0, psutil.virtual_memory().available // here - PROCESS_BYTES - needs.model)
 
 
 def _up_to(plan: Plan) -> str:
@@ -276,7 +268,7 @@ def _short(
     if plan.local and here * needs.worker > memory:
         yield (
             f"memory: {here} workers take about {human(here * needs.worker)}, {human(memory)} are "
-            "free; set resources.workers lower"
+            f"free; set resources.workers{_or_packs(plan)} lower"
         )
     if plan.local and here * config.resources.threads_per_worker > cores:
         yield (
@@ -285,9 +277,13 @@ def _short(
         )
     if plan.local and gpus and needs.gpu > min(gpu.free_bytes for gpu in gpus):
         yield (
-            f"GPU memory: about {human(needs.gpu)} a worker; set sae.d_sae or training.batch_size "
-            "lower"
+            f"GPU memory: about {human(needs.gpu)} a worker; set sae.d_sae or training.batch_size"
+            f"{_or_packs(plan)} lower"
         )
+
+
+def _or_packs(plan: Plan) -> str:
+    return " or resources.trials_per_pack" if plan.trials_per_pack > 1 else ""
 
 
 def _free(folder: Path) -> int:

@@ -169,7 +169,7 @@ def run_search(
             # Ray's dashboard shows it with the pool's run, the trials' experiment and the broker.
             shown = re.sub(r"[^\w.-]", "-", run_dir.name)[:40]
             namespace = f"raysae-{shown}-{uuid.uuid4().hex[:8]}"
-            plan, dashboard = cluster.start(config, address, namespace)
+            plan, dashboard = cluster.start(config, address, namespace, world)
             console.print(
                 f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "
                 f"{plan.concurrent_trials} trials at a time",

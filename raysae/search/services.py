@@ -99,6 +99,7 @@ def run_pool(
             "frontier_weight": config.objective.frontier_weight,
             "evals": config.evals,
             "workers_per_trial": plan.workers_per_trial,
+            "trials_per_pack": plan.trials_per_pack,
             "threads": resources.threads_per_worker,
             "use_gpu": resources.use_gpu,
             "checkpoint_seconds": resources.checkpoint_seconds,

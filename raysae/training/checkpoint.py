@@ -6,7 +6,8 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,47 @@ SHARE = 0.02
 """At most this share of the time goes into writing checkpoints."""
 
 
-class Checkpoints:
-    """Saves the SAEs of a trial now and then, and takes them up again; in its folder, one file."""
+class Pace:
+    """When it is time for checkpoints; one for all trials that are trained together, so that they
+    are saved at the same step and can be taken up together again."""
 
-    def __init__(self, folder: Path, *, seconds_between: float) -> None:
+    def __init__(self, seconds_between: float) -> None:
         """
         Args:
-            folder: of the trial; made when the first checkpoint is written.
-            seconds_between: at least so many seconds pass from one checkpoint to the next; more
-                where writing one takes longer than `SHARE` of that.
+            seconds_between: at least so many seconds pass from one time to the next; more where
+                writing takes longer than `SHARE` of that.
         """
-        self._path = folder / CHECKPOINT_FILE
         self._seconds = seconds_between
         self._due = time.monotonic() + seconds_between
 
-    def save_if_due(self, runs: Sequence[SAERun]) -> None:
-        """Save, if the last checkpoint is old enough."""
-        if time.monotonic() >= self._due:
-            self.save(runs)
+    def is_due(self) -> bool:
+        """Whether the last checkpoints are old enough."""
+        return time.monotonic() >= self._due
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the writing of checkpoints: the next ones are due in due time."""
+        started = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self._due = ended + max(self._seconds, (ended - started) / SHARE)
+
+
+class Checkpoints:
+    """Saves the SAEs of a trial, and takes them up again; in its folder, one file."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: of the trial; made when the first checkpoint is written.
+        """
+        self._path = folder / CHECKPOINT_FILE
 
     def save(self, runs: Sequence[SAERun]) -> None:
         """Write the runs' states, at one of their events; the file is replaced as a whole.
 
         Raises OSError where it cannot be written.
         """
-        started = time.monotonic()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -54,8 +71,6 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path)
-        took = time.monotonic() - started
-        self._due = started + took + max(self._seconds, took / SHARE)
 
     def restore(self, runs: Sequence[SAERun]) -> bool:
         """Bring new runs to where the checkpoint was taken; False: they begin at step 0.

@@ -18,12 +18,14 @@ from sae_lens import SAE
 from torch import Tensor
 
 from raysae.training.pack import Pack, can_pack
-from raysae.training.run import Progress, Rung, SAERun
+from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.unlearning import UnlearningResult
 
 CURVE_POINTS = 64
 
 Event = Progress | Rung
+Events = list[Progress | TrainingDivergedError] | list[Rung]
+"""One of each run: a row of its curve, or why it has none; or a scored rung."""
 Evaluate = Callable[[SAE, int], UnlearningResult]
 OnEvent = Callable[[Event], bool]
 
@@ -34,34 +36,46 @@ def train_one(
     on_event: OnEvent,
     before_scoring: Callable[[], object] = lambda: None,
 ) -> None:
-    """`train` of a single SAE: `evaluate` and `on_event` take one and answer for one."""
-    train(
-        [run],
-        lambda saes, steps: [evaluate(saes[0], steps)],
-        lambda events: [on_event(events[0])],
-        before_scoring,
-    )
+    """`train` of a single SAE: `evaluate` and `on_event` take one and answer for one.
+
+    Raises:
+        TrainingDivergedError: its loss became NaN or infinite, or exploded.
+    """
+    diverged: list[TrainingDivergedError] = []
+
+    def on_events(events: Events) -> list[bool]:
+        (event,) = events
+        if isinstance(event, TrainingDivergedError):
+            diverged.append(event)
+            return [False]
+        return [on_event(event)]
+
+    train([run], lambda saes, steps: [evaluate(saes[0], steps)], on_events, before_scoring)
+    if diverged:
+        raise diverged[0]
 
 
 def train(
     runs: Sequence[SAERun],
     evaluate: Callable[[list[SAE], int], list[UnlearningResult]],
-    on_events: Callable[[list[Event]], list[bool]],
+    on_events: Callable[[Events], list[bool]],
     before_scoring: Callable[[], object] = lambda: None,
 ) -> None:
     """Train to the end, or until told to stop.
 
+    A run whose loss becomes NaN or infinite, or explodes, leaves; the others go on as without it.
+
     Args:
         runs: SAEs that may share their steps, see `can_pack`, and have the same rungs.
         evaluate: (SAEs in raw units, training steps so far) → their unlearning results.
-        on_events: told of every row of the curves and every rung, one a run; False ends that run,
-            and the others go on. Called on rank 0 of a data-parallel trial only, whose word is
-            passed on; so is `evaluate`.
+        on_events: told of every row of the curves and every rung, one a run, in the order of the
+            runs that are left; False ends that run, and the others go on. In place of its row a run
+            that diverged has the error, and ends whatever the answer. Called on rank 0 of a
+            data-parallel trial only, whose word is passed on; so is `evaluate`.
         before_scoring: called before `evaluate`, on rank 0; its time counts neither as training nor
             as scoring.
 
     Raises:
-        TrainingDivergedError: a loss became NaN or infinite, or exploded.
         ValueError: the runs cannot share their steps.
     """
     runs, first = list(runs), runs[0]
@@ -91,7 +105,7 @@ def train(
         # First, because a trial may have been taken up again between training and scoring.
         if step in rung_steps and runs[0].scored_step < step:
             clock.stop()
-            events: list[Any] = []
+            events: list[Rung] = []
             if first.collective.rank == 0:
                 before_scoring()
                 events = _score(runs, evaluate)
@@ -114,7 +128,7 @@ def train(
             rows = _rows(runs, sums, since)
             sums, since = {}, 0
             clock.stop()
-            going = _tell(runs, on_events, list(rows))
+            going = _tell(runs, on_events, rows)
             keep(going)
             if not runs:
                 return
@@ -145,15 +159,24 @@ def stepper(runs: Sequence[SAERun]) -> Callable[[], dict[str, Tensor]]:
     return advance
 
 
-def _rows(runs: Sequence[SAERun], sums: dict[str, Tensor], steps: int) -> list[Progress]:
+def _rows(
+    runs: Sequence[SAERun], sums: dict[str, Tensor], steps: int
+) -> list[Progress | TrainingDivergedError]:
     """A row of the curve for each run, means over `steps` steps; the only synchronisation."""
     names, collective = sorted(sums), runs[0].collective
     values = torch.stack([sums[name].float() for name in names]) / steps
     values = collective.sum_(values) / collective.size
     return [
-        run.add_to_curve(dict(zip(names, means, strict=True)))
+        _row(run, dict(zip(names, means, strict=True)))
         for run, means in zip(runs, values.T.tolist(), strict=True)
     ]
+
+
+def _row(run: SAERun, means: dict[str, float]) -> Progress | TrainingDivergedError:
+    try:
+        return run.add_to_curve(means)
+    except TrainingDivergedError as error:
+        return error
 
 
 def _score(
@@ -169,13 +192,14 @@ def _score(
 
 
 def _tell(
-    runs: Sequence[SAERun],
-    on_events: Callable[[list[Event]], list[bool]],
-    events: list[Any],
+    runs: Sequence[SAERun], on_events: Callable[[Events], list[bool]], events: Events
 ) -> list[SAERun]:
     """The runs that go on by rank 0's answer, on every rank."""
     collective = runs[0].collective
-    answers: Any = on_events(events) if collective.rank == 0 else None
+    answers: Any = None
+    if collective.rank == 0:
+        told = zip(events, on_events(events), strict=True)
+        answers = [yes and not isinstance(event, TrainingDivergedError) for event, yes in told]
     if collective.size > 1:
         answers = collective.broadcast(answers)
     return [run for run, goes_on in zip(runs, answers, strict=True) if goes_on]

@@ -24,14 +24,14 @@ from raysae.training.stacked import FORWARD, DenseActs, Forward, Parameters, Set
 
 
 def can_pack(runs: Sequence[SAERun]) -> bool:
-    """Whether runs may share their steps: architecture, shapes and position agree."""
+    """Whether runs may share their steps: architecture, shapes, kind of step, position agree."""
     return len({_common(run) for run in runs}) == 1
 
 
 def _common(run: SAERun) -> tuple[object, ...]:
     spec = run.spec
     shapes = (spec.sae.architecture, spec.sae.d_sae, spec.sae.matryoshka_widths)
-    return (*shapes, spec.training.batch_size, run.step)
+    return (*shapes, spec.training.batch_size, spec.training.step, run.step)
 
 
 class Pack:

@@ -234,6 +234,9 @@ def test_time_gpus_and_origin_of_a_trial_are_in_its_row(records):
     assert json.loads(row["versions"]) == {"python": "3.11.7", "raysae": "0.1.0", "torch": "2.15.0"}
     on_cpu = trials_table(ended_trials(records), ABOUT | {"plan": ABOUT["plan"] | {"gpus": 0}})
     assert set(on_cpu["gpu_hours"]) == {0}
+    pack = {"workers_per_trial": 1, "trials_per_pack": 4, "gpus": 4}
+    shared = trials_table(ended_trials(records), ABOUT | {"plan": pack})
+    assert shared.loc[0, "gpu_hours"] == pytest.approx(0.0025)
 
 
 def test_training_parameters_and_dense_features_are_in_the_row(trials: pd.DataFrame, make_spec):

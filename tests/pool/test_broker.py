@@ -19,7 +19,7 @@ def test_a_trial_is_trained_scored_twice_and_finished(play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         await broker.register(0, "0:0")
         await broker.submit(0, SPEC)
-        assert await soon(broker.next_job(0)) == SPEC
+        assert await soon(broker.next_jobs(0)) == [SPEC]
         client = await waiting(broker.next_event(0))
 
         assert await soon(broker.progress(0, row(1))) == "go"
@@ -48,9 +48,9 @@ def test_a_trial_is_trained_scored_twice_and_finished(play, journal: Path):
 
 def test_a_worker_waits_for_a_trial_and_a_client_for_its_worker(play):
     async def scenario(broker: BrokerState) -> None:
-        worker = await waiting(broker.next_job(0))
+        worker = await waiting(broker.next_jobs(0))
         await broker.submit(0, SPEC)
-        assert await soon(worker) == SPEC
+        assert await soon(worker) == [SPEC]
         await waiting(broker.next_event(0))
 
     play(scenario)
@@ -60,20 +60,20 @@ def test_trials_are_handed_out_oldest_first_and_once(play):
     async def scenario(broker: BrokerState) -> None:
         for number in range(4):
             await broker.submit(number, {"number": number})
-        jobs = [await soon(broker.next_job(group)) for group in range(4)]
-        assert [job["number"] for job in jobs] == [0, 1, 2, 3]
-        await waiting(broker.next_job(4))
+        jobs = [await soon(broker.next_jobs(group)) for group in range(4)]
+        assert [job["number"] for (job,) in jobs] == [0, 1, 2, 3]
+        await waiting(broker.next_jobs(4))
 
     play(scenario)
 
 
 def test_of_many_waiting_workers_each_gets_another_trial(play):
     async def scenario(broker: BrokerState) -> None:
-        workers = [await waiting(broker.next_job(group)) for group in range(3)]
+        workers = [await waiting(broker.next_jobs(group)) for group in range(3)]
         for number in range(3):
             await broker.submit(number, {"number": number})
         jobs = await soon(asyncio.gather(*workers))
-        assert sorted(job["number"] for job in jobs) == [0, 1, 2]
+        assert sorted(job["number"] for (job,) in jobs) == [0, 1, 2]
 
     play(scenario)
 
@@ -82,7 +82,7 @@ def test_trials_do_not_hear_of_each_other(play):
     async def scenario(broker: BrokerState) -> None:
         for number in range(2):
             await broker.submit(number, {"number": number})
-            await broker.next_job(number)
+            await broker.next_jobs(number)
         first = await waiting(broker.rung(0, rung(1), curve(1)))
         second = await waiting(broker.rung(1, rung(1), curve(1)))
         await broker.proceed(1, 10)
@@ -100,8 +100,8 @@ def test_a_number_stands_for_one_spec(play):
         await broker.submit(0, SPEC)  # its client was started again
         with pytest.raises(ValueError, match="trial 0"):
             await broker.submit(0, SPEC | {"seed": 6})
-        assert await soon(broker.next_job(0)) == SPEC
-        await waiting(broker.next_job(1))
+        assert await soon(broker.next_jobs(0)) == [SPEC]
+        await waiting(broker.next_jobs(1))
 
     play(scenario)
 
@@ -109,7 +109,7 @@ def test_a_number_stands_for_one_spec(play):
 def test_a_decision_made_before_the_next_rung_does_not_count_for_it(play):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         worker = await waiting(broker.rung(0, rung(1), curve(1)))
         await broker.proceed(0, 10)
         assert await soon(worker) == "go"
@@ -129,7 +129,7 @@ def test_a_decision_made_before_the_next_rung_does_not_count_for_it(play):
 def test_a_trial_stopped_at_a_rung_keeps_the_result_of_that_rung(play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.progress(0, row(1))
         worker = await waiting(broker.rung(0, rung(1, score=0.3), curve(1)))
         await broker.next_event(0)
@@ -147,8 +147,8 @@ def test_a_trial_cancelled_while_it_waits_is_never_handed_out(play, journal: Pat
         await broker.submit(0, {"number": 0})
         await broker.submit(1, {"number": 1})
         await broker.cancel(0)
-        assert (await soon(broker.next_job(0)))["number"] == 1
-        await waiting(broker.next_job(1))
+        assert (await soon(broker.next_jobs(0)))[0]["number"] == 1
+        await waiting(broker.next_jobs(1))
 
     play(scenario)
     (end,) = ends(journal)
@@ -159,7 +159,7 @@ def test_a_trial_cancelled_while_it_waits_is_never_handed_out(play, journal: Pat
 def test_a_worker_learns_of_a_cancelled_trial_with_its_next_row_or_rung(play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.cancel(0)
         assert await soon(broker.progress(0, row(1))) == "stop"
         assert await soon(broker.rung(0, rung(1), curve(1))) == "stop"
@@ -172,7 +172,7 @@ def test_a_worker_learns_of_a_cancelled_trial_with_its_next_row_or_rung(play, jo
 def test_cancelling_an_ended_or_unknown_trial_changes_nothing(times: int, play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.rung(0, rung(1, last=True), curve(1))
         for _ in range(times):
             await broker.cancel(0)
@@ -186,13 +186,13 @@ def test_a_trial_that_raised_fails_alone(play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         for number in range(2):
             await broker.submit(number, {"number": number})
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.progress(0, row(1))
         await broker.fail(0, "TrainingDivergedError: loss is nan", [row(1)])
         event = await soon(broker.next_event(0))
         assert event == {"kind": "failed", "error": "TrainingDivergedError: loss is nan"}
         await broker.cancel(0)
-        assert (await soon(broker.next_job(0)))["number"] == 1
+        assert (await soon(broker.next_jobs(0)))[0]["number"] == 1
 
     play(scenario)
     (end,) = ends(journal)
@@ -205,10 +205,10 @@ def test_a_trial_that_raised_fails_alone(play, journal: Path):
 
 def test_closing_wakes_every_worker(play):
     async def scenario(broker: BrokerState) -> None:
-        workers = [await waiting(broker.next_job(group)) for group in range(3)]
+        workers = [await waiting(broker.next_jobs(group)) for group in range(3)]
         await broker.close()
         assert await soon(asyncio.gather(*workers)) == [None, None, None]
-        assert await soon(broker.next_job(0)) is None
+        assert await soon(broker.next_jobs(0)) is None
 
     play(scenario)
 
@@ -273,7 +273,7 @@ def test_a_result_is_on_disk_before_the_client_hears_of_it(
 
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
 
         client = await waiting(broker.next_event(0))
 
@@ -314,7 +314,7 @@ def test_every_trial_ends_once_in_the_journal(play, journal: Path):
         for number in range(4):
             await broker.submit(number, {"number": number})
         for number in range(3):
-            await broker.next_job(number)
+            await broker.next_jobs(number)
         await broker.rung(0, rung(1, last=True), curve(1))
         await broker.fail(1, "raised")
         await broker.fail(1, "raised again")
@@ -334,10 +334,10 @@ def test_the_snapshot_shows_every_trial(play):
         await broker.register(1, "0:1")
         for number in range(3):
             await broker.submit(number, {"number": number})
-        await broker.next_job(1)
+        await broker.next_jobs(1)
         await broker.progress(0, row(4))
         worker = await waiting(broker.rung(0, rung(4, score=0.3), curve(4)))
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.fail(1, "because")
         snapshot = await broker.snapshot()
         assert snapshot["workers"] == {1: "0:1"}
@@ -356,7 +356,7 @@ def test_rows_are_those_that_the_observer_has_not_seen(play):
     async def scenario(broker: BrokerState) -> None:
         for number in range(3):
             await broker.submit(number, {"number": number})
-            await broker.next_job(number)
+            await broker.next_jobs(number)
         for step in (1, 2, 3):
             await broker.progress(0, row(step))
         await broker.progress(1, row(1))

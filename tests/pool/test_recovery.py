@@ -21,12 +21,12 @@ def test_the_trials_of_lost_workers_go_first_in_their_order(play, journal: Path)
         for number in range(4):
             await broker.submit(number, {"number": number})
         for group in range(2):
-            await broker.next_job(group, "a")
+            await broker.next_jobs(group, "a")
         await broker.register(1, "", "b")  # all were restarted; this one is ready first
-        assert (await soon(broker.next_job(1, "b")))["number"] == 0
-        assert (await soon(broker.next_job(0, "b")))["number"] == 1
+        assert (await soon(broker.next_jobs(1, "b")))[0]["number"] == 0
+        assert (await soon(broker.next_jobs(0, "b")))[0]["number"] == 1
         await broker.rung(0, rung(1, last=True), curve(1))
-        assert (await soon(broker.next_job(1, "b")))["number"] == 2
+        assert (await soon(broker.next_jobs(1, "b")))[0]["number"] == 2
 
     play(scenario)
     (end,) = ends(journal)
@@ -37,10 +37,10 @@ def test_a_worker_that_starts_again_loses_nothing_it_had_finished(play, journal:
     async def scenario(broker: BrokerState) -> None:
         await broker.register(0, "", "a")
         await broker.submit(0, SPEC)
-        await broker.next_job(0, "a")
+        await broker.next_jobs(0, "a")
         await broker.rung(0, rung(1, last=True), curve(1))
         await broker.register(0, "", "b")
-        await waiting(broker.next_job(0, "b"))
+        await waiting(broker.next_jobs(0, "b"))
 
     play(scenario)
     assert [end["state"] for end in ends(journal)] == ["finished"]
@@ -53,7 +53,7 @@ def test_a_trial_that_takes_its_workers_down_at_one_place_fails(gets: str, play,
         for life in range(MAX_ATTEMPTS + 1):
             await broker.register(0, "", f"generation {life}")
             if life < MAX_ATTEMPTS or gets == "further":
-                assert await soon(broker.next_job(0, f"generation {life}")) == SPEC
+                assert await soon(broker.next_jobs(0, f"generation {life}")) == [SPEC]
                 await broker.progress(0, row(7 + (life if gets == "further" else 0)))
         if gets == "no further":
             event = await soon(broker.next_event(0))
@@ -68,14 +68,14 @@ def test_a_rung_scored_again_is_recorded_once_and_decided_once(died: str, play, 
     async def scenario(broker: BrokerState) -> None:
         await broker.register(0, "", "a")
         await broker.submit(0, SPEC)
-        await broker.next_job(0, "a")
+        await broker.next_jobs(0, "a")
         worker = await waiting(broker.rung(0, rung(2), curve(2)))
         assert (await soon(broker.next_event(0)))["tokens"] == 20
         if died == "after the decision":
             await broker.proceed(0, 20)
             await soon(worker)
         await broker.register(0, "", "b")
-        await broker.next_job(0, "b")
+        await broker.next_jobs(0, "b")
         again = asyncio.create_task(broker.rung(0, rung(2, score=0.9), curve(2)))
         if died == "waiting for the decision":
             await asyncio.sleep(0)
@@ -96,11 +96,11 @@ def test_a_rung_scored_again_is_recorded_once_and_decided_once(died: str, play, 
 def test_a_trial_stopped_at_a_rung_that_its_worker_did_not_survive_is_stopped(play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         worker = await waiting(broker.rung(0, rung(2, score=0.3), curve(2)))
         await broker.register(0, "", "b")  # a restart, while Tune makes up its mind
         await broker.cancel(0)
-        await waiting(broker.next_job(0, "b"))
+        await waiting(broker.next_jobs(0, "b"))
         worker.cancel()
 
     play(scenario)
@@ -112,12 +112,12 @@ def test_a_dead_workers_call_for_a_trial_does_not_swallow_one(play):
     # Ray does not end an actor's running call when its caller dies.
     async def scenario(broker: BrokerState) -> None:
         await broker.register(0, "", "a")
-        dead = await waiting(broker.next_job(0, "a"))
+        dead = await waiting(broker.next_jobs(0, "a"))
         await broker.register(0, "", "b")
-        alive = asyncio.create_task(broker.next_job(0, "b"))
+        alive = asyncio.create_task(broker.next_jobs(0, "b"))
         await asyncio.sleep(0)
         await broker.submit(0, SPEC)
-        assert await soon(alive) == SPEC
+        assert await soon(alive) == [SPEC]
         assert await soon(dead) is None
 
     play(scenario)
@@ -128,8 +128,8 @@ def test_a_worker_whose_answer_was_lost_is_given_the_same_trial_again(play, jour
         await broker.register(0, "", "a")
         await broker.submit(0, SPEC)
         await broker.submit(1, SPEC | {"number": 1})
-        assert await soon(broker.next_job(0, "a")) == SPEC
-        assert await soon(broker.next_job(0, "a")) == SPEC
+        assert await soon(broker.next_jobs(0, "a")) == [SPEC]
+        assert await soon(broker.next_jobs(0, "a")) == [SPEC]
 
     play(scenario)
     assert [r["event"] for r in read_journal(journal)].count("start") == 1
@@ -143,8 +143,8 @@ def test_a_restarted_broker_goes_on_where_it_was(play, journal: Path):
         await broker.register(0, "", "a")
         for number in range(3):
             await broker.submit(number, {"number": number})
-        await broker.next_job(0, "a")
-        await broker.next_job(1, "a")
+        await broker.next_jobs(0, "a")
+        await broker.next_jobs(1, "a")
         await broker.rung(1, rung(1, last=True), curve(1))
         worker = await waiting(broker.rung(0, rung(2), curve(2)))
         worker.cancel()
@@ -155,7 +155,7 @@ def test_a_restarted_broker_goes_on_where_it_was(play, journal: Path):
         await broker.proceed(0, 20)
         assert await soon(worker) == "go"
         assert (await soon(broker.next_event(1)))["last"]
-        assert (await soon(broker.next_job(1, "a")))["number"] == 2
+        assert (await soon(broker.next_jobs(1, "a")))[0]["number"] == 2
         states = [trial["state"] for trial in (await broker.snapshot())["trials"]]
         assert states == ["running", "finished", "running"]
 
@@ -168,11 +168,11 @@ def test_a_broker_restarted_with_the_pool_gives_its_trials_to_the_new_workers(pl
     async def before(broker: BrokerState) -> None:
         await broker.register(0, "", "a")
         await broker.submit(0, SPEC)
-        await broker.next_job(0, "a")
+        await broker.next_jobs(0, "a")
 
     async def after(broker: BrokerState) -> None:
         await broker.register(0, "", "b")
-        assert await soon(broker.next_job(0, "b")) == SPEC
+        assert await soon(broker.next_jobs(0, "b")) == [SPEC]
 
     play(before)
     play(after)
@@ -200,17 +200,17 @@ def test_a_later_session_takes_up_what_is_asked_for_and_nothing_else(play, journ
         await broker.register(0, "", "a")
         for number in range(3):
             await broker.submit(number, {"number": number})
-        await broker.next_job(0, "a")
+        await broker.next_jobs(0, "a")
         await broker.rung(0, rung(1, last=True), curve(1))
-        await broker.next_job(0, "a")
+        await broker.next_jobs(0, "a")
         worker = await waiting(broker.rung(1, rung(2), curve(2)))
         worker.cancel()
 
     async def second(broker: BrokerState) -> None:
         await broker.register(0, "", "b")
-        worker = await waiting(broker.next_job(0, "b"))  # nobody has asked for a trial yet
+        worker = await waiting(broker.next_jobs(0, "b"))  # nobody has asked for a trial yet
         await broker.submit(1, {"number": 1})
-        assert (await soon(worker))["number"] == 1
+        assert (await soon(worker))[0]["number"] == 1
         assert (await soon(broker.next_event(1)))["tokens"] == 20
         states = [trial["state"] for trial in (await broker.snapshot())["trials"]]
         assert states == ["finished", "running", "dormant"]
@@ -224,12 +224,12 @@ def test_a_later_session_takes_up_what_is_asked_for_and_nothing_else(play, journ
 def test_a_record_cut_off_by_a_crash_is_as_if_it_had_not_been(cut: int, play, journal: Path):
     async def first(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.rung(0, rung(1, last=True), curve(1))
 
     async def second(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        assert await soon(broker.next_job(0)) == SPEC
+        assert await soon(broker.next_jobs(0)) == [SPEC]
         await broker.rung(0, rung(1, last=True), curve(1))
 
     play(first, session="one")
@@ -248,7 +248,7 @@ def test_a_pause_waits_until_every_trial_in_flight_is_saved(play, journal: Path)
         for number in range(3):
             await broker.submit(number, {"number": number})
         for group in range(2):
-            await broker.next_job(group, "a")
+            await broker.next_jobs(group, "a")
         at_rung = await waiting(broker.rung(0, rung(2), curve(2)))
         pause = await waiting(broker.pause(5))
         assert await soon(at_rung) == "pause"
@@ -258,7 +258,7 @@ def test_a_pause_waits_until_every_trial_in_flight_is_saved(play, journal: Path)
         assert not pause.done()
         await broker.paused(1)
         assert await soon(pause) is True
-        assert await soon(broker.next_job(0, "a")) is None
+        assert await soon(broker.next_jobs(0, "a")) is None
 
     play(scenario)
     assert ends(journal) == []
@@ -267,7 +267,7 @@ def test_a_pause_waits_until_every_trial_in_flight_is_saved(play, journal: Path)
 def test_a_pause_does_not_wait_for_ever(play):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         assert await soon(broker.pause(0.01)) is False
 
     play(scenario)
@@ -276,7 +276,7 @@ def test_a_pause_does_not_wait_for_ever(play):
 def test_a_halted_search_fails_no_trial_and_says_why(play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
         await broker.submit(0, SPEC)
-        await broker.next_job(0)
+        await broker.next_jobs(0)
         await broker.halt("no more GPUs")
         await broker.halt("and then something else")
         assert await broker.health() == ("no more GPUs", False)

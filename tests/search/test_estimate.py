@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from raysae.config import RunConfig, load_config
 from raysae.search import estimate as module
@@ -40,7 +41,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIZE = CorpusSize(sequences=1000, rows=60_000, prompt_tokens=50_000)
-MACHINE = {"workers": 2, "workers_here": 2, "cores": 2, "harvested": True}
+MACHINE = {
+    "workers": 2,
+    "trials_per_pack": 1,
+    "workers_here": 2,
+    "cores": 2,
+    "harvested": True,
+}
 
 
 def test_the_size_of_a_corpus_is_that_of_its_tokens():
@@ -164,6 +171,24 @@ def test_what_does_not_fit_is_named_with_the_setting_to_change(monkeypatch: pyte
         assert any(part in line for line in short), part
 
 
+def test_the_memory_of_a_pack_is_that_of_its_saes(lines: Any, monkeypatch: pytest.MonkeyPatch):
+    memory = planning.psutil.virtual_memory()._replace(available=2 << 30)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: memory)
+    said = lines(resources__workers=1, resources__trials_per_pack=2)
+    # 131,712 parameters, their gradients and moments; six times 1024 rows of 128 + 512.
+    each = 4 * 4 * 131_712 + 6 * 4 * 1024 * (128 + 512)
+    assert said["packs"].startswith("6 SAEs trained together by a worker: 2 trials of 3 seeds; ")
+    assert f"{each / 2**20:.1f} MiB each" in said["packs"]
+    model = load_world("embedded").model_path
+    parameters = 4 * sum(
+        t.numel() for f in model.glob("*.safetensors") for t in load_file(f).values()
+    )
+    room = (2 << 30) - planning.PROCESS_BYTES - parameters
+    trials = (room - 4 * 512**2) // (3 * each)
+    assert f"{room / 2**30:.1f} GiB have room for {3 * trials}" in said["packs"]
+    assert "2 trials at a time" in said["workers"]
+
+
 def test_a_gpu_that_is_too_small_is_named(lines: Any, monkeypatch: pytest.MonkeyPatch):
     gpus = [Gpu("small", 1 << 20)]
     monkeypatch.setattr(planning, "list_gpus", lambda: gpus)
@@ -172,3 +197,4 @@ def test_a_gpu_that_is_too_small_is_named(lines: Any, monkeypatch: pytest.Monkey
     assert "1.0 MiB" not in said["a"]
     assert said["workers"].startswith("1, ")
     assert "set sae.d_sae or training.batch_size lower" in said["short"]
+    assert "have room for 0" in said["packs"] and "1 trial of" in said["packs"]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from raysae.config import RunConfig, load_config
 from raysae.errors import InterruptedSearchError, UserError
+from raysae.resources import MOST_TRIALS
 from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
@@ -145,6 +146,41 @@ def test_trials_at_a_time_are_capped_by_the_limit_the_groups_and_the_trials(
 
 def test_no_more_trials_at_a_time_than_there_are_groups_of_workers():
     assert plan(9, search__max_concurrent=50).concurrent_trials == 8
+
+
+# --- Trials that a worker trains together ---------------------------------------------------------
+
+
+def test_packs_multiply_the_trials_at_a_time():
+    made = plan(5, resources__trials_per_pack=3)
+    assert (made.workers, made.groups, made.trials_per_pack) == (4, 4, 3)
+    assert made.concurrent_trials == 12
+    assert plan(5, resources__trials_per_pack=3, search__max_concurrent=5).concurrent_trials == 5
+
+
+def test_a_cpu_trains_one_trial_at_a_time_unless_told_otherwise():
+    assert plan(5).trials_per_pack == 1
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [(0.5, 1), (1.5, 1), (2.5, 2), (MOST_TRIALS, MOST_TRIALS), (99, MOST_TRIALS)],
+)
+def test_a_gpu_trains_as_many_trials_as_fit_its_memory(trials: float, expected: int):
+    # Weights, gradients and moments of 131,712 parameters, activations of 1024 rows, three seeds;
+    # and one cosine matrix.
+    trial = 3 * (4 * 4 * 131_712 + 6 * 4 * 1024 * (128 + 512))
+    room = int(trials * trial) + 4 * 512**2 + 1
+    free = {"CPU": 5.0, "GPU": 2.0}
+    made = make_plan(config(resources__use_gpu=True), free, local=True, gpu_bytes=room)
+    assert made.trials_per_pack == expected
+    assert made.concurrent_trials == 2 * expected
+
+
+def test_data_parallel_trials_are_trained_one_at_a_time():
+    settings = {"resources__use_gpu": True, "resources__workers_per_trial": 2}
+    made = make_plan(config(**settings), {"CPU": 5.0, "GPU": 2.0}, local=True, gpu_bytes=1 << 40)
+    assert (made.trials_per_pack, made.concurrent_trials) == (1, 1)
 
 
 # --- A pool that grows and shrinks with its cluster -----------------------------------------------

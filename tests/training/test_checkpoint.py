@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_bench import small
 
-from raysae.training.checkpoint import CHECKPOINT_FILE, SHARE, Checkpoints
+from raysae.training.checkpoint import CHECKPOINT_FILE, SHARE, Checkpoints, Pace
 from raysae.training.loop import train as train_together
 from raysae.training.loop import train_one
 from raysae.training.run import Progress, Rung, SAERun
@@ -37,7 +37,7 @@ def test_a_trial_taken_up_ends_as_if_it_had_never_stopped(
     whole = SAERun(spec, store)
     expected = train(whole, fake_result)
 
-    checkpoints = Checkpoints(tmp_path, seconds_between=0)
+    checkpoints = Checkpoints(tmp_path)
     killed = SAERun(spec, store)
 
     def save_and_die(event: Progress | Rung) -> bool:
@@ -47,7 +47,7 @@ def test_a_trial_taken_up_ends_as_if_it_had_never_stopped(
 
     train(killed, fake_result, save_and_die)
     resumed = SAERun(spec, store)
-    assert Checkpoints(tmp_path, seconds_between=0).restore([resumed])
+    assert Checkpoints(tmp_path).restore([resumed])
     assert resumed.step == stop_at
     found = train(resumed, fake_result)
     last, wanted = found[-1], expected[-1]
@@ -63,7 +63,7 @@ def test_a_rung_that_was_trained_to_and_not_scored_is_scored(
     tmp_path: Path, make_spec, make_store, fake_result
 ):
     spec, store = make_spec(rungs=(512, 1536)), make_store()
-    checkpoints, run = Checkpoints(tmp_path, seconds_between=0), SAERun(spec, store)
+    checkpoints, run = Checkpoints(tmp_path), SAERun(spec, store)
 
     def die_before_scoring(event: Progress | Rung) -> bool:
         if event.step == 8:
@@ -82,7 +82,7 @@ def test_a_checkpoint_that_is_no_good_is_left_aside(
     damage: str, tmp_path: Path, make_spec, make_store, fake_result, caplog
 ):
     spec, store = make_spec(), make_store()
-    checkpoints, run = Checkpoints(tmp_path, seconds_between=0), SAERun(spec, store)
+    checkpoints, run = Checkpoints(tmp_path), SAERun(spec, store)
     train(run, fake_result, lambda _: checkpoints.save([run]) or True)
     path = tmp_path / CHECKPOINT_FILE
     data = path.read_bytes()
@@ -102,7 +102,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(
     tmp_path: Path, make_spec, make_store, fake_result, monkeypatch
 ):
     run = SAERun(make_spec(), make_store())
-    checkpoints = Checkpoints(tmp_path, seconds_between=0)
+    checkpoints = Checkpoints(tmp_path)
     train(run, fake_result, lambda event: checkpoints.save([run]) or event.step < 5)
 
     def full(*_):
@@ -115,22 +115,16 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(
     assert checkpoints.restore([again]) and again.step == 5
 
 
-def test_checkpoints_take_a_small_share_of_the_time(
-    tmp_path: Path, make_spec, make_store, monkeypatch
-):
-    """A save of 3 s may be followed by the next after 3 s / SHARE, however short the interval."""
+def test_checkpoints_take_a_small_share_of_the_time(monkeypatch):
+    """Saves of 3 s may be followed by the next after 3 s / SHARE, however short the interval."""
     now = [0.0]
     monkeypatch.setattr("raysae.training.checkpoint.time.monotonic", lambda: now[0])
-    run, checkpoints = SAERun(make_spec(), make_store()), Checkpoints(tmp_path, seconds_between=1)
-    saves = []
-
-    def slow(*_):
-        saves.append(now[0])
-        now[0] += 3
-
-    monkeypatch.setattr(torch, "save", slow)
+    pace, saves = Pace(seconds_between=1), []
     while now[0] < 1000:
-        checkpoints.save_if_due([run])
+        if pace.is_due():
+            saves.append(now[0])
+            with pace.saving():
+                now[0] += 3
         now[0] += 1
     assert saves[0] == pytest.approx(1)
     assert all(b - a >= 3 / SHARE for a, b in pairwise(saves))
@@ -149,7 +143,7 @@ def test_the_seeds_of_a_trial_are_taken_up_together(make_spec, make_store, fake_
 
     whole, killed, resumed = runs(), runs(), runs()
     go(whole, lambda _: [True] * 3)
-    checkpoints = Checkpoints(tmp_path, seconds_between=0)
+    checkpoints = Checkpoints(tmp_path)
 
     def until_nine(events: list[Progress | Rung]) -> list[bool]:
         if events[0].step == 9:

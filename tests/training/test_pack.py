@@ -185,20 +185,36 @@ def test_who_is_stopped_leaves_and_the_others_go_on_as_if_alone(make_spec, make_
         assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_a_member_that_diverges_ends_the_trial_with_its_last_good_weights(
-    make_spec, make_store, fake_result
+@every_architecture
+def test_a_member_that_diverges_leaves_with_its_last_good_weights(
+    architecture, make_spec, make_store, fake_result
 ):
-    spec = make_spec("standard").model_copy(update={"seeds": 2})
-    runs = [SAERun(member, make_store()) for member in spec.members()]
+    """Those beside it end with the numbers that they have without it."""
+    spec, store = make_spec(architecture).model_copy(update={"seeds": 3}), make_store()
+    runs = [SAERun(member, store) for member in spec.members()]
+    seen: list[list[Any]] = []
 
-    def poison(events: list[Any]) -> list[bool]:
+    def poison(events: Any) -> list[bool]:
+        seen.append(events)
         if events[0].step == 5:
             with torch.no_grad():
-                runs[1].sae.b_enc.fill_(float("nan"))
-        return [True, True]
+                runs[1].sae.W_enc.fill_(float("nan"))
+        return [True] * len(events)
 
-    with pytest.raises(TrainingDivergedError) as caught:
-        train(runs, lambda saes, _: [fake_result() for _ in saes], poison)
-    assert caught.value.last_good_step == 5
-    assert caught.value.last_good is not None
-    assert torch.isfinite(caught.value.last_good.W_dec).all()
+    train(runs, lambda saes, _: [fake_result() for _ in saes], poison)
+    (told,) = [
+        events
+        for events in seen
+        if len(events) == 3 and isinstance(events[1], TrainingDivergedError)
+    ]
+    error = told[1]
+    assert "loss is nan at step 6 of 24" in str(error)
+    assert error.last_good_step == 5
+    assert torch.isfinite(error.last_good.W_dec).all()
+    assert [run.step for run in runs] == [24, 6, 24]
+    pair = [SAERun(spec.members()[i], store) for i in (0, 2)]
+    train(pair, lambda saes, _: [fake_result() for _ in saes], lambda events: [True] * len(events))
+    for i, other in zip((0, 2), pair, strict=True):
+        torch.testing.assert_close(runs[i].sae.W_dec, other.sae.W_dec, rtol=1e-4, atol=1e-5)
+        curves = [[row.metrics["loss"] for row in run.curve] for run in (runs[i], other)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4)

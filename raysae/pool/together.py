@@ -1,0 +1,87 @@
+"""Trials that a worker trains together: one step for all, each with its own word from the broker.
+
+A trial that the broker stops, that has finished or that raised leaves, and the others go on. What
+the trials have to say is said by a call for each, and awaited together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import ray
+from sae_lens import SAE
+
+from raysae.pool.trial import Probe, TrialAtWork
+from raysae.training.checkpoint import Pace
+from raysae.training.loop import Events, train
+from raysae.training.run import Rung
+from raysae.unlearning import CachedEvaluator, SAEBenchEvaluator, UnlearningResult
+
+Evaluator = CachedEvaluator | SAEBenchEvaluator
+
+
+class Together:
+    """Trials whose SAEs may share their steps, see `raysae.training.pack.can_pack`."""
+
+    def __init__(
+        self,
+        trials: Sequence[TrialAtWork],
+        *,
+        evaluator: Callable[[], Evaluator],
+        probe: Probe,
+        publish: Callable[[], None],
+        pace: Pace,
+    ) -> None:
+        """
+        Args:
+            trials: from one position on, with the same rungs.
+            evaluator: asked for before a rung is scored; may have to wait.
+            probe: of a scored SAE.
+            publish: called with every row of the curves, for what is measured on the way.
+            pace: of the checkpoints.
+        """
+        self._going = list(trials)
+        self._evaluator, self._probe = evaluator, probe
+        self._publish, self._pace = publish, pace
+
+    def train(self) -> None:
+        """Train every trial until it has finished, is stopped, saved for later, or raised.
+
+        Raises whatever is not one trial's own error: in a step or in scoring, where all are.
+        """
+        runs = [run for trial in self._going for run in trial.runs]
+        train(runs, self._evaluate, self._on_events, before_scoring=self._evaluator)
+
+    def _evaluate(self, saes: list[SAE], steps: int) -> list[UnlearningResult]:
+        return self._evaluator().evaluate_many(saes, training_steps=steps)
+
+    def _on_events(self, events: Events) -> list[bool]:
+        trials, remaining = self._going, iter(events)
+        told = []
+        for trial in trials:
+            own = [next(remaining) for _ in trial.runs]
+            with trial.alone_with_errors():
+                told.append((trial, trial.tell(own, self._probe)))
+        words = ray.get([word for _, word in told])
+        # Who is saved with the others can be taken up with them.
+        pausing = "pause" in words
+        for (trial, _), word in zip(told, words, strict=True):
+            with trial.alone_with_errors():
+                if word == "stop":
+                    trial.stop()
+                elif pausing:
+                    trial.pause()
+        self._going = [trial for trial in trials if not trial.over]
+        if not isinstance(events[0], Rung):
+            self._publish()
+            self._save_if_due()
+        return [not trial.over for trial in trials for _ in trial.runs]
+
+    def _save_if_due(self) -> None:
+        if not self._pace.is_due():
+            return
+        with self._pace.saving():
+            for trial in self._going:
+                with trial.alone_with_errors():
+                    trial.checkpoints.save(trial.runs)
+        self._going = [trial for trial in self._going if not trial.over]

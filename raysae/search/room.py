@@ -1,0 +1,116 @@
+"""How many SAEs a worker has memory for, and how many trials it trains together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from raysae.config import RunConfig
+from raysae.resources import MOST_TRIALS
+from raysae.store.tiers import DEVICE_SHARE, human
+from raysae.worlds.presets import shape_of
+from raysae.worlds.world import World
+
+SAE_COPIES = 4
+"""Weights, gradients and Adam's two moments."""
+BATCH_COPIES = 6
+"""Of the features of a batch, forward and backward; a penalty adds products of d_sae²."""
+
+
+@dataclass(frozen=True)
+class SAEMemory:
+    """Bytes that one SAE takes on a worker while it is trained."""
+
+    weights: int
+    """Once, as in its file."""
+    batch: int
+    """Activations of a batch, forward and backward."""
+
+    @property
+    def total(self) -> int:
+        """Weights, gradients, Adam's moments, activations."""
+        return SAE_COPIES * self.weights + self.batch
+
+
+def memory_of_sae(config: RunConfig) -> SAEMemory:
+    """Of the SAE that the search is about, in float32."""
+    d_in, d_sae = shape_of(config.world).d_model, config.sae.d_sae
+    return SAEMemory(
+        weights=4 * (2 * d_in * d_sae + d_in + d_sae),
+        batch=BATCH_COPIES * 4 * config.training.batch_size * (d_in + d_sae),
+    )
+
+
+def most_seeds(config: RunConfig) -> int:
+    """SAEs of the largest trial, the confirmation's included."""
+    return max(config.search.seeds_per_trial, config.confirm.seeds if config.is_search else 1)
+
+
+def model_bytes(world: World | None) -> int:
+    """Of the language model in memory, 4 bytes a parameter, by its files' headers."""
+    parameters = 0
+    for path in () if world is None else world.model_path.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                count = 1
+                for length in tensor["shape"]:
+                    count *= length
+                parameters += count
+    return 4 * parameters
+
+
+def room_on_gpu(free: int, model: int) -> int:
+    """Bytes of a GPU that are left for SAEs: a copy of the activations may take its share.
+
+    Args:
+        free: bytes that nobody holds yet.
+        model: bytes of the language model.
+    """
+    return max(0, int((1 - DEVICE_SHARE) * free) - model)
+
+
+def trials_that_fit(config: RunConfig, room: int) -> int:
+    """Trials whose SAEs have room in so many bytes beside each other."""
+    penalty = 4 * config.sae.d_sae**2
+    return max(0, room - penalty) // (most_seeds(config) * memory_of_sae(config).total)
+
+
+def trials_per_pack(config: RunConfig, room: int | None) -> int:
+    """Trials that a worker trains together: as set, or what `auto` stands for.
+
+    Args:
+        config: of the search.
+        room: bytes of a GPU for SAEs; None where there is none, or it is not known.
+    """
+    resources = config.resources
+    if resources.trials_per_pack != "auto":
+        return resources.trials_per_pack
+    if room is None or resources.workers_per_trial > 1:
+        return 1
+    return max(1, min(MOST_TRIALS, trials_that_fit(config, room)))
+
+
+def describe_pack(config: RunConfig, trials: int, room: int | None) -> str:
+    """What fits and what is used, in words.
+
+    Args:
+        config: of the search.
+        trials: that a worker trains together.
+        room: bytes for SAEs on a worker; None: not known.
+    """
+    sae, seeds = memory_of_sae(config), config.search.seeds_per_trial
+    fit = "its memory is not known here"
+    if room is not None:
+        count = trials_that_fit(config, room) * most_seeds(config)
+        fit = f"{human(room)} have room for {count:,}"
+    return (
+        f"{_count(trials * seeds, 'SAE')} trained together by a worker: {_count(trials, 'trial')} "
+        f"of {_count(seeds, 'seed')}; {human(sae.total)} each (weights, gradients, Adam's moments "
+        f"{human(SAE_COPIES * sae.weights)}, activations {human(sae.batch)}); {fit}"
+    )
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' if n > 1 else ''}"

@@ -1,0 +1,321 @@
+"""Trials that a worker trains together are those that it trains alone, and end each for itself."""
+
+from __future__ import annotations
+
+import errno
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from raysae.pool import worker as module
+from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
+from raysae.pool.worker import Worker, WorkerConfig
+from raysae.training.checkpoint import CHECKPOINT_FILE, Pace
+from raysae.training.collective import Alone
+from raysae.training.run import Rung
+from raysae.training.spec import TrialSpec
+
+Decide = Callable[[str, int, dict[str, Any]], str]
+FIRST_RUNG, END = 8 * 64, 24 * 64
+
+
+class FakeBroker:
+    """Notes what it is told by trial, and answers as `decide(call, number, record)` says."""
+
+    def __init__(self, decide: Decide) -> None:
+        self.decide = decide
+        self.rows: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.rungs: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+        self.failed: dict[int, str] = {}
+        self.saved: list[int] = []
+        self.halted = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=partial(getattr(type(self), f"_{name}"), self))
+
+    def _progress(self, number: int, row: dict[str, Any]) -> str:
+        self.rows[number].append(row)
+        return self.decide("progress", number, row)
+
+    def _rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
+        self.rungs[number].append(record)
+        assert curve[-1]["step"] == record["step"]
+        return "stop" if record["last"] else self.decide("rung", number, record)
+
+    def _fail(self, number: int, reason: str, curve: list[dict[str, Any]]) -> None:
+        self.failed[number] = reason
+
+    def _paused(self, number: int) -> None:
+        self.saved.append(number)
+
+    def _halt(self, reason: str) -> None:
+        self.halted = reason
+
+
+class FakeArtifacts:
+    """Records of what the weights are, instead of files."""
+
+    def __init__(self, folder: Path, *_: Any) -> None:
+        self.folder = folder
+
+    def write(self, spec: TrialSpec, rung: Rung, probing: Any) -> dict[str, Any]:
+        score = rung.result.score
+        return {
+            "step": rung.step,
+            "tokens": rung.tokens,
+            "last": rung.last,
+            "metrics": rung.metrics,
+            "cause": "",
+            "sparse_probing": probing,
+            "dense_features": 0,
+            "train_seconds": 1.0,
+            "score_seconds": 1.0,
+            **dict.fromkeys(("objective", "score", "heldout_score", "saebench_score"), score),
+            "seed": spec.seed,
+        }
+
+
+class FakeEvaluator:
+    """Scores an SAE by a number that any change of its weights would change."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def evaluate_many(self, saes: list[Any], *, training_steps: int) -> list[Any]:
+        self.asked.append((training_steps, len(saes)))
+        return [SimpleNamespace(score=self.score(sae)) for sae in saes]
+
+    def score(self, sae: Any) -> float:
+        return float(sae.W_enc.detach().double().abs().sum() + sae.W_dec.detach()[3, 5])
+
+
+def go_on(*_: Any) -> str:
+    return "go"
+
+
+@pytest.fixture
+def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run trials on a worker: its broker, and the worker."""
+    monkeypatch.setattr("ray.get", lambda answers: answers)
+    monkeypatch.setattr(module, "Artifacts", FakeArtifacts)
+    settings = dict.fromkeys((f.name for f in fields(WorkerConfig)), "")
+    settings |= {"evals": (), "checkpoint_seconds": 3600.0, "trials_per_pack": 4}
+
+    def run(
+        *specs: TrialSpec,
+        decide: Decide = go_on,
+        name: str = "run",
+        evaluator: FakeEvaluator | None = None,
+    ) -> tuple[FakeBroker, Worker]:
+        source = make_store()
+        source.publish = lambda: None
+        broker = FakeBroker(decide)
+        evaluator = evaluator or FakeEvaluator()
+        worker = Worker(
+            config=WorkerConfig(**settings | {"run_dir": str(tmp_path / name)}),
+            broker=broker,
+            generation="",
+            group=0,
+            collective=Alone(),
+            device="cpu",
+            world=SimpleNamespace(sae_model_name=""),
+            eval_config=None,
+            make_evaluator=lambda: evaluator,
+            make_probing=lambda: None,
+            source=source,
+        )
+        worker._run(list(specs))
+        return broker, worker
+
+    return run
+
+
+@pytest.fixture
+def trials(make_spec) -> list[TrialSpec]:
+    """Three of one shape, which differ in all that may differ."""
+    differ = [
+        {"regularizer": "none", "sparsity": 3, "lr": 1e-3},
+        {
+            "regularizer": "grouped",
+            "parameters": {"group_update_period": 4, "n_groups": 4},
+            "alpha": 2.0,
+            "sparsity": 5,
+            "lr": 5e-3,
+            "schedule": "cosine",
+            "dead_after": 3,
+        },
+        {"regularizer": "fixed_orthogonal", "alpha": 0.5, "lr_warmup": 0.3, "grad_clip": 0.1},
+    ]
+    specs = [
+        make_spec("topk", number=i, seed=10 + i, rungs=(FIRST_RUNG, END), **one)
+        for i, one in enumerate(differ)
+    ]
+    return [specs[0], specs[1].model_copy(update={"seeds": 2}), specs[2]]
+
+
+def assert_same(found: FakeBroker, expected: FakeBroker, number: int) -> None:
+    """What the broker heard of the trial, to float32's rounding."""
+    assert len(found.rows[number]) == len(expected.rows[number]) > 0
+    pairs = [*zip(found.rows[number], expected.rows[number], strict=True)]
+    rungs = [*zip(found.rungs[number], expected.rungs[number], strict=True)]
+    pairs += [(ours["metrics"], wanted["metrics"]) for ours, wanted in rungs]
+    for ours, wanted in pairs:
+        assert ours == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    for ours, wanted in rungs:
+        assert ours["score"] == pytest.approx(wanted["score"], rel=1e-4)
+        assert (ours["tokens"], ours["last"]) == (wanted["tokens"], wanted["last"])
+
+
+# --- The same numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped", [None, 0, 1])
+def test_trials_together_are_what_they_are_alone(stopped: int | None, bench, trials):
+    """One of them is stopped at its first rung, and those beside it go on."""
+
+    def decide(call: str, number: int, _: dict[str, Any]) -> str:
+        return "stop" if call == "rung" and number == stopped else "go"
+
+    together, worker = bench(*trials, decide=decide)
+    left = sum(spec.seeds for spec in trials if spec.number != stopped)
+    assert worker.evaluator.asked == [(8, 4), (24, left)]
+    assert not together.failed
+    for spec in trials:
+        alone, _ = bench(spec, decide=decide, name=f"alone {spec.number}")
+        assert len(alone.rungs[spec.number]) == (1 if spec.number == stopped else 2)
+        assert_same(together, alone, spec.number)
+
+
+def test_a_trial_that_diverges_ends_alone_with_its_last_good_sae(bench, trials, tmp_path: Path):
+    wild = {"lr": 1e30, "lr_warmup": 0.0}
+    training = trials[1].training.model_copy(update=wild)
+    trials[1] = trials[1].model_copy(update={"training": training})
+    together, _ = bench(*trials)
+    assert set(together.failed) == {1}
+    assert "TrainingDivergedError: loss is" in together.failed[1]
+    folder = trial_folder(tmp_path / "run", 1)
+    assert (folder / LAST_GOOD_FOLDER / "sae_weights.safetensors").is_file()
+    assert "TrainingDivergedError" in (folder / "error.log").read_text()
+    for number in (0, 2):
+        alone, _ = bench(trials[number], name=f"alone {number}")
+        assert_same(together, alone, number)
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+def test_a_trial_whose_files_cannot_be_written_ends_alone(
+    bench, trials, monkeypatch: pytest.MonkeyPatch
+):
+    write = FakeArtifacts.write
+
+    def fragile(self: FakeArtifacts, spec: TrialSpec, *args: Any) -> dict[str, Any]:
+        if spec.number == 0:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return write(self, spec, *args)
+
+    monkeypatch.setattr(FakeArtifacts, "write", fragile)
+    broker, worker = bench(*trials)
+    assert set(broker.failed) == {0} and "Permission denied" in broker.failed[0]
+    assert worker.evaluator.asked == [(8, 4), (24, 3)]
+    assert [record["last"] for record in broker.rungs[2]] == [False, True]
+
+
+def test_an_error_of_all_is_that_of_the_one_who_raises_alone(bench, trials):
+    """Scoring fails for one SAE, and with it for all that are scored with it."""
+
+    class Picky(FakeEvaluator):
+        def score(self, sae: Any) -> float:
+            if sae.cfg.k == 5:
+                raise ValueError("five are too many")
+            return super().score(sae)
+
+    together, worker = bench(*trials, evaluator=Picky())
+    assert set(together.failed) == {1} and "five are too many" in together.failed[1]
+    assert worker.evaluator.asked == [(8, 4), (8, 1), (24, 1), (8, 2), (8, 1), (24, 1)]
+    for number in (0, 2):
+        alone, _ = bench(trials[number], name=f"alone {number}")
+        assert [r["score"] for r in together.rungs[number]] == pytest.approx(
+            [r["score"] for r in alone.rungs[number]], rel=1e-5
+        )
+
+
+def test_a_trial_that_cannot_begin_is_left_out(bench, trials, make_spec):
+    bad = make_spec("topk", "grouped", {"group_update_period": 25}, number=1)
+    broker, worker = bench(trials[0], bad, trials[2])
+    assert set(broker.failed) == {1} and "longer than the run" in broker.failed[1]
+    assert worker.evaluator.asked == [(8, 2), (24, 2)]
+
+
+def test_a_full_disk_fails_no_trial(bench, trials, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FakeArtifacts, "write", full)
+    broker, _ = bench(*trials)
+    assert not broker.failed
+    assert "No space left on device" in broker.halted
+    assert broker.saved == [0, 1, 2]
+
+
+# --- Saved, and taken up again --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["progress", "rung"])
+def test_a_pause_saves_every_trial_in_its_own_folder_to_be_taken_up_together(
+    call: str, bench, trials, tmp_path: Path
+):
+    """Also where only one of them has heard of it in time."""
+
+    def decide(what: str, number: int, record: dict[str, Any]) -> str:
+        here = what == call and record["step"] == 8 and number == 1
+        return "pause" if here else "go"
+
+    first, _ = bench(*trials, decide=decide)
+    assert first.saved == [0, 1, 2] and not first.failed
+    files = [trial_folder(tmp_path / "run", n) / CHECKPOINT_FILE for n in range(3)]
+    assert all(file.is_file() for file in files)
+    assert [len(torch.load(file)["runs"]) for file in files] == [1, 2, 1]
+
+    second, worker = bench(*trials)
+    assert worker.evaluator.asked == [(8, 4), (24, 4)]
+    whole, _ = bench(*trials, name="whole")
+    for number in range(3):
+        assert second.rungs[number] == whole.rungs[number]
+        assert first.rows[number] + second.rows[number] == whole.rows[number]
+    assert not any(file.exists() for file in files)
+
+
+def test_trials_that_were_saved_at_different_steps_are_trained_one_after_the_other(bench, trials):
+    def decide(_: str, __: int, record: dict[str, Any]) -> str:
+        return "pause" if record["step"] == 5 else "go"
+
+    bench(trials[2], decide=decide)
+    broker, worker = bench(*trials)
+    assert worker.evaluator.asked == [(8, 3), (24, 3), (8, 1), (24, 1)]
+    for number in range(3):
+        assert [record["last"] for record in broker.rungs[number]] == [False, True]
+
+
+def test_trials_trained_together_are_saved_at_the_same_step(
+    bench, trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = [trial_folder(tmp_path / "run", n) / CHECKPOINT_FILE for n in range(3)]
+    monkeypatch.setattr(Pace, "is_due", lambda _: True)
+    saved: list[list[int]] = []
+
+    def decide(_: str, number: int, record: dict[str, Any]) -> str:
+        if number == 0 and record["step"] > 1:
+            saved.append([torch.load(file)["runs"][0]["step"] for file in files])
+        return "go"
+
+    bench(*trials, decide=decide)
+    assert saved[:3] == [[1] * 3, [2] * 3, [3] * 3]
+    assert len(saved) > 20 and all(len(set(steps)) == 1 for steps in saved)

@@ -1,0 +1,69 @@
+"""A search whose worker trains two trials together has the results of one trial after the other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raysae.config import find_space, load_config
+from raysae.journal import JOURNAL, read_journal
+from raysae.search.run import resolve, run_search
+
+pytestmark = pytest.mark.search
+
+SETTINGS = {
+    "training.tokens": 32_768,
+    "training.batch_size": 64,
+    "sae.d_sae": 256,
+    "objective.frontier_weight": 1.0,  # or most of such short trials would score alike
+    "search.num_samples": 4,
+    "search.sampler": "random",  # trial n is the same whatever came before it
+    "search.seeds_per_trial": 1,
+    "search.scheduler": {"name": "asha", "grace_fraction": 0.5, "reduction_factor": 2},
+    "confirm.top": 0,
+    "resources.workers": 1,
+}
+
+
+def search(out: Path, trials_per_pack: int) -> list[dict[str, Any]]:
+    overrides = SETTINGS | {"resources.trials_per_pack": trials_per_pack}
+    out.mkdir()
+    config = resolve(load_config(find_space("orth.yaml"), overrides))
+    outcome = run_search(config, out, Console(quiet=True))
+    assert (outcome.trials, outcome.failed) == (4, 0), outcome.first_error
+    return read_journal(out / JOURNAL)
+
+
+def results(records: list[dict[str, Any]]) -> dict[tuple[int, int], list[float]]:
+    """Scores and losses by trial and tokens of the rung."""
+    rungs = [record for record in records if record["event"] == "rung"]
+    return {
+        (rung["trial"], rung["tokens"]): [
+            rung[name] for name in ("objective", "score", "heldout_score", "saebench_score")
+        ]
+        + [row["loss"] for row in rung["curve"]]
+        for rung in rungs
+    }
+
+
+def test_two_trials_at_a_time_score_what_one_at_a_time_does(tmp_path: Path):
+    packed = search(tmp_path / "packed", trials_per_pack=2)
+    alone = search(tmp_path / "alone", trials_per_pack=1)
+    packs: defaultdict[int, list[int]] = defaultdict(list)
+    for record in packed:
+        if record["event"] == "start":
+            packs[record["pack"]].append(record["trial"])
+    states = {record["trial"]: record["state"] for record in packed if record["event"] == "end"}
+    ends = [{states[number] for number in pack} for pack in packs.values() if len(pack) == 2]
+    assert {"finished", "stopped"} in ends, "somebody must have left a pack that went on"
+
+    found, expected = results(packed), results(alone)
+    common = found.keys() & expected.keys()
+    assert {(number, 16_384) for number in range(4)} <= common
+    assert any(tokens == 32_768 for _, tokens in common)
+    for key in common:
+        assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
