@@ -16,6 +16,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from small_s3 import serving
 from victims import Search, results
 
 from raysae.analysis.tables import TIME_COLUMNS
@@ -94,3 +95,34 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
     storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
     study = optuna.load_study(study_name="raysae", storage=storage)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * TRIALS
+
+
+def test_a_search_whose_machine_is_lost_goes_on_elsewhere_from_its_mirror(
+    undisturbed: Path, tmp_path: Path
+):
+    """Killed with a trial in flight; its run folder is gone, and the copy lies in a store like S3.
+
+    The copy is made again after every trial that ends, so it knows of those, and of no other.
+    """
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with serving() as store:
+        place = f"{store.address}/pre{store.query}"
+        search = Search(out, *OPTIONS, "--out", str(out), "--storage", place)
+        ends = b'"event": "end"'
+        assert search.wait_until(
+            lambda: store.objects.get("pre/run/journal.jsonl", b"").count(ends) >= 2, 300
+        ), search.tail()
+        time.sleep(2)
+        search.kill()
+        shutil.rmtree(out)
+        address = f"{store.address}/pre/run{store.query}"
+        search = Search(elsewhere, "--resume", address, "--out", str(elsewhere))
+        assert search.wait(300) == 0, search.tail()
+        assert "Mirror: s3://bucket/pre/run" in search.tail()
+        copied = {k.removeprefix("pre/run/"): v for k, v in store.objects.items()}
+    assert results(elsewhere) == results(undisturbed)
+    for name in ("trials.parquet", "report.html", "journal.jsonl", "best/sae_weights.safetensors"):
+        assert copied[name] == (elsewhere / name).read_bytes()
+    assert not [name for name in copied if name.endswith("checkpoint.pt")]
+    secret = [name for name, data in copied.items() if b"me:secret" in data]
+    assert secret == []

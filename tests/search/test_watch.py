@@ -18,7 +18,7 @@ from raysae.journal import JOURNAL
 from raysae.search import watch
 from raysae.search.progress import Expected, Standing
 from raysae.search.status import read_status
-from raysae.search.watch import JournalTail, Watch
+from raysae.search.watch import Watch
 
 
 class Search:
