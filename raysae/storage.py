@@ -197,7 +197,7 @@ def fetch(location: Location, run_dir: Path) -> None:
     with _said("--resume", location.address):
         for name, (_, changed) in location.names().items():
             path = draft / name
-            if ".." in path.parts:  # an object may have any name
+            if ".." in Path(name).parts:  # an object may have any name
                 raise ValueError(f"{name} is no file of a run folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             location.get(name, path)
@@ -212,4 +212,5 @@ def _cut_journals(folder: Path) -> None:
     if manifest.is_file():
         for name, size in json.loads(manifest.read_text(encoding="utf-8"))["journals"].items():
             path = folder / name
-            os.truncate(path, min(size, path.stat().st_size))
+            if path.is_file():
+                os.truncate(path, min(size, path.stat().st_size))

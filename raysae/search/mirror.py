@@ -118,15 +118,21 @@ class Mirror:
             self._sent[name] = stamp
 
     def _commit(self, journals: dict[str, bytes]) -> None:
-        sizes = {name: len(data) for name, data in journals.items()}
-        stamps = {name: (size, 0) for name, size in sizes.items()}  # they only ever grow
+        stamps = {name: (len(data), 0) for name, data in journals.items()}  # they only ever grow
         if self._sent.get(MANIFEST) and all(self._sent.get(n) == s for n, s in stamps.items()):
             return
+        if MANIFEST not in self._sent:  # a first journal without the other counts for nothing
+            self._send_manifest({})
         for name, data in journals.items():
             self._location.put(name, iter([data]))
+        self._send_manifest(journals)
+        self._sent |= stamps
+
+    def _send_manifest(self, journals: dict[str, bytes]) -> None:
+        sizes = {name: len(journals.get(name, b"")) for name in JOURNALS}
         manifest = write_manifest(self._run_dir, self._location, sizes)
         self._location.put(MANIFEST, iter([manifest]))
-        self._sent |= stamps | {MANIFEST: (len(manifest), 0)}
+        self._sent[MANIFEST] = (len(manifest), 0)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -199,6 +199,25 @@ def test_a_copy_that_is_cut_off_is_the_one_before(cut_off, run_dir, copies, tmp_
     assert (tmp_path / "later" / STUDY_FILE).read_bytes() == b'{}\n{"later": 1}\n'
 
 
+@pytest.mark.parametrize("cut_off", [JOURNAL, STUDY_FILE])
+def test_a_first_copy_that_is_cut_off_has_no_trial(cut_off, run_dir, copies, tmp_path, monkeypatch):
+    put = Location.put
+
+    def die(self: Location, name: str, content: Iterator[bytes]) -> None:
+        if name == cut_off:
+            raise OSError("killed")
+        put(self, name, content)
+
+    monkeypatch.setattr(Location, "put", die)
+    with pytest.raises(OSError, match="killed"):
+        Mirror(run_dir, copies).sync()
+    (tmp_path / "there").mkdir()
+    fetch(copies, tmp_path / "there" / ".." / "fetched")
+    found = contents(tmp_path / "fetched")
+    assert found["config.yaml"] == COPIED["config.yaml"]
+    assert found.get(JOURNAL, b"") == found.get(STUDY_FILE, b"") == b""
+
+
 # --- Taken up elsewhere ---------------------------------------------------------------------------
 
 
