@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
@@ -214,7 +214,9 @@ class _Keeper:
             )
 
     def finish(self) -> None:
-        """The last copy, and what became of it."""
+        """The last copy, and what became of it; once."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._thread.join()
         if not self._has_begun():
@@ -235,13 +237,18 @@ class _Keeper:
 
 
 @contextmanager
-def mirroring(run_dir: Path, location: Location | None, console: Console) -> Iterator[None]:
-    """Keep the copy up while a search runs; bring it up to date when it ends, however it ends."""
+def mirroring(
+    run_dir: Path, location: Location | None, console: Console
+) -> Iterator[Callable[[], None]]:
+    """Keep the copy up while a search runs; bring it up to date when it ends, however it ends.
+
+    Yields what does the latter, for who must not wait for the end.
+    """
     if location is None:
-        yield
+        yield lambda: None
         return
     keeper = _Keeper(run_dir, location, console)
     try:
-        yield
+        yield keeper.finish
     finally:
         keeper.finish()

@@ -170,7 +170,7 @@ def run_search(
     with (
         lock(run_dir),
         interruptible() as interruption,
-        mirroring(run_dir, storage, console),
+        mirroring(run_dir, storage, console) as finish_mirror,
     ):
         in_flight = _take_up(run_dir, world) if resume else None
         records = read_journal(run_dir / JOURNAL)
@@ -226,6 +226,8 @@ def run_search(
         finally:
             memory.stop()
             if closing is None:
+                # Before Ray ends: threads that still ask it for something end the process with it.
+                finish_mirror()
                 _shut_down()
         try:
             return conclude(run_dir, plan.groups, console, started, peak)

@@ -323,6 +323,14 @@ def test_a_trial_that_ends_is_copied_at_once(run_dir, copies, monkeypatch):
         wait_until(lambda: MANIFEST in copies.names())
 
 
+def test_the_last_copy_is_made_when_it_is_asked_for_and_said_once(run_dir, copies):
+    said = StringIO()
+    with mirroring(run_dir, copies, Console(file=said, width=200)) as finish:
+        finish()
+        assert MANIFEST in copies.names()
+    assert said.getvalue() == f"Mirror: {copies.address}\n"
+
+
 def test_an_interrupted_search_is_copied_too(run_dir, copies):
     with pytest.raises(KeyboardInterrupt), mirroring(run_dir, copies, Console(quiet=True)):
         (run_dir / "trials/0001/checkpoint.pt").write_bytes(b"as it was stopped")
