@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it: `raysae status` answers at 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from raysae.errors import InterruptedSearchError, UserError
 if TYPE_CHECKING:
     from raysae.config import RunConfig
     from raysae.search.conclude import SearchOutcome
+    from raysae.storage import Location
 
 SMOKE_OVERRIDES = {
     "training.tokens": 65_536,
@@ -45,6 +47,13 @@ WorldOption = Annotated[
     str | None,
     typer.Option("--world", help="World: a name, or a YAML file that describes one."),
 ]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(help="Mirror the run folder below s3://BUCKET/PREFIX, gs://…, or file:///…."),
+]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder of a search.", metavar="RUN_DIR")]
 
 
@@ -56,12 +65,11 @@ def search(
         int | None, typer.Option(min=1, help="Trials at a time; 1 makes a run repeatable.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search.")] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
-    ] = None,
+    address: AddressOption = None,
     out: Annotated[
         str | None, typer.Option(help="Run folder; must not exist. Default: runs/SPACE-DATE-TIME.")
     ] = None,
+    storage: StorageOption = None,
     set_: SetOption = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Three short trials: the whole job, small.")
@@ -70,8 +78,10 @@ def search(
         bool, typer.Option("--plan", help="Say what would happen, and start nothing.")
     ] = False,
     resume_: Annotated[
-        Path | None,
-        typer.Option("--resume", help="Go on with an interrupted search: its run folder."),
+        str | None,
+        typer.Option(
+            "--resume", help="Go on with an interrupted search: its run folder or mirror."
+        ),
     ] = None,
 ) -> None:
     """Search for the regularizer that separates knowledge best.
@@ -81,44 +91,53 @@ def search(
     if resume_ is not None:
         given = {
             "--num-samples": num_samples, "--max-concurrent": max_concurrent, "--seed": seed,
-            "--out": out, "--world": world, "--set": set_, "--smoke": smoke, "--plan": plan,
+            "--world": world, "--set": set_, "--smoke": smoke, "--plan": plan,
         }  # fmt: skip
         for name, value in given.items():
             if value:
                 raise UserError(f"{name}: a resumed search keeps its own settings; leave it out")
-        resume(resume_, address)
+        resume(resume_, address, out, storage)
         return
-    flags = {
+    flags: dict[str, object] = {
         "search.num_samples": num_samples,
         "search.max_concurrent": max_concurrent,
         "search.seed": seed,
+        "storage": storage,
     }
     overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
-    path, config = _configured(space, overrides, set_, flags, world)
+    path, config, storage = _configured(space, overrides, set_, flags, world)
     if plan:
         _print_plan(config, address)
         return
     from raysae.search.cluster import check_address
-    from raysae.search.run import fetch_world, make_run_dir, run_search
+    from raysae.search.run import choose_run_dir, fetch_world, make_run_dir, run_search
+    from raysae.storage import reserve
 
     if address is not None:
         check_address(address)
     fetch_world(config)
+    run_dir = choose_run_dir(out, path.stem)
+    location = None if storage is None else reserve("--storage", storage, run_dir.name, new=True)
     outcome = run_search(
         config,
-        make_run_dir(out, path.stem),
+        make_run_dir(run_dir),
         _console(),
         address=address,
+        storage=location,
         started=psutil.Process().create_time(),  # imports count: their user waits for them
     )
     _exit_code(outcome)
 
 
 def resume(
-    run_dir: RunFolder,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; default: start Ray on this machine.")
+    run: Annotated[
+        str, typer.Argument(help="Run folder of a search, or its mirror.", metavar="RUN_DIR")
+    ],
+    address: AddressOption = None,
+    out: Annotated[
+        str | None, typer.Option(help="Of a mirror: folder to fetch it to. Default: runs/NAME.")
     ] = None,
+    storage: StorageOption = None,
 ) -> None:
     """Go on with an interrupted search: nothing that has ended is trained again.
 
@@ -127,15 +146,47 @@ def resume(
     from raysae.search.cluster import check_address
     from raysae.search.run import load_run, run_search
 
-    config = load_run(run_dir)
     if address is not None:
         check_address(address)
-    started = psutil.Process().create_time()
-    _exit_code(
-        run_search(
-            config, run_dir.absolute(), _console(), address=address, started=started, resume=True
-        )
+    run_dir, location = _taken_up(run, out, storage)
+    config = load_run(run_dir)
+    outcome = run_search(
+        config,
+        run_dir,
+        _console(),
+        address=address,
+        storage=location,
+        started=psutil.Process().create_time(),
+        resume=True,
     )
+    _exit_code(outcome)
+
+
+def _taken_up(run: str, out: str | None, storage: str | None) -> tuple[Path, Location | None]:
+    """The run folder to go on with, fetched if it is a mirror's, and where it is mirrored."""
+    from raysae.search.run import choose_run_dir, make_run_dir
+    from raysae.storage import address_of, fetch, find_copy, is_address, reserve
+
+    if is_address(run):
+        mirror = find_copy(run)
+        folder = Path(out or f"runs/{mirror.address.rpartition('/')[2]}")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"--resume {mirror.address}: {folder} is there already; go on with it by --resume "
+                f"{folder}, or choose another --out to fetch the mirror to"
+            )
+        run_dir = choose_run_dir(str(folder), "")
+        if storage is not None:
+            location = reserve("--storage", storage, run_dir.name)
+        fetch(mirror, make_run_dir(run_dir))
+        return run_dir, mirror if storage is None else location
+    if out is not None:
+        raise UserError("--out: a resumed search keeps its run folder; leave it out")
+    run_dir = Path(run).absolute()
+    if storage is not None:
+        return run_dir, reserve("--storage", storage, run_dir.name)
+    found = address_of(run_dir)
+    return run_dir, None if found is None else reserve("--storage", found)
 
 
 def _exit_code(outcome: SearchOutcome) -> None:
@@ -269,10 +320,13 @@ def _configured(
     space: str,
     base: dict[str, object],
     set_: list[str] | None,
-    flags: dict[str, int | None],
+    flags: Mapping[str, object],
     world: str | None,
-) -> tuple[Path, RunConfig]:
-    """The space file and its configuration; flags override --set, which overrides `base`."""
+) -> tuple[Path, RunConfig, str | None]:
+    """The space file, its configuration, and the address of the storage with its secrets.
+
+    Flags override --set, which overrides `base`.
+    """
     from raysae.config import find_space, load_config, parse_override, world_of
     from raysae.search.run import resolve
 
@@ -281,7 +335,8 @@ def _configured(
         base = base | {"world": world_of(world)}
     overrides = base | dict(parse_override(text) for text in set_ or [])
     overrides |= {key: value for key, value in flags.items() if value is not None}
-    return path, resolve(load_config(path, overrides))
+    config = load_config(path, overrides)
+    return path, resolve(config), config.storage
 
 
 def _print_plan(config: RunConfig, address: str | None) -> None:

@@ -25,6 +25,7 @@ from raysae.errors import UserError, nearest
 from raysae.regularizers import REGISTRY
 from raysae.resources import ResourcesConfig
 from raysae.space import SearchSpace
+from raysae.storage import StorageAddress
 from raysae.training.schedules import SCHEDULES
 from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
 from raysae.worlds.spec import KINDS, HubWorld, LocalWorld, WorldSpec
@@ -152,6 +153,7 @@ class RunConfig(_Strict):
     loggers: tuple[Literal["wandb", "mlflow", "aim"], ...] = Field(
         (), description="experiment trackers told of every trial, beside TensorBoard"
     )
+    storage: StorageAddress | None = Field(None, description="the run folder is mirrored below it")
     space: SearchSpace | None = Field(None, description="what is searched")
     runs: dict[str, RunEntry] | None = Field(
         None, min_length=1, description="instead of a space: the runs of a study, by name"

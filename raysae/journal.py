@@ -70,3 +70,20 @@ def ended_trials(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if record["event"] == "end":
             ends.setdefault(record["trial"], record)
     return [ends[number] for number in sorted(ends)]
+
+
+class JournalTail:
+    """New records of a journal that somebody else appends to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Records that were completed since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(complete) + len(newline)
+        return [json.loads(line) for line in complete.split(b"\n") if line]

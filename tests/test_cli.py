@@ -56,13 +56,26 @@ def command(tmp_path: Path, monkeypatch, capsys) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def searched(monkeypatch) -> list[tuple[RunConfig, Path, str | None]]:
+def stored() -> list[str | None]:
+    """Where the searches that were begun are mirrored to."""
+    return []
+
+
+@pytest.fixture
+def searched(monkeypatch, stored) -> list[tuple[RunConfig, Path, str | None]]:
     """The searches that were begun; each succeeds at once with one good trial."""
     begun = []
 
     def fake(
-        config: RunConfig, run_dir: Path, _: Any, *, address: str | None, started: float
+        config: RunConfig,
+        run_dir: Path,
+        _: Any,
+        *,
+        address: str | None,
+        storage: Any,
+        started: float,
     ) -> Any:
+        stored.append(None if storage is None else storage.address)
         assert 0 <= time.time() - started < 3600
         begun.append((config, run_dir, address))
         return run.SearchOutcome(run_dir, trials=1, failed=0, first_error="")
@@ -387,6 +400,49 @@ def test_describing_a_world_needs_neither_ray_nor_torch(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+# --- Storage --------------------------------------------------------------------------------------
+
+NOBODY = "s3://me:secret@bucket/pre?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--storage", NOBODY], "--storage s3://bucket/pre: When listing objects under key 'pre/"),
+        (["--storage", "s4://bucket/pre"], "--storage s4://bucket/pre: Unrecognized filesystem"),
+        (["--storage", "file:///proc/pre"], "--storage file:///proc/pre: [Errno 2] Cannot create"),
+        (["--storage", "file:///"], "needs a bucket or a folder"),
+        (["--storage", "me:secret"], "storage: must be an address: s3://bucket/prefix, gs://"),
+        (["--set", "storage=me:secret"], "storage: must be an address: s3://bucket/prefix, gs://"),
+        (["--resume", NOBODY], "--resume s3://bucket/pre: When listing objects under key 'pre/"),
+        (["--resume", "file:///nowhere/run"], "--resume file:///nowhere/run: no run folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_store_that_cannot_be_used_is_bad_input(arguments: list[str], part: str, command):
+    ended = command(*arguments)
+    assert_refused(ended, part)
+    assert "secret" not in ended.err
+
+
+@pytest.mark.parametrize("how", ["--storage", "--set", "space file"])
+def test_a_search_is_mirrored_under_its_own_name(
+    how: str, tmp_path: Path, command, searched, stored
+):
+    address = f"file://{tmp_path}/runs"
+    space = tmp_path / "space.yaml"
+    space.write_text(ORTH.read_text() + f"storage: {address}\n" * (how == "space file"))
+    options = {"--storage": [how, address], "--set": [how, f"storage={address}"]}.get(how, [])
+    assert command("--space", str(space), "--out", "here", *options).code == 0
+    assert stored == [f"{address}/here"]
+    assert searched[0][0].storage == address
+
+
+def test_secrets_of_an_address_are_in_no_config():
+    config = load_config(ORTH, {"storage": "s3://me:secret@bucket/pre?region=x"})
+    assert run.resolve(config).storage == "s3://bucket/pre"
+
+
 # --- Resuming -------------------------------------------------------------------------------------
 
 
@@ -412,3 +468,18 @@ def test_a_world_that_has_changed_is_not_gone_on_with(tmp_path: Path, command):
     ended = command("--resume", str(tmp_path))
     assert ended.code == 2
     assert "is not the one of that search any more" in ended.err
+
+
+def test_only_a_mirror_is_resumed_in_another_folder(tmp_path: Path, command):
+    ended = command("--resume", str(tmp_path), "--out", "elsewhere")
+    assert ended.code == 2
+    assert "--out: a resumed search keeps its run folder" in ended.err
+
+
+def test_a_mirror_is_not_fetched_over_another_run(tmp_path: Path, command):
+    for folder in (tmp_path / "copies" / "run", Path("runs/run")):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+    ended = command("--resume", f"file://{tmp_path}/copies/run")
+    assert ended.code == 2
+    assert "runs/run is there already; go on with it by --resume runs/run" in ended.err

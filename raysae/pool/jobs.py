@@ -77,7 +77,8 @@ def _steps(spec: dict[str, Any]) -> tuple[Any, ...]:
     sae, training = spec["sae"], spec["training"]
     widths = sae["matryoshka_widths"]
     shapes = (sae["architecture"], sae["d_sae"], widths and tuple(widths))
-    return (*shapes, training["batch_size"], training["step"], tuple(spec["rungs"]))
+    how = (training["batch_size"], training["step"], training["autocast"])
+    return (*shapes, *how, tuple(spec["rungs"]))
 
 
 def end_record(job: Job, state: str) -> dict[str, Any]:

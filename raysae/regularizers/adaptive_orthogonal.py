@@ -54,7 +54,7 @@ class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
         fired = by_chunk((view.acts > 0).to(torch.float32).T, chunks)
         return {
             "cofiring": fired @ fired.transpose(1, 2),
-            "tokens": torch.tensor(float(len(view.acts)), device=view.acts.device),
+            "tokens": torch.full((), float(len(view.acts)), device=view.acts.device),
         }
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:

@@ -52,7 +52,7 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
             return {}
         return {
             "cofiring": cofiring_counts(view.acts),
-            "tokens": torch.tensor(float(len(view.acts)), device=view.acts.device),
+            "tokens": torch.full((), float(len(view.acts)), device=view.acts.device),
         }
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:

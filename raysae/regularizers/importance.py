@@ -34,7 +34,7 @@ class Importance(OrthogonalityRegularizer):
     def statistics(self, view: StepView, state: State, step: int) -> State:
         return {
             "energy": view.acts.pow(2).sum(0).float() * view.W_dec.pow(2).sum(1).float(),
-            "tokens": torch.tensor(float(len(view.acts)), device=view.acts.device),
+            "tokens": torch.full((), float(len(view.acts)), device=view.acts.device),
         }
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:

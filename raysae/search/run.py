@@ -29,7 +29,9 @@ from raysae.search.conclude import SearchOutcome, conclude
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
+from raysae.search.mirror import mirroring
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
+from raysae.storage import Location, is_address, public
 from raysae.worlds.presets import shape_of
 from raysae.worlds.world import World, check_hook, load_world, score_name
 
@@ -55,26 +57,34 @@ def check_folder(option: str, path: str | None) -> None:
     Raises:
         UserError: an address like s3://….
     """
-    if path is not None and "://" in path:
+    if path is not None and is_address(path):
         raise UserError(
-            f"{option} {path}: must be a folder; a search writes to a file system, on a cluster to "
-            "one that all nodes share (NFS, Lustre, EFS, …), and not to an object store: copy the "
-            "run folder there when the search has ended"
+            f"{option} {public(path)}: must be a folder; a search writes to a file system, on a "
+            "cluster to one that all nodes share (NFS, Lustre, EFS, …); an object store gets "
+            "a copy of its run folder with --storage"
         )
 
 
-def make_run_dir(out: str | None, name: str) -> Path:
-    """A new run folder: `out`, or `runs/<name>-<date>-<time>`.
+def choose_run_dir(out: str | None, name: str) -> Path:
+    """Path of a new run folder: `out`, or `runs/<name>-<date>-<time>`.
 
     Raises:
-        UserError: it exists and is not empty, or cannot be written.
+        UserError: it exists and is not empty, or is no folder of a file system.
     """
     check_folder("--out", out)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = Path(out) if out else Path("runs") / f"{name}-{stamp}"
-    run_dir = run_dir.absolute()
+    run_dir = (Path(out) if out else Path("runs") / f"{name}-{stamp}").absolute()
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"--out {run_dir}: exists already; choose a new folder, or remove it")
+    return run_dir
+
+
+def make_run_dir(run_dir: Path) -> Path:
+    """Make the folder of `choose_run_dir`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".write-test"
@@ -88,6 +98,8 @@ def make_run_dir(out: str | None, name: str) -> Path:
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in what the world decides, and check it against the model's own config.
 
+    The address of the storage loses its secrets here: a resolved config is written and sent about.
+
     Raises:
         UserError: the model has no such hook point, or a logger cannot be used.
     """
@@ -99,7 +111,8 @@ def resolve(config: RunConfig) -> RunConfig:
         check_hook(shape, hook)
     except ValueError as error:
         raise UserError(f"hook: {error}") from None
-    return config.model_copy(update={"hook": hook})
+    storage = None if config.storage is None else public(config.storage)
+    return config.model_copy(update={"hook": hook, "storage": storage})
 
 
 def load_run(run_dir: Path) -> RunConfig:
@@ -132,6 +145,7 @@ def run_search(
     console: Console,
     *,
     address: str | None = None,
+    storage: Location | None = None,
     started: float | None = None,
     resume: bool = False,
 ) -> SearchOutcome:
@@ -142,6 +156,7 @@ def run_search(
         run_dir: new folder for everything that comes out, or that of an interrupted search.
         console: for progress and summary.
         address: Ray cluster to join; None starts Ray on this machine.
+        storage: where a copy of the run folder is kept, from `reserve`; None: nowhere.
         started: when its user started it, for the times it prints; None for now.
         resume: go on with the search of the run folder, `config` being its own.
 
@@ -152,7 +167,11 @@ def run_search(
     """
     started = time.time() if started is None else started
     world = fetch_world(config)
-    with lock(run_dir), interruptible() as interruption:
+    with (
+        lock(run_dir),
+        interruptible() as interruption,
+        mirroring(run_dir, storage, console) as finish_mirror,
+    ):
         in_flight = _take_up(run_dir, world) if resume else None
         records = read_journal(run_dir / JOURNAL)
         console.print(
@@ -211,6 +230,8 @@ def run_search(
         finally:
             memory.stop()
             if closing is None:
+                # Before Ray ends: threads that still ask it for something end the process with it.
+                finish_mirror()
                 _shut_down()
         try:
             return conclude(run_dir, plan.groups, console, started, peak)

@@ -6,7 +6,6 @@ reads what the journal has gained. None of it holds up a trial.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import traceback
@@ -17,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raysae.journal import JOURNAL
+from raysae.journal import JOURNAL, JournalTail
 from raysae.search.gauges import SearchGauges
 from raysae.search.live import LiveDisplay, View, short_path
 from raysae.search.progress import (
@@ -35,23 +34,6 @@ POLL_SECONDS = 0.5
 Poll = Callable[[dict[int, int]], Any]
 """Last step seen of each trial → the broker's snapshot, and rows past those steps by trial, as in
 `BrokerState.rows`."""
-
-
-class JournalTail:
-    """New records of a journal that somebody else appends to."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._read = path, 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """Records that were completed since the last call."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            complete, newline, _ = file.read().rpartition(b"\n")
-        self._read += len(complete) + len(newline)
-        return [json.loads(line) for line in complete.split(b"\n") if line]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from raysae.regularizers import StepView
 from raysae.training.run import SAERun
-from raysae.training.stacked import FORWARD, DenseActs, Forward, Parameters, Settings, SparseActs
+from raysae.training.stacked import (
+    FORWARD,
+    DenseActs,
+    Forward,
+    Parameters,
+    Settings,
+    SparseActs,
+    on_device,
+)
 
 
 def can_pack(runs: Sequence[SAERun]) -> bool:
@@ -31,7 +39,8 @@ def can_pack(runs: Sequence[SAERun]) -> bool:
 def _common(run: SAERun) -> tuple[object, ...]:
     spec = run.spec
     shapes = (spec.sae.architecture, spec.sae.d_sae, spec.sae.matryoshka_widths)
-    return (*shapes, spec.training.batch_size, spec.training.step, run.step)
+    common = (spec.training.batch_size, spec.training.step, run.autocast, run.step)
+    return (*shapes, *common)
 
 
 class Pack:
@@ -47,6 +56,8 @@ class Pack:
             raise ValueError("these SAEs differ in architecture, shape, batch size or position")
         self.runs = list(runs)
         self._forward = FORWARD[runs[0].spec.sae.architecture]
+        self._none_dead_before = [0] * len(runs)
+        """Step of each member before which no feature can have died."""
         self._stack: Parameters = {}
         for name, _ in runs[0].sae.named_parameters():
             parts = [run.sae.get_parameter(name) for run in runs]
@@ -59,10 +70,12 @@ class Pack:
         """One training step of all members; their losses by name, (m,), unsynchronised."""
         runs = self.runs
         batch, is_forget = self._batches()
-        alphas = batch.new_tensor([run.next_alpha() for run in runs])
+        alphas = on_device([run.next_alpha() for run in runs], batch)
         for stack in self._stack.values():
             stack.grad = None
-        forward = self._forward(self._stack, batch, [_settings(run) for run in runs])
+        settings = [_settings(run, self._dead(i)) for i, run in enumerate(runs)]
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=runs[0].autocast):
+            forward = self._forward(self._stack, batch, settings)
         with torch.no_grad():
             fired = forward.acts.fired(is_forget)
         penalties = self._penalties(forward, is_forget, fired)
@@ -120,25 +133,42 @@ class Pack:
         zero = fired.new_zeros(())
         return torch.stack([zero if penalty is None else penalty for penalty in penalties])
 
+    def _dead(self, i: int) -> Tensor | None:
+        """(d_sae,) features of a member that count as dead; None if there are none.
+
+        To know it waits for the device, so it is asked no sooner than one can have died.
+        """
+        run = self.runs[i]
+        if run.step < self._none_dead_before[i]:
+            return None
+        since, limit = run.firing.steps_since_fired, run.spec.training.dead_after
+        left = limit - int(since.max())
+        self._none_dead_before[i] = run.step + left + 1
+        return since > limit if left < 0 else None
+
     def _follow_threshold(self, acts: DenseActs | SparseActs) -> None:
-        """SAELens' moving average of the smallest activation that was picked (BatchTopK)."""
+        """SAELens' moving average of the smallest activation that was picked (BatchTopK), without
+        waiting for the device."""
         if not isinstance(acts, SparseActs) or "topk_threshold" not in dict(
             self.runs[0].sae.named_buffers()
         ):
             return
-        members = acts.support.rows // acts.support.n
-        for i, run in enumerate(self.runs):
-            values = acts.values[members == i]
-            run.sae.update_topk_threshold(values)
+        n = acts.support.n
+        picked = [int((run.spec.sae.k or 0) * n) for run in self.runs]  # entries are by member
+        for run, values in zip(self.runs, acts.values.split(picked), strict=True):
+            threshold, rate = run.sae.topk_threshold, run.sae.cfg.topk_threshold_lr
+            smallest = values.where(values > 0, torch.inf).amin().to(threshold.dtype)
+            followed = (1 - rate) * threshold + rate * smallest
+            run.sae.topk_threshold = torch.where(smallest.isfinite(), followed, threshold)
 
 
-def _settings(run: SAERun) -> Settings:
+def _settings(run: SAERun, dead: Tensor | None) -> Settings:
     spec = run.spec.sae
     coefficients = list(run.coefficients.values())
     return Settings(
         coefficient=coefficients[0].value if coefficients else 0.0,
         k=spec.k or 0,
-        dead=run.firing.steps_since_fired > run.spec.training.dead_after,
+        dead=dead,
         widths=tuple(getattr(run.sae.cfg, "matryoshka_widths", ())),
         bandwidth=getattr(run.sae.cfg, "jumprelu_bandwidth", 0.0),
     )

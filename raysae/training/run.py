@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from sae_lens import SAE
@@ -20,7 +20,9 @@ from raysae.training.collective import Alone
 from raysae.training.saes import export_sae, make_training_sae
 from raysae.training.spec import TrialSpec
 from raysae.training.step import FiringRecord, train_step
-from raysae.unlearning import UnlearningResult
+
+if TYPE_CHECKING:
+    from raysae.unlearning import UnlearningResult  # brings SAEBench, which training needs not
 
 EXPLODED = 1e4
 """A loss this many times the first one will not come back."""
@@ -157,6 +159,12 @@ class SAERun:
         return self.step * self.spec.training.batch_size
 
     @property
+    def autocast(self) -> bool:
+        """Whether the SAE's own products are in bfloat16."""
+        wanted = self.spec.training.autocast
+        return wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda")
+
+    @property
     def alpha(self) -> float:
         """Weight of the penalty at the last step."""
         return self.spec.alpha * self.alpha_factor
@@ -198,6 +206,7 @@ class SAERun:
             dead_after=self.spec.training.dead_after,
             grad_clip=self.spec.training.grad_clip,
             collective=self.collective,
+            autocast=self.autocast,
         )
         self.schedules_step()
         return output.losses

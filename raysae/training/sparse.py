@@ -45,7 +45,7 @@ class Support:
     def from_flat(cls, chosen: Tensor, members: int, n: int, d_sae: int) -> Support:
         """From positions in the flattened (m, n, d_sae) activations, ascending."""
         rows, local = chosen // d_sae, chosen % d_sae
-        counts = torch.bincount(rows, minlength=members * n)
+        counts = _count(rows, members * n)
         offsets = counts.cumsum(0) - counts
         return cls(members, n, d_sae, local + (rows // n) * d_sae, rows, offsets)
 
@@ -64,7 +64,7 @@ class Support:
         """The transposed pattern: entries in order of their feature, their rows, and the first
         entry of each feature (m · d_sae,)."""
         order = torch.argsort(self.features)
-        counts = torch.bincount(self.features, minlength=self.members * self.d_sae)
+        counts = _count(self.features, self.members * self.d_sae)
         return order, self.rows[order], counts.cumsum(0) - counts
 
     def sum_by_feature(self, values: Tensor, of: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Support:
     def sampled_product(self, left: Tensor, right: Tensor) -> Tensor:
         """left · rightᵀ at the entries only, (entries,); of (m · n, d) and (m · d_sae, d)."""
         pattern = torch.sparse_csr_tensor(
-            torch.cat([self.offsets, self.offsets.new_tensor([len(self.features)])]),
+            torch.cat([self.offsets, self.offsets.new_full((1,), len(self.features))]),
             self.features,
             left.new_zeros(len(self.features)),
             (len(left), len(right)),
@@ -98,6 +98,14 @@ class Support:
     @cached_property
     def _flat(self) -> Tensor:
         return self.rows * self.d_sae + self.features % self.d_sae
+
+
+def _count(indices: Tensor, size: int) -> Tensor:
+    """(size,) how often each of 0 … size − 1 is among `indices`, int64."""
+    if not indices.is_cuda:
+        return torch.bincount(indices, minlength=size)
+    # A GPU's bincount looks for the largest index first, and is waited for.
+    return indices.new_zeros(size).index_add_(0, indices, torch.ones_like(indices))
 
 
 def largest(x: Tensor, k: int) -> Tensor:

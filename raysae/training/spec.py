@@ -99,6 +99,11 @@ class TrainingSpec(_Frozen):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = Field(1.0, gt=0, description="global norm")
     dead_after: int = Field(200, ge=1, description="steps without firing after which one is dead")
+    autocast: Literal["auto", "off", "bfloat16"] = Field(
+        "auto",
+        description="of the SAE's own products; auto: bfloat16 on a GPU, off on a CPU; weights, "
+        "losses and penalties stay float32",
+    )
     step: Literal["packed", "saelens"] = Field(
         "packed", description="packed: SAELens' step for several SAEs at once; saelens: its own"
     )

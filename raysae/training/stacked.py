@@ -33,8 +33,8 @@ class Settings:
     coefficient: float
     """Of the sparsity term at this step; 0 where the architecture has none."""
     k: float
-    dead: Tensor
-    """(d_sae,) bool."""
+    dead: Tensor | None
+    """(d_sae,) bool; None: no feature is."""
     widths: tuple[int, ...]
     """Of a Matryoshka SAE, ascending; () otherwise."""
     bandwidth: float
@@ -103,7 +103,7 @@ def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
         return _standard_where(fires, pre.detach(), p, batch, members)
     acts = pre.relu()
     error = _error(acts @ p["W_dec"], p, batch)
-    l1 = (acts @ p["W_dec"].norm(dim=-1)[:, :, None]).squeeze(-1).mean(1)
+    l1 = _weighted_l1(acts, p["W_dec"])
     losses = {"mse_loss": _mse(error), "l1_loss": _coefficients(members, l1) * l1}
     return Forward(error, DenseActs(acts), losses)
 
@@ -134,7 +134,7 @@ def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     acts = (gate > 0).to(batch.dtype) * magnitude
     error = _error(acts @ p["W_dec"], p, batch)
     gate = gate.relu()
-    l1 = (gate @ p["W_dec"].norm(dim=-1)[:, :, None]).squeeze(-1).mean(1)
+    l1 = _weighted_l1(gate, p["W_dec"])
     losses = {
         "mse_loss": _mse(error),
         "l1_loss": _coefficients(members, l1) * l1,
@@ -185,6 +185,13 @@ def _pre_activations(p: Parameters, batch: Tensor, bias: Tensor | None) -> Tenso
     return product if bias is None else product + bias[:, None]
 
 
+def _weighted_l1(acts: Tensor, W_dec: Tensor) -> Tensor:
+    """(m,) sum of a token's activations, weighted by decoder norms, mean over the batch."""
+    with torch.autocast(acts.device.type, enabled=False):  # a sum over d_sae, and no large product
+        weighted: Tensor = acts @ W_dec.norm(dim=-1)[:, :, None]
+    return weighted.squeeze(-1).mean(1)
+
+
 def _error(decoded: Tensor, p: Parameters, batch: Tensor) -> Tensor:
     return decoded + (p["b_dec"][:, None] - batch)
 
@@ -194,8 +201,14 @@ def _mse(error: Tensor) -> Tensor:
     return error.pow(2).sum((1, 2)) / error.shape[1]
 
 
+def on_device(values: list[float], like: Tensor) -> Tensor:
+    """`values` as a tensor of the dtype and device of `like`; a GPU is not waited for."""
+    made = torch.tensor(values, dtype=like.dtype, pin_memory=like.is_cuda)
+    return made.to(like.device, non_blocking=True)
+
+
 def _coefficients(members: list[Settings], like: Tensor) -> Tensor:
-    return like.new_tensor([member.coefficient for member in members])
+    return on_device([member.coefficient for member in members], like)
 
 
 def _picked(
@@ -208,6 +221,7 @@ def _picked(
     with torch.no_grad():
         centred = batch - p["b_dec"][:, None]
         support, values = pick(torch.baddbmm(p["b_enc"][:, None], centred, p["W_enc"]), members)
+        values = values.to(batch.dtype)
     values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"]).relu()
     error = _error(decode(support, values, p["W_dec"]), p, batch)
     losses = {
@@ -255,12 +269,12 @@ def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]
     """(m,) SAELens' auxiliary loss: the dead features with the largest pre-activations reconstruct
     what is left over. Only their columns are computed."""
     losses = [error.new_zeros(()) for _ in members]
-    if any(bool(member.dead.any()) for member in members):
+    if any(member.dead is not None for member in members):
         W_enc, W_dec, b_enc, b_dec = (p[name].unbind() for name in _NAMES)
         for i, member in enumerate(members):
-            dead = member.dead.nonzero()[:, 0]
-            if not len(dead):
+            if member.dead is None:
                 continue
+            dead = member.dead.nonzero()[:, 0]
             W, norms = W_dec[i][dead], W_dec[i][dead].norm(dim=-1)
             hidden = ((batch[i] - b_dec[i]) @ W_enc[i][:, dead] + b_enc[i][dead]) * norms
             half = batch.shape[-1] // 2

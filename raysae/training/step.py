@@ -49,7 +49,7 @@ class FiringRecord:
         self.recent_forget.lerp_(rates[0], 1 - RATE_EMA)
         self.recent_retain.lerp_(rates[1], 1 - RATE_EMA)
         self.steps_since_fired += 1
-        self.steps_since_fired[fired.sum(0) > 0] = 0
+        self.steps_since_fired.masked_fill_(fired.sum(0) > 0, 0)
 
     def rates(self) -> tuple[Tensor, Tensor]:
         """Firing rates on forget and on retain tokens (d_sae,) since the last reset."""
@@ -100,6 +100,7 @@ def train_step(
     dead_after: int,
     grad_clip: float,
     collective: Alone,
+    autocast: bool = False,
 ) -> StepOutput:
     """Forward with SAELens' own `training_forward_pass`, add `alpha · penalty`, step, renormalise.
 
@@ -116,18 +117,21 @@ def train_step(
         dead_after: steps without firing after which a feature counts as dead.
         grad_clip: global norm at which gradients are clipped.
         collective: joins the workers of a data-parallel trial.
+        autocast: the SAE's own products in bfloat16.
     """
-    output = sae.training_forward_pass(
-        TrainStepInput(
-            sae_in=batch,
-            coefficients=coefficients,
-            dead_neuron_mask=firing.steps_since_fired > dead_after,
-            n_training_steps=step,
-            is_logging_step=False,
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+        output = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=batch,
+                coefficients=coefficients,
+                dead_neuron_mask=firing.steps_since_fired > dead_after,
+                n_training_steps=step,
+                is_logging_step=False,
+            )
         )
-    )
     error = output.sae_out - batch
-    view = StepView(sae.W_dec, output.feature_acts, is_forget, error)
+    # Counts over a batch do not fit bfloat16.
+    view = StepView(sae.W_dec, output.feature_acts.to(batch.dtype), is_forget, error)
     with torch.no_grad():
         seen = view.detach()
         statistics = regularizer.statistics(seen, regularizer_state, step)

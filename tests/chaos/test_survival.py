@@ -16,6 +16,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from small_s3 import serving
 from victims import Search, differences, results
 
 from raysae.analysis.tables import TIME_COLUMNS
@@ -94,3 +95,48 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
     storage = JournalStorage(JournalFileBackend(str(out / "optuna.journal")))
     study = optuna.load_study(study_name="raysae", storage=storage)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * TRIALS
+
+
+@pytest.mark.slow
+def test_a_search_whose_machine_is_lost_goes_on_elsewhere_from_its_mirror(
+    undisturbed: Path, tmp_path: Path
+):
+    """Killed with a trial in flight, then interrupted in the next place, as a spot instance is that
+    is given notice; both times the run folder is gone, and the copy lies in a store like S3.
+    """
+    elsewhere = tmp_path / "elsewhere"
+    with serving() as store:
+
+        def copied() -> dict[str, bytes]:
+            return {k.removeprefix("pre/run/"): v for k, v in store.objects.items()}
+
+        def checkpoints() -> list[str]:
+            return [name for name in copied() if name.endswith("checkpoint.pt")]
+
+        out, address = tmp_path / "run", f"{store.address}/pre/run{store.query}"
+        place = f"{store.address}/pre{store.query}"
+        search = Search(out, *OPTIONS, "--out", str(out), "--storage", place)
+        ends = b'"event": "end"'
+        assert search.wait_until(
+            lambda: copied().get("journal.jsonl", b"").count(ends) >= 2, 300
+        ), search.tail()
+        search.kill()
+        shutil.rmtree(out)
+
+        out = tmp_path / "next"
+        search = Search(out, "--resume", address, "--out", str(out))
+        assert search.wait_until(lambda: bool(list(out.glob("trials/*/checkpoint.pt"))), 300)
+        search.process.send_signal(2)
+        assert search.wait(90) == 130, search.tail()
+        assert "Mirror: s3://bucket/pre/run" in search.tail()
+        assert checkpoints()
+        shutil.rmtree(out)
+
+        search = Search(elsewhere, "--resume", address, "--out", str(elsewhere))
+        assert search.wait(300) == 0, search.tail()
+        assert "Mirror: s3://bucket/pre/run" in search.tail()
+        assert differences(results(elsewhere), results(undisturbed)) == []
+        assert checkpoints() == []
+        for name in ("trials.parquet", "report.html", "journal.jsonl", "best/cfg.json"):
+            assert copied()[name] == (elsewhere / name).read_bytes()
+        assert [name for name, data in copied().items() if b"me:secret" in data] == []

@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 from test_tensorboard import scalars
 
-from raysae.journal import JOURNAL
+from raysae.journal import JOURNAL, JournalTail
 from raysae.search import watch
 from raysae.search.progress import Expected, Standing
 from raysae.search.status import read_status
-from raysae.search.watch import JournalTail, Watch
+from raysae.search.watch import Watch
 
 
 class Search:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_bench import ARCHITECTURES, METHODS, REFUSED, every_architecture, small
 
-from raysae.training.loop import train, train_one
+from raysae.training.loop import stepper, train, train_one
 from raysae.training.pack import Pack, can_pack
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.spec import TrialSpec
@@ -218,3 +218,53 @@ def test_a_member_that_diverges_leaves_with_its_last_good_weights(
         torch.testing.assert_close(runs[i].sae.W_dec, other.sae.W_dec, rtol=1e-4, atol=1e-5)
         curves = [[row.metrics["loss"] for row in run.curve] for run in (runs[i], other)]
         assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@every_architecture
+@pytest.mark.parametrize("step", ["packed", "saelens"])
+def test_in_bfloat16_weights_and_counts_stay_exact_and_losses_agree(
+    step, architecture, make_spec, make_store
+):
+    """As on a GPU, but on this CPU: products lose digits, nothing else does."""
+    store, losses = make_store(), {}
+    for autocast in ("off", "bfloat16"):
+        spec = make_spec(architecture, "task_masked", small("task_masked"), step=step,
+                         autocast=autocast, dead_after=3)  # fmt: skip
+        run = SAERun(spec, store)
+        advance = stepper([run])
+        losses[autocast] = torch.stack([advance()["loss"].detach() for _ in range(8)])
+        assert {p.dtype for p in run.sae.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in run.sae.parameters() if p.grad is not None} == {torch.float32}
+        counts = torch.stack([run.firing.fired_forget, run.firing.fired_retain])
+        assert torch.equal(counts, counts.round())
+        assert run.firing.tokens_forget + run.firing.tokens_retain == 8 * 64
+    torch.testing.assert_close(losses["bfloat16"], losses["off"], rtol=0.05, atol=0.0)
+    assert not torch.equal(losses["bfloat16"], losses["off"])
+
+
+def test_bfloat16_is_for_gpus_unless_it_is_asked_for(make_spec, make_store):
+    store = make_store()
+    wanted = {name: SAERun(make_spec(autocast=name), store) for name in ("auto", "off", "bfloat16")}
+    assert {name: run.autocast for name, run in wanted.items()} == {
+        "auto": False,
+        "off": False,
+        "bfloat16": True,
+    }
+    wanted["auto"].device = torch.device("cuda")
+    assert wanted["auto"].autocast
+    assert not can_pack([wanted["off"], wanted["bfloat16"]])
+
+
+def test_dead_features_are_looked_for_no_later_than_one_can_have_died(make_spec, make_store):
+    """Every step asks for what a look at every step would have found."""
+    run = SAERun(make_spec("topk", sparsity=1, dead_after=4, steps=24), make_store())
+    pack = Pack([run])
+    looks = []
+    for _ in range(24):
+        dead = run.firing.steps_since_fired > 4
+        looks.append(pack._none_dead_before[0] <= run.step)
+        found = pack._dead(0)
+        assert torch.equal(torch.zeros_like(dead) if found is None else found, dead)
+        pack.advance()
+    assert dead.any()
+    assert looks[:6] == [True, False, False, False, False, True]
