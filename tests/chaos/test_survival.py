@@ -133,7 +133,7 @@ def test_a_search_whose_machine_is_lost_goes_on_elsewhere_from_its_mirror(
         shutil.rmtree(out)
 
         search = Search(elsewhere, "--resume", address, "--out", str(elsewhere))
-        assert search.wait(300) == 0, search.tail()
+        assert search.wait(600) == 0, search.tail()
         assert "Mirror: s3://bucket/pre/run" in search.tail()
         assert differences(results(elsewhere), results(undisturbed)) == []
         assert checkpoints() == []
