@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from raysae.storage import Location
 
 SMOKE_OVERRIDES = {
-    "training.tokens": 65_536,
-    "training.batch_size": 128,  # 512 steps: room for every group-update period
+    "training.tokens": 32_768,
+    "training.batch_size": 128,  # 256 steps: room for every group-update period
     "search.num_samples": 3,
-    "search.seeds_per_trial": 2,
+    "search.seeds_per_trial": 1,
     "search.scheduler.name": "none",
     "confirm.top": 0,
 }

@@ -144,7 +144,7 @@ def test_bad_input_ends_with_one_message_before_ray_is_imported(
         (["--set", "space.alpha=-1"], ["space.alpha", "≥ 0, got -1"]),
         (["--set", "hook=blocks.9.hook_resid_post"], ["hook", "blocks.0.hook_resid_post"]),
         (["--set", "hook=resid"], ["unknown hook 'resid'", "valid"]),
-        (["--smoke", "--set", "training.batch_size=65537"], ["65536", "65537", "0 steps"]),
+        (["--smoke", "--set", "training.batch_size=65537"], ["32768", "65537", "0 steps"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
@@ -231,7 +231,7 @@ def test_options_override_set_which_overrides_smoke_which_overrides_the_file(com
     command("--smoke", "--set", "search.num_samples=5", "--num-samples", "6", "--seed", "8")
     command("--set", "resources.workers=2", "--max-concurrent", "1")
     smoke, by_set, by_option, plain = (config for config, _, _ in searched)
-    assert (smoke.search.num_samples, smoke.training.tokens) == (3, 65_536)
+    assert (smoke.search.num_samples, smoke.training.tokens) == (3, 32_768)
     assert (by_set.search.num_samples, by_set.search.seed) == (5, 7)
     assert (by_option.search.num_samples, by_option.search.seed) == (6, 8)
     assert (plain.resources.workers, plain.search.max_concurrent) == (2, 1)

@@ -19,6 +19,7 @@ OPTIONS = [
     "--smoke",
     *("--num-samples", "9"),
     *("--set", "search.sampler=random"),
+    *("--set", "search.seeds_per_trial=2"),
     *("--set", "resources.checkpoint_seconds=0.5"),
     *("--set", "training.batch_size=256"),
     *("--set", "training.tokens=262144"),

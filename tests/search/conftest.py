@@ -11,6 +11,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """A smoke search with all that it leaves out by default; its folder is not to be changed."""
     options = [
         "--smoke",
+        *("--set", "search.seeds_per_trial=2"),
+        *("--set", "training.tokens=65536"),
         *("--set", "confirm.top=1"),
         *("--set", "confirm.seeds=2"),
         *("--set", "evals=[unlearning, sparse_probing]"),
