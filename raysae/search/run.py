@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 30
 """Time for a trial in flight to reach a place where it can be saved; scoring takes the longest."""
+LEAVE_SECONDS = 15
+"""Time for the pool to end, where a search ends early."""
 
 PACKAGES = (
     "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
@@ -181,6 +183,7 @@ def run_search(
             soft_wrap=True,
         )
         broker: Any = None
+        threads: list[threading.Thread] = []
         closing: threading.Thread | None = None
         store: Store | None = None
         memory = MemoryWatch()
@@ -196,7 +199,7 @@ def run_search(
             )
             _write_about(config, run_dir, plan, world, started)
             broker = _start_broker(run_dir, namespace)
-            threads = [background(run_pool, config, plan, namespace, run_dir, broker)]
+            threads += [background(run_pool, config, plan, namespace, run_dir, broker)]
             store = Store(config, broker, console)
             threads.append(background(store.fill))
             from raysae.search.progress import Expected
@@ -230,9 +233,8 @@ def run_search(
         finally:
             memory.stop()
             if closing is None:
-                # Before Ray ends: threads that still ask it for something end the process with it.
                 finish_mirror()
-                _shut_down()
+                _leave(broker, threads)
         try:
             return conclude(run_dir, plan.groups, console, started, peak)
         finally:
@@ -341,6 +343,23 @@ def _close(broker: Any, threads: list[threading.Thread]) -> None:
             thread.join(60)
     finally:
         _shut_down()
+
+
+def _leave(broker: Any, threads: list[threading.Thread]) -> None:
+    """End Ray under a search that has not come to its end.
+
+    Its threads first: one that asks Ray for something afterwards would end the process, and what
+    there is to be said to the user with it.
+    """
+    import ray
+
+    if broker is not None:
+        with suppress(ray.exceptions.RayError):  # it may be gone
+            ray.get(broker.close.remote(), timeout=5)
+    deadline = time.monotonic() + LEAVE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    _shut_down()
 
 
 def _interrupted(
