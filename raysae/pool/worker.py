@@ -262,7 +262,8 @@ class Worker:
                 for trial in left:
                     self._failed(trial, error)
                 return
-            log.warning("trials %s go on alone: %r", [trial.number for trial in left], error)
+            numbers = [trial.number for trial in left]
+            log.warning("trials %s go on one by one", numbers, exc_info=error)
         for trial in trials:
             trial.runs = []  # perhaps there was no memory for all of them
         for trial in left:
