@@ -23,6 +23,10 @@ OPTIONS = [
     *("--set", "search.sampler=random"),  # what comes next does not depend on what was first
     *("--set", "search.seeds_per_trial=1"),
     *("--set", "search.scheduler.name=none"),
+    # Of what picks its features or groups, rounding may decide between two that are nearly equal.
+    *("--set", "sae={architecture: standard, d_sae: 512}"),
+    *("--set", "space.sae={l1_coefficient: {float: [1.0, 8.0], log: true}}"),
+    *("--set", "space.regularizer={none: , fixed_orthogonal: , importance: }"),
     *("--set", "training.batch_size=256"),
     *("--set", "training.tokens=131072"),
 ]

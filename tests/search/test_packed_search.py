@@ -18,7 +18,10 @@ pytestmark = pytest.mark.search
 SETTINGS = {
     "training.tokens": 32_768,
     "training.batch_size": 64,
-    "sae.d_sae": 256,
+    # Of what picks its features or groups, rounding may decide between two that are nearly equal.
+    "sae": {"architecture": "standard", "d_sae": 256},
+    "space.sae": {"l1_coefficient": {"float": [1.0, 8.0], "log": True}},
+    "space.regularizer": {"none": None, "fixed_orthogonal": None, "importance": None},
     "objective.frontier_weight": 1.0,  # or most of such short trials would score alike
     "search.num_samples": 4,
     "search.sampler": "random",  # trial n is the same whatever came before it
