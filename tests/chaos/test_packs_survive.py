@@ -13,7 +13,7 @@ from victims import Search
 
 from raysae.journal import JOURNAL, ended_trials, read_journal
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 OPTIONS = [
     "--smoke",
