@@ -70,9 +70,13 @@ class Location:
         from pyarrow.fs import FileSelector, FileType
 
         selector = FileSelector(self.root, recursive=True, allow_not_found=True)
+        try:
+            listed = self.files.get_file_info(selector)
+        except FileNotFoundError:  # it was made while pyarrow looked whether it is there
+            listed = []
         return {
             os.path.relpath(found.path, self.root): (found.size, found.mtime_ns)
-            for found in self.files.get_file_info(selector)
+            for found in listed
             if found.type == FileType.File and not found.path.endswith((PROBE, ".partial"))
         }
 

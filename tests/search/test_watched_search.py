@@ -66,6 +66,7 @@ def test_the_event_files_hold_the_tables(seen: Seen):
         assert found["score/heldout"] == [(512, pytest.approx(row["heldout_score"]))]
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_a_run_a_trial_with_its_score(seen: Seen):
     runs = list((seen.out / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == len(pd.read_parquet(seen.out / "trials.parquet")) > 3
