@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 from raysae.config import RunConfig
@@ -54,10 +55,7 @@ def model_bytes(world: World | None) -> int:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, tensor in header.items():
             if name != "__metadata__":
-                count = 1
-                for length in tensor["shape"]:
-                    count *= length
-                parameters += count
+                parameters += math.prod(tensor["shape"])
     return 4 * parameters
 
 
