@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
@@ -80,12 +80,49 @@ def mixed_batch_rows(
 
 def _cut(n_rows: int, step: int, batch_size: int, seed: int, *stream: int) -> np.ndarray:
     epoch, position = divmod(step, n_rows // batch_size)
-    order = _permutation(n_rows, seed, epoch, *stream)
+    order = _PERMUTATIONS.get(n_rows, seed, epoch, *stream)
     rows: np.ndarray = order[position * batch_size : (position + 1) * batch_size].astype(np.int64)
     return rows
 
 
-@lru_cache(maxsize=2)
+class _Permutations:
+    """The permutations in use: of every (rows, seed, stream) that of one epoch.
+
+    SAEs that are trained together each have their own, and take turns: a permutation that is
+    dropped between two turns is made anew at every step, at the cost of the step itself. So none
+    is dropped for being one too many, but for not having been asked for lately.
+    """
+
+    LATELY = 256
+    """Calls; more than the SAEs and corpora of any pack, which are asked for in turn."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], tuple[int, np.ndarray]] = {}
+        self._asked: dict[tuple[int, ...], int] = {}
+        self._calls = 0
+        self._lock = Lock()  # batches may be made in a thread ahead of the training
+
+    def get(self, n_rows: int, seed: int, epoch: int, *stream: int) -> np.ndarray:
+        """int32 where that is enough, else int64, (n_rows,); read-only."""
+        key = (n_rows, seed, *stream)
+        with self._lock:
+            self._calls += 1
+            self._asked[key] = self._calls
+            made_for, order = self._made.get(key, (None, None))
+            if order is None or made_for != epoch:
+                order = _permutation(n_rows, seed, epoch, *stream)
+                self._made[key] = epoch, order
+                for other in [k for k, at in self._asked.items() if at < self._calls - self.LATELY]:
+                    del self._made[other], self._asked[other]
+            return order
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+_PERMUTATIONS = _Permutations()
+
+
 def _permutation(n_rows: int, *seed: int) -> np.ndarray:
     order: np.ndarray = np.random.default_rng(seed).permutation(n_rows)
     if n_rows < 2**31:  # half the memory in every worker

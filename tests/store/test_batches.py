@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from raysae.store import batches
+from raysae.store import rows as store_rows
 from raysae.store.batches import ChunkedActivations
 from raysae.store.chunks import Moments
 from raysae.store.rows import batch_rows, mixed_batch_rows
@@ -163,6 +164,31 @@ def test_the_batches_of_published_runs_are_unchanged():
     order = np.random.default_rng([5, epoch]).permutation(N_ROWS)
     wanted = order[position * BATCH : (position + 1) * BATCH]
     np.testing.assert_array_equal(batch_rows(N_ROWS, 5, 23, BATCH), wanted)
+
+
+def test_saes_in_turns_have_each_epoch_permuted_once(monkeypatch):
+    made: list[tuple[int, ...]] = []
+
+    def permutation(n_rows: int, *seed: int) -> np.ndarray:
+        made.append(seed)
+        return np.random.default_rng(seed).permutation(n_rows)
+
+    monkeypatch.setattr(store_rows, "_permutation", permutation)
+    monkeypatch.setattr(store_rows, "_PERMUTATIONS", store_rows._Permutations())
+    for step in range(2 * STEPS_IN_EPOCH):
+        for seed in range(24):
+            batch_rows(N_ROWS, seed, step, BATCH)
+    assert sorted(made) == [(seed, epoch) for seed in range(24) for epoch in range(2)]
+
+
+def test_permutations_of_saes_that_have_ended_are_dropped(monkeypatch):
+    monkeypatch.setattr(store_rows, "_PERMUTATIONS", store_rows._Permutations())
+    for seed in range(8):
+        batch_rows(N_ROWS, seed, 0, BATCH)
+    assert len(store_rows._PERMUTATIONS) == 8
+    for step in range(300):
+        batch_rows(N_ROWS, 8, step, BATCH)
+    assert len(store_rows._PERMUTATIONS) == 1
 
 
 def test_neighbours_in_a_batch_are_as_unrelated_as_in_a_full_shuffle():
