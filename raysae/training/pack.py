@@ -1,4 +1,4 @@
-"""Several SAEs trained in lock-step, their parameters stacked.
+"""Several SAEs trained in lock-step, their parameters stacked, as many as a product gains by.
 
 Each member gets what training it alone with SAELens' own step (`train_step`) gives, to rounding:
 the loss terms are SAELens' (`raysae.training.stacked`), and optimiser, schedules, regularizer state
@@ -12,8 +12,10 @@ know nothing of its pack.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +31,10 @@ from raysae.training.stacked import (
     SparseActs,
     on_device,
 )
+from raysae.training.updates import JointAdam, clip_
+
+FEATURES_ON_CPU, FEATURES_ON_GPU = 16 << 20, 2 << 30
+"""Bytes that one product's features (members · n · d_sae, in float32) take at most."""
 
 
 def can_pack(runs: Sequence[SAERun]) -> bool:
@@ -44,7 +50,7 @@ def _common(run: SAERun) -> tuple[object, ...]:
 
 
 class Pack:
-    """The stacked parameters of some runs, and the step that they take together."""
+    """The runs in stacks, and the step that they take together."""
 
     def __init__(self, runs: Sequence[SAERun]) -> None:
         """Stack the parameters; those of the runs become views.
@@ -54,6 +60,46 @@ class Pack:
         """
         if not can_pack(runs):
             raise ValueError("these SAEs differ in architecture, shape, batch size or position")
+        self.runs = list(runs)
+        stacks = math.ceil(len(runs) / _members_at_once(runs[0]))
+        bounds = [len(runs) * i // stacks for i in range(stacks + 1)]
+        self._stacks = [_Stack(self.runs[low:high]) for low, high in pairwise(bounds)]
+        self._adam = JointAdam(self.runs)
+        first = runs[0].spec
+        same = (first.batches, first.training.forget_share)
+        self._one_batch = all((r.spec.batches, r.spec.training.forget_share) == same for r in runs)
+
+    def advance(self) -> dict[str, Tensor]:
+        """One training step of all members; their losses by name, (m,), unsynchronised."""
+        shared = self.runs[0].next_batch() if self._one_batch else None
+        losses = [stack.pull(shared) for stack in self._stacks]
+        self._adam.step()
+        for run in self.runs:
+            run.schedules_step()
+        for stack in self._stacks:
+            stack.normalise()
+        names = {name for found in losses for name in found}
+        none = torch.zeros_like
+        return {
+            name: torch.cat([found.get(name, none(found["loss"])) for found in losses])
+            for name in names
+        }
+
+
+def _members_at_once(run: SAERun) -> int:
+    """How many go through a step's products together.
+
+    Each more saves what is around the products, until their features no longer fit a processor's
+    cache, or take more of a GPU's memory than a step is worth.
+    """
+    features = 4 * run.spec.training.batch_size * run.spec.sae.d_sae
+    return max(1, (FEATURES_ON_GPU if run.device.type == "cuda" else FEATURES_ON_CPU) // features)
+
+
+class _Stack:
+    """The stacked parameters of some runs."""
+
+    def __init__(self, runs: Sequence[SAERun]) -> None:
         self.runs = list(runs)
         self._forward = FORWARD[runs[0].spec.sae.architecture]
         self._none_dead_before = [0] * len(runs)
@@ -66,10 +112,14 @@ class Pack:
                 part.data = view
             self._stack[name] = stack.requires_grad_()
 
-    def advance(self) -> dict[str, Tensor]:
-        """One training step of all members; their losses by name, (m,), unsynchronised."""
+    def pull(self, shared: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        """Losses by name, (m,), and their clipped gradients, on the members' parameters.
+
+        Args:
+            shared: batch (n, d_in) and labels (n,) of all members; None: each has its own.
+        """
         runs = self.runs
-        batch, is_forget = self._batches()
+        batch, is_forget = self._batches(shared)
         alphas = on_device([run.next_alpha() for run in runs], batch)
         for stack in self._stack.values():
             stack.grad = None
@@ -85,31 +135,31 @@ class Pack:
             loss = loss + alphas * penalties
             losses["penalty"] = penalties
         loss.sum().backward()
-        for i, run in enumerate(runs):
-            for name, stack in self._stack.items():
-                assert stack.grad is not None
-                run.sae.get_parameter(name).grad = stack.grad[i]
-            parameters = [p for p in run.sae.parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(parameters, run.spec.training.grad_clip)
-            run.optimizer.step()
-            run.schedules_step()
+        gradients = {name: stack.grad for name, stack in self._stack.items()}
+        limits = on_device([run.spec.training.grad_clip for run in runs], batch)
+        clip_([g for g in gradients.values() if g is not None], limits)
+        for name, gradient in gradients.items():
+            assert gradient is not None
+            for run, of_run in zip(runs, gradient.unbind(), strict=True):
+                run.sae.get_parameter(name).grad = of_run
         with torch.no_grad():
-            W_dec = self._stack["W_dec"]
-            W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
             self._follow_threshold(forward.acts)
             losses = {name: value.detach() for name, value in losses.items()}
             losses |= {"loss": loss.detach(), "squared_error": losses["mse_loss"] * batch.shape[1]}
             losses["fired"] = fired.sum((1, 2))
         return losses
 
-    def _batches(self) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Decoder rows of unit norm again, after the optimiser's step."""
+        W_dec = self._stack["W_dec"]
+        W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+
+    def _batches(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Every member's batch (m, n, d_in) and labels (m, n)."""
-        first = self.runs[0].spec
-        same = (first.batches, first.training.forget_share)
-        if all((r.spec.batches, r.spec.training.forget_share) == same for r in self.runs):
-            batch, is_forget = self.runs[0].next_batch()
+        if shared is not None:
             members = len(self.runs)
-            return batch.expand(members, -1, -1), is_forget.expand(members, -1)
+            return shared[0].expand(members, -1, -1), shared[1].expand(members, -1)
         batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
         return torch.stack(batches), torch.stack(labels)
 

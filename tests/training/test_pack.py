@@ -8,6 +8,7 @@ import pytest
 import torch
 from training_bench import ARCHITECTURES, METHODS, REFUSED, every_architecture, small
 
+from raysae.training import pack as pack_module
 from raysae.training.loop import stepper, train, train_one
 from raysae.training.pack import Pack, can_pack
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
@@ -96,7 +97,12 @@ def test_in_float32_members_agree_to_rounding(architecture, make_spec, make_stor
             assert ours[i].item() == pytest.approx(run.advance()["loss"].item(), rel=2e-4)
 
 
-def test_members_keep_alpha_rates_sparsity_and_method_to_themselves(make_spec, make_store):
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_members_keep_alpha_rates_sparsity_and_method_to_themselves(
+    at_once, make_spec, make_store, monkeypatch
+):
+    """In one stack, and where their features are too large for one."""
+    monkeypatch.setattr(pack_module, "_members_at_once", lambda _: at_once)
     specs = [
         make_spec("topk", "fixed_orthogonal", alpha=2.0, sparsity=3, lr=1e-3),
         make_spec("topk", "none", sparsity=5, lr=3e-3),
@@ -111,11 +117,21 @@ def test_members_keep_alpha_rates_sparsity_and_method_to_themselves(make_spec, m
     ]
     store = make_store()
     pack = Pack([doubled(SAERun(spec, store)) for spec in specs])
-    packed = [pack.advance()["loss"] for _ in range(24)]
+    packed = [pack.advance() for _ in range(24)]
     for i, spec in enumerate(specs):
         _, losses = alone(spec, store, 24)
         for ours, expected in zip(packed, losses, strict=True):
-            assert ours[i].item() == pytest.approx(expected["loss"], rel=1e-6)
+            assert ours["loss"][i].item() == pytest.approx(expected["loss"], rel=1e-6)
+            assert ours["penalty"][i].item() == pytest.approx(expected.get("penalty", 0.0))
+
+
+def test_what_fits_no_cache_together_is_not_stacked(make_spec, make_store, monkeypatch):
+    store, spec = make_store(), make_spec()  # 64 rows of 32 features: 8 KiB an SAE
+    for room, sizes in ((8 << 10, [1] * 5), (17 << 10, [1, 2, 2]), (1 << 20, [5])):
+        monkeypatch.setattr(pack_module, "FEATURES_ON_CPU", room)
+        members = spec.model_copy(update={"seeds": 5}).members()
+        pack = Pack([SAERun(member, store) for member in members])
+        assert [len(stack.runs) for stack in pack._stacks] == sizes
 
 
 def test_the_seeds_of_a_trial_differ_in_weights_and_batches(make_spec, make_store):
@@ -259,11 +275,12 @@ def test_dead_features_are_looked_for_no_later_than_one_can_have_died(make_spec,
     """Every step asks for what a look at every step would have found."""
     run = SAERun(make_spec("topk", sparsity=1, dead_after=4, steps=24), make_store())
     pack = Pack([run])
+    (stack,) = pack._stacks
     looks = []
     for _ in range(24):
         dead = run.firing.steps_since_fired > 4
-        looks.append(pack._none_dead_before[0] <= run.step)
-        found = pack._dead(0)
+        looks.append(stack._none_dead_before[0] <= run.step)
+        found = stack._dead(0)
         assert torch.equal(torch.zeros_like(dead) if found is None else found, dead)
         pack.advance()
     assert dead.any()
