@@ -8,7 +8,7 @@ the reconstruction, where the norm cancels; decoder rows are kept at norm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,9 @@ from raysae.training.sparse import Support, decode, encode_at, largest
 
 SPARSE = 1 / 16
 """Share of the activations below which sums over what fires are faster than matrix products."""
+
+PICKED_FROM = 256 << 20
+"""Bytes of pre-activations that are there at once where the largest of them are picked."""
 
 Parameters = dict[str, Tensor]
 """SAELens' parameters by name, stacked: W_enc (m, d_in, d_sae), W_dec (m, d_sae, d_in), …"""
@@ -215,12 +218,13 @@ def _picked(
     p: Parameters,
     batch: Tensor,
     members: list[Settings],
-    pick: Callable[[Tensor, list[Settings]], tuple[Support, Tensor]],
+    pick: Callable[[Iterator[Tensor], torch.Size, list[Settings]], tuple[Support, Tensor]],
 ) -> tuple[Forward, Support, Tensor]:
     """Also the support and the values at it without SAELens' factor, the decoder's norm."""
     with torch.no_grad():
         centred = batch - p["b_dec"][:, None]
-        support, values = pick(torch.baddbmm(p["b_enc"][:, None], centred, p["W_enc"]), members)
+        shape = torch.Size((*centred.shape[:2], p["W_enc"].shape[-1]))
+        support, values = pick(_pre_activations_in_pieces(p, centred), shape, members)
         values = values.to(batch.dtype)
     values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"]).relu()
     error = _error(decode(support, values, p["W_dec"]), p, batch)
@@ -232,32 +236,64 @@ def _picked(
     return Forward(error, SparseActs(support, values * norms), losses), support, values
 
 
-def _largest_of_tokens(hidden: Tensor, members: list[Settings]) -> tuple[Support, Tensor]:
-    """The support, and `hidden` at it."""
-    d_sae = hidden.shape[-1]
-    ks = {int(member.k) for member in members}
-    if len(ks) == 1:
-        values, indices = hidden.topk(ks.pop(), sorted=False)
-        return Support.from_indices(indices, d_sae), values.flatten()
-    flat = [
-        _flat(hidden[i].topk(int(member.k), sorted=False).indices, d_sae) + i * hidden[i].numel()
-        for i, member in enumerate(members)
-    ]
-    return _at(hidden, torch.cat(flat))
+def _pre_activations_in_pieces(p: Parameters, centred: Tensor) -> Iterator[Tensor]:
+    """(m, rows, d_sae) of some tokens after the others: to pick from, no more is needed at once."""
+    members, _, d_sae = p["W_enc"].shape
+    rows = max(1, PICKED_FROM // (4 * members * d_sae))
+    for piece in centred.split(rows, dim=1):
+        yield torch.baddbmm(p["b_enc"][:, None], piece, p["W_enc"])
 
 
-def _flat(indices: Tensor, d_sae: int) -> Tensor:
-    """Positions in the flattened (n, d_sae) of `indices` (n, k), row by row."""
-    return (indices + torch.arange(len(indices), device=indices.device)[:, None] * d_sae).flatten()
+def _largest_of_tokens(
+    pieces: Iterator[Tensor], shape: torch.Size, members: list[Settings]
+) -> tuple[Support, Tensor]:
+    """The k largest of each token.
+
+    Args:
+        pieces: pre-activations, see `_pre_activations_in_pieces`.
+        shape: (m, n, d_sae) of all of them.
+
+    Returns:
+        The support, and the pre-activations at it.
+    """
+    ks = [int(member.k) for member in members]
+    if len(set(ks)) == 1:
+        picked = [hidden.topk(ks[0], sorted=False) for hidden in pieces]
+        values, indices = (torch.cat(parts, 1) for parts in zip(*picked, strict=True))
+        return Support.from_indices(indices, shape[-1]), values.flatten()
+    tops = [[hidden[i].topk(k, sorted=False) for i, k in enumerate(ks)] for hidden in pieces]
+    at, found = [], []
+    for i, of_member in enumerate(zip(*tops, strict=True)):
+        values, indices = (torch.cat(parts) for parts in zip(*of_member, strict=True))
+        rows = i * shape[1] + torch.arange(shape[1], device=indices.device)
+        at.append((indices + rows[:, None] * shape[-1]).flatten())
+        found.append(values.flatten())
+    return Support.from_flat(torch.cat(at), *shape), torch.cat(found)
 
 
-def _largest_of_batch(hidden: Tensor, members: list[Settings]) -> tuple[Support, Tensor]:
-    n = hidden.shape[1]
-    flat = []
-    for i, member in enumerate(members):
-        chosen = largest(hidden[i].relu().flatten(), int(member.k * n))
-        flat.append(chosen.sort().values + i * hidden[i].numel())
-    return _at(hidden, torch.cat(flat))
+def _largest_of_batch(
+    pieces: Iterator[Tensor], shape: torch.Size, members: list[Settings]
+) -> tuple[Support, Tensor]:
+    """The k · n largest of each member's batch; arguments and result as above."""
+    _, n, d_sae = shape
+    wanted = [int(member.k * n) for member in members]
+    best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in members]
+    start = 0
+    for hidden in pieces:
+        for i, acts in enumerate(hidden.relu().flatten(1)):
+            chosen = largest(acts, min(wanted[i], len(acts)))
+            best[i].append((acts[chosen], chosen + start))
+        start += hidden[0].numel()
+    at, found = [], []
+    for i, of_member in enumerate(best):
+        values, positions = (torch.cat(parts) for parts in zip(*of_member, strict=True))
+        if len(of_member) > 1:
+            values, among = values.topk(wanted[i], sorted=False)
+            positions = positions[among]
+        order = positions.argsort()
+        at.append(positions[order] + i * n * d_sae)
+        found.append(values[order])
+    return Support.from_flat(torch.cat(at), *shape), torch.cat(found)
 
 
 def _at(hidden: Tensor, flat: Tensor) -> tuple[Support, Tensor]:

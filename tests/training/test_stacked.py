@@ -55,3 +55,23 @@ def test_a_standard_sae_has_the_same_gradients_from_what_fires_alone(monkeypatch
         found.append([forward.error, *acts, *forward.losses.values(), fired, *gradients])
     for dense, sparse in zip(*found, strict=True):
         torch.testing.assert_close(sparse, dense)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("ks", [(3, 3), (2, 5)])
+def test_picks_from_pieces_are_those_from_the_whole(architecture, ks, monkeypatch):
+    """Two members of 40 tokens; pieces of 7 tokens, the last one smaller."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (8, 24), "W_dec": (24, 8), "b_enc": (24,), "b_dec": (8,)}
+    p = {name: torch.randn(2, *shape, generator=generator) for name, shape in shapes.items()}
+    batch = torch.randn(2, 40, 8, generator=generator)
+    members = [stacked.Settings(0.0, k, None, (12, 24), 0.0) for k in ks]
+    whole = stacked.FORWARD[architecture](p, batch, members)
+    monkeypatch.setattr(stacked, "PICKED_FROM", 4 * 2 * 24 * 7)
+    pieces = stacked.FORWARD[architecture](p, batch, members)
+    for i, k in enumerate(ks):
+        acts = pieces.acts.member(i)
+        torch.testing.assert_close(acts, whole.acts.member(i))
+        assert 0 < int((acts > 0).sum()) <= k * 40
+    torch.testing.assert_close(pieces.error, whole.error)
+    assert len(pieces.losses) == len(whole.losses)
