@@ -16,13 +16,13 @@ Every worker sees the same sums and the same decoder, hence holds the same state
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from raysae.regularizers.activations import Activations, DenseActivations
 
 State = dict[str, Tensor]
 
@@ -31,31 +31,32 @@ class StepView:
     """What a regularizer may look at in one training step of one worker."""
 
     def __init__(
-        self, W_dec: Tensor, acts: Tensor | Callable[[], Tensor], is_forget: Tensor, error: Tensor
+        self, W_dec: Tensor, acts: Tensor | Activations, is_forget: Tensor, error: Tensor
     ) -> None:
         """
         Args:
             W_dec: decoder (d_sae, d_in).
-            acts: feature activations of the batch (batch, d_sae), at least 0; or what makes them,
-                called when a method looks at them: most never do, and sparse ones are not at hand.
+            acts: feature activations of the batch, at least 0; a tensor is (batch, d_sae).
             is_forget: which tokens come from the forget corpus (batch,), bool.
             error: reconstruction − input (batch, d_in).
         """
         self.W_dec, self.is_forget, self.error = W_dec, is_forget, error
-        self._acts = acts
+        self.activations = DenseActivations(acts) if isinstance(acts, Tensor) else acts
 
-    @cached_property
+    @property
     def acts(self) -> Tensor:
-        """Feature activations (batch, d_sae), at least 0."""
-        if isinstance(self._acts, Tensor):
-            return self._acts
-        with torch.enable_grad():  # whoever looks first, the penalty must find a gradient
-            return self._acts()
+        """Feature activations (batch, d_sae), at least 0. Sparse ones have to be laid out."""
+        return self.activations.dense
+
+    @property
+    def tokens(self) -> Tensor:
+        """Rows of the batch, as a scalar that can be summed over workers."""
+        return torch.full((), float(len(self.is_forget)), device=self.is_forget.device)
 
     def detach(self) -> StepView:
         """The same without gradients."""
         return StepView(
-            self.W_dec.detach(), lambda: self.acts.detach(), self.is_forget, self.error.detach()
+            self.W_dec.detach(), self.activations.detach(), self.is_forget, self.error.detach()
         )
 
 

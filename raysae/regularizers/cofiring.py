@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raysae.regularizers.activations import Activations
+
 OBSERVATIONS_PER_PERIOD = 8
 """Batches observed between two updates, so that a long period costs little."""
 
@@ -18,21 +20,15 @@ def is_observed(step: int, period: int) -> bool:
     return (step % period) % max(1, period // OBSERVATIONS_PER_PERIOD) == 0
 
 
-def cofiring_counts(acts: Tensor) -> Tensor:
+def cofiring_counts(acts: Activations) -> Tensor:
     """Tokens on which feature i fires together with the features of column b.
-
-    Args:
-        acts: (tokens, d_sae).
 
     Returns:
         (d_sae, columns), columns = min(d_sae, PROFILE_WIDTH); of a pair of features if d_sae fits.
     """
-    fired = (acts > 0).to(torch.float32)
-    d_sae = fired.shape[1]
-    if d_sae <= PROFILE_WIDTH:
-        return fired.T @ fired
-    padded = torch.nn.functional.pad(fired, (0, -d_sae % PROFILE_WIDTH))
-    return fired.T @ padded.view(len(fired), -1, PROFILE_WIDTH).sum(1)
+    fired = (acts.values > 0).to(torch.float32)
+    columns = min(acts.d_sae, PROFILE_WIDTH)
+    return acts.transposed_product(fired, acts.folded(fired, columns))
 
 
 def moving_average(average: Tensor, value: Tensor, observations: Tensor, ema: float) -> None:

@@ -12,7 +12,6 @@ from raysae.regularizers.base import Regularizer, State, StepView
 from raysae.regularizers.tasks import (
     init_task_rates,
     mean_over_task,
-    task_masks,
     task_statistics,
     update_task_rates,
 )
@@ -42,8 +41,10 @@ class CrossTaskInhibition(Regularizer):
         }
 
     def statistics(self, view: StepView, state: State, step: int) -> State:
-        above = (view.acts > state["threshold"]).to(view.acts.dtype)
-        return task_statistics(view) | {"above": (task_masks(view) @ above).float()}
+        acts = view.activations
+        above = (acts.values > acts.of_feature(state["threshold"])).to(acts.values.dtype)
+        counts = acts.sum_by_task(above, view.is_forget)
+        return task_statistics(view) | {"above": counts.float()}
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:
         update_task_rates(state, statistics, self.ema)
@@ -58,13 +59,14 @@ class CrossTaskInhibition(Regularizer):
         state["l0"].copy_(statistics["fired"].sum() / statistics["tokens"].sum())
 
     def penalty(self, view: StepView, state: State) -> Tensor:
-        threshold = state["threshold"].to(view.acts.dtype)
-        excess = (view.acts - threshold).relu()
+        acts, dtype = view.activations, view.activations.values.dtype
+        threshold = state["threshold"].to(dtype)
+        excess = (acts.values - acts.of_feature(threshold)).relu()
         on_forget, on_retain = mean_over_task(excess.pow(2), view, state)
         belongs_to_forget = _belongs_to_forget(state)
         counted = torch.where(belongs_to_forget, on_retain, on_forget)
         counted = torch.where(threshold > 0, counted / threshold.clamp_min(1e-6).pow(2), 0.0)
-        total: Tensor = 0.5 * counted.sum() / state["l0"].to(view.acts.dtype).clamp_min(1e-6)
+        total: Tensor = 0.5 * counted.sum() / state["l0"].to(dtype).clamp_min(1e-6)
         return total
 
 

@@ -46,10 +46,10 @@ class GradientDisentangled(OrthogonalityRegularizer):
     def statistics(self, view: StepView, state: State, step: int) -> State:
         if step % self.observe_every:
             return {}
-        forget, retain = view.is_forget, ~view.is_forget
+        acts, forget = view.activations, view.is_forget.to(view.error.dtype)[:, None]
         return {
-            "forget_gradient": view.acts[forget].T @ view.error[forget],
-            "retain_gradient": view.acts[retain].T @ view.error[retain],
+            "forget_gradient": acts.transposed_product(acts.values, view.error * forget),
+            "retain_gradient": acts.transposed_product(acts.values, view.error * (1 - forget)),
         }
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:

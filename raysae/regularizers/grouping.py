@@ -50,10 +50,7 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
     def statistics(self, view: StepView, state: State, step: int) -> State:
         if not is_observed(step, self.group_update_period):
             return {}
-        return {
-            "cofiring": cofiring_counts(view.acts),
-            "tokens": torch.full((), float(len(view.acts)), device=view.acts.device),
-        }
+        return {"cofiring": cofiring_counts(view.activations), "tokens": view.tokens}
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:
         if statistics:

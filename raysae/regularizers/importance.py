@@ -32,9 +32,11 @@ class Importance(OrthogonalityRegularizer):
         }
 
     def statistics(self, view: StepView, state: State, step: int) -> State:
+        acts = view.activations
+        squares = acts.sum_by_task(acts.values.pow(2), view.is_forget).sum(0)
         return {
-            "energy": view.acts.pow(2).sum(0).float() * view.W_dec.pow(2).sum(1).float(),
-            "tokens": torch.full((), float(len(view.acts)), device=view.acts.device),
+            "energy": squares.float() * view.W_dec.pow(2).sum(1).float(),
+            "tokens": view.tokens,
         }
 
     def update(self, state: State, statistics: State, W_dec: Tensor, step: int) -> None:

@@ -68,8 +68,9 @@ class TaskMasked(PeriodicRegularizer):
         )
 
     def _leak(self, view: StepView, state: State, forget: Tensor, retain: Tensor) -> Tensor:
-        on_forget, on_retain = mean_over_task(view.acts, view, state)
-        own_forget, own_retain = state["activation"].to(view.acts.dtype)
+        values = view.activations.values
+        on_forget, on_retain = mean_over_task(values, view, state)
+        own_forget, own_retain = state["activation"].to(values.dtype)
         leaks = torch.cat(
             [
                 on_retain[forget] / own_forget[forget].clamp_min(1e-6),

@@ -19,19 +19,14 @@ def init_task_rates(d_sae: int, device: torch.device) -> State:
     }
 
 
-def task_masks(view: StepView) -> Tensor:
-    """(2, batch) of the activations' dtype: 1 on forget tokens, and 1 on retain tokens."""
-    forget = view.is_forget.to(view.acts.dtype)
-    return torch.stack([forget, 1 - forget])
-
-
 def task_statistics(view: StepView) -> State:
     """Sums over the batch."""
-    masks = task_masks(view)
+    acts, is_forget = view.activations, view.is_forget
+    fired = (acts.values > 0).to(acts.values.dtype)
     return {
-        "fired": (masks @ (view.acts > 0).to(view.acts.dtype)).float(),
-        "activation": (masks @ view.acts).float(),
-        "tokens": masks.sum(1).float(),
+        "fired": acts.sum_by_task(fired, is_forget).float(),
+        "activation": acts.sum_by_task(acts.values, is_forget).float(),
+        "tokens": torch.stack([is_forget, ~is_forget]).sum(1).float(),
     }
 
 
@@ -57,11 +52,17 @@ def selectivity(state: State) -> Tensor:
 
 
 def mean_over_task(values: Tensor, view: StepView, state: State) -> Tensor:
-    """Per-token values (batch, n) → (2, n): means over forget tokens and over retain tokens.
+    """Means over forget tokens and over retain tokens, (2, d_sae).
 
     Divided by the task's share of the *whole* batch, so that the mean over data-parallel workers is
     the whole batch's mean, however its tokens fall to the workers.
+
+    Args:
+        values: in the place of the view's activations; 0 wherever a feature does not fire.
+        view: of the batch.
+        state: with the rates of this step.
     """
-    expected = state["task_share"].to(values.dtype) * len(values)
+    expected = state["task_share"].to(values.dtype) * len(view.is_forget)
     # A task without a token in the batch has nothing to average: 0, not 0 / 0.
-    return (task_masks(view) @ values) / expected.clamp_min(1e-6)[:, None]
+    sums = view.activations.sum_by_task(values, view.is_forget)
+    return sums / expected.clamp_min(1e-6)[:, None]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -167,10 +166,11 @@ class _Stack:
         """(m,) penalties after their states have been updated; None if no member has one."""
         tasks = torch.stack([is_forget, ~is_forget], 1).to(fired.dtype).sum(2)
         decoders, errors = self._stack["W_dec"].unbind(), forward.error.unbind()
+        acts = forward.acts.members()
         penalties: list[Tensor | None] = []
         for i, run in enumerate(self.runs):
             regularizer, state = run.spec.regularizer, run.regularizer_state
-            view = StepView(decoders[i], partial(forward.acts.member, i), is_forget[i], errors[i])
+            view = StepView(decoders[i], acts[i], is_forget[i], errors[i])
             with torch.no_grad():
                 seen = view.detach()
                 statistics = regularizer.statistics(seen, state, run.step)
@@ -203,9 +203,8 @@ class _Stack:
             self.runs[0].sae.named_buffers()
         ):
             return
-        n = acts.support.n
-        picked = [int((run.spec.sae.k or 0) * n) for run in self.runs]  # entries are by member
-        for run, values in zip(self.runs, acts.values.split(picked), strict=True):
+        of_members = acts.values.split(acts.support.sizes)
+        for run, values in zip(self.runs, of_members, strict=True):
             threshold, rate = run.sae.topk_threshold, run.sae.cfg.topk_threshold_lr
             smallest = values.where(values > 0, torch.inf).amin().to(threshold.dtype)
             followed = (1 - rate) * threshold + rate * smallest

@@ -40,14 +40,19 @@ class Support:
     """(entries,)"""
     offsets: Tensor
     """(m · n,) first entry of each row."""
+    sizes: tuple[int, ...]
+    """Entries of each member, which lie in one piece."""
 
     @classmethod
-    def from_flat(cls, chosen: Tensor, members: int, n: int, d_sae: int) -> Support:
-        """From positions in the flattened (m, n, d_sae) activations, ascending."""
+    def from_flat(
+        cls, chosen: Tensor, sizes: tuple[int, ...], members: int, n: int, d_sae: int
+    ) -> Support:
+        """From positions in the flattened (m, n, d_sae) activations, by row, and how many each
+        member has."""
         rows, local = chosen // d_sae, chosen % d_sae
         counts = _count(rows, members * n)
         offsets = counts.cumsum(0) - counts
-        return cls(members, n, d_sae, local + (rows // n) * d_sae, rows, offsets)
+        return cls(members, n, d_sae, local + (rows // n) * d_sae, rows, offsets, sizes)
 
     @classmethod
     def from_indices(cls, indices: Tensor, d_sae: int) -> Support:
@@ -57,7 +62,24 @@ class Support:
         first = torch.arange(members, device=device)[:, None, None] * d_sae
         offsets = torch.arange(0, members * n * k, k, device=device)
         rows = torch.arange(members * n, device=device).repeat_interleave(k)
-        return cls(members, n, d_sae, (indices + first).flatten(), rows, offsets)
+        features = (indices + first).flatten()
+        return cls(members, n, d_sae, features, rows, offsets, (n * k,) * members)
+
+    def of_members(self) -> list[Support]:
+        """Each member's own."""
+        parts = zip(
+            self.features.split(self.sizes),
+            self.rows.split(self.sizes),
+            self.offsets.split(self.n),
+            self.sizes,
+            strict=True,
+        )
+        supports, start = [], 0
+        for i, (features, rows, offsets, size) in enumerate(parts):
+            own = (features - i * self.d_sae, rows - i * self.n, offsets - start)
+            supports.append(Support(1, self.n, self.d_sae, *own, (size,)))
+            start += size
+        return supports
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,6 +120,38 @@ class Support:
     @cached_property
     def _flat(self) -> Tensor:
         return self.rows * self.d_sae + self.features % self.d_sae
+
+
+class SparseActivations:
+    """One SAE's activations at a support, as `raysae.regularizers.activations.Activations`."""
+
+    def __init__(self, support: Support, values: Tensor) -> None:
+        self._support, self.values = support, values
+        self.n, self.d_sae = support.n, support.d_sae
+
+    @cached_property
+    def dense(self) -> Tensor:
+        with torch.enable_grad():  # whoever looks first, a penalty must find a gradient
+            return self._support.dense(self.values)[0]
+
+    def detach(self) -> SparseActivations:
+        return SparseActivations(self._support, self.values.detach())
+
+    def of_feature(self, figures: Tensor) -> Tensor:
+        return figures.index_select(0, self._support.features)
+
+    def sum_by_task(self, values: Tensor, is_forget: Tensor) -> Tensor:
+        task = (~is_forget).to(torch.long).index_select(0, self._support.rows)
+        sums = values.new_zeros(2 * self.d_sae)
+        sums = sums.index_add(0, task * self.d_sae + self._support.features, values)
+        return sums.view(2, self.d_sae)
+
+    def transposed_product(self, values: Tensor, of: Tensor) -> Tensor:
+        return self._support.sum_by_feature(values, of)
+
+    def folded(self, values: Tensor, columns: int) -> Tensor:
+        at = self._support.rows * columns + self._support.features % columns
+        return values.new_zeros(self.n * columns).index_add(0, at, values).view(self.n, columns)
 
 
 def _count(indices: Tensor, size: int) -> Tensor:

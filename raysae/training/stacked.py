@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 
-from raysae.training.sparse import Support, decode, encode_at, largest
+from raysae.regularizers.activations import Activations, DenseActivations
+from raysae.training.sparse import SparseActivations, Support, decode, encode_at, largest
 
 SPARSE = 1 / 16
 """Share of the activations below which sums over what fires are faster than matrix products."""
@@ -50,13 +50,9 @@ class DenseActs:
 
     acts: Tensor
 
-    def member(self, i: int) -> Tensor:
-        """(n, d_sae) of one member, differentiable."""
-        return self._unbound[i]
-
-    @cached_property
-    def _unbound(self) -> tuple[Tensor, ...]:
-        return self.acts.unbind()
+    def members(self) -> list[Activations]:
+        """Each member's own, differentiable."""
+        return [DenseActivations(acts) for acts in self.acts.unbind()]
 
     def fired(self, is_forget: Tensor) -> Tensor:
         """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n)."""
@@ -71,13 +67,11 @@ class SparseActs:
     support: Support
     values: Tensor
 
-    def member(self, i: int) -> Tensor:
-        """(n, d_sae) of one member, differentiable."""
-        return self._unbound[i]
-
-    @cached_property
-    def _unbound(self) -> tuple[Tensor, ...]:
-        return self.support.dense(self.values).unbind()
+    def members(self) -> list[Activations]:
+        """Each member's own, differentiable."""
+        values = self.values.split(self.support.sizes)
+        supports = self.support.of_members()
+        return [SparseActivations(s, v) for s, v in zip(supports, values, strict=True)]
 
     def fired(self, is_forget: Tensor) -> Tensor:
         """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n)."""
@@ -115,7 +109,9 @@ def _standard_where(
     fires: Tensor, pre: Tensor, p: Parameters, batch: Tensor, members: list[Settings]
 ) -> Forward:
     """The same from what fires alone: a ReLU passes no gradient elsewhere."""
-    support, values = _at(pre, fires.flatten().nonzero()[:, 0])
+    at, sizes = fires.flatten().nonzero()[:, 0], fires.flatten(1).sum(1).tolist()
+    support = Support.from_flat(at, tuple(sizes), *pre.shape)
+    values = pre.flatten().index_select(0, at)
     centred = (batch - p["b_dec"][:, None]).detach()
     values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"])
     error = _error(decode(support, values, p["W_dec"]), p, batch)
@@ -268,7 +264,8 @@ def _largest_of_tokens(
         rows = i * shape[1] + torch.arange(shape[1], device=indices.device)
         at.append((indices + rows[:, None] * shape[-1]).flatten())
         found.append(values.flatten())
-    return Support.from_flat(torch.cat(at), *shape), torch.cat(found)
+    sizes = tuple(map(len, found))
+    return Support.from_flat(torch.cat(at), sizes, *shape), torch.cat(found)
 
 
 def _largest_of_batch(
@@ -293,12 +290,7 @@ def _largest_of_batch(
         order = positions.argsort()
         at.append(positions[order] + i * n * d_sae)
         found.append(values[order])
-    return Support.from_flat(torch.cat(at), *shape), torch.cat(found)
-
-
-def _at(hidden: Tensor, flat: Tensor) -> tuple[Support, Tensor]:
-    """The support of positions in the flattened `hidden`, ascending, and `hidden` at it."""
-    return Support.from_flat(flat, *hidden.shape), hidden.flatten().index_select(0, flat)
+    return Support.from_flat(torch.cat(at), tuple(wanted), *shape), torch.cat(found)
 
 
 def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]) -> Tensor:

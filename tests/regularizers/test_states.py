@@ -33,6 +33,7 @@ from torch import Tensor
 
 from raysae.regularizers import REGISTRY, StepView, cofiring
 from raysae.regularizers import grouping as grouping_module
+from raysae.regularizers.activations import DenseActivations
 
 AVERAGES = {"cofiring", "observations", "firing_rate", "activation", "task_share"}
 """State that follows the observed batches; all the rest of a periodic method changes at updates."""
@@ -160,7 +161,7 @@ def test_planted_groups_are_found_when_features_share_columns(
 def test_a_shared_column_counts_the_firing_of_all_its_features(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cofiring, "PROFILE_WIDTH", 5)
     acts = view(0).acts
-    counts = cofiring.cofiring_counts(acts)
+    counts = cofiring.cofiring_counts(DenseActivations(acts))
     assert counts.shape == (D_SAE, 5)
     fired = (acts > 0).tolist()
     for i in range(D_SAE):

@@ -47,7 +47,7 @@ def test_a_standard_sae_has_the_same_gradients_from_what_fires_alone(monkeypatch
         p = {name: tensor.clone().requires_grad_() for name, tensor in drawn.items()}
         forward = stacked.standard(p, batch, members)
         assert isinstance(forward.acts, kind)
-        acts = [forward.acts.member(i) for i in range(2)]
+        acts = [acts.dense for acts in forward.acts.members()]
         loss = torch.stack(list(forward.losses.values())).sum() + acts[1].pow(2).mean()
         loss.backward()
         gradients = [tensor.grad for tensor in p.values()]
@@ -70,8 +70,8 @@ def test_picks_from_pieces_are_those_from_the_whole(architecture, ks, monkeypatc
     monkeypatch.setattr(stacked, "PICKED_FROM", 4 * 2 * 24 * 7)
     pieces = stacked.FORWARD[architecture](p, batch, members)
     for i, k in enumerate(ks):
-        acts = pieces.acts.member(i)
-        torch.testing.assert_close(acts, whole.acts.member(i))
+        acts = pieces.acts.members()[i].dense
+        torch.testing.assert_close(acts, whole.acts.members()[i].dense)
         assert 0 < int((acts > 0).sum()) <= k * 40
     torch.testing.assert_close(pieces.error, whole.error)
     assert len(pieces.losses) == len(whole.losses)
