@@ -42,8 +42,8 @@ def sum_squared_cosines_within(U: Tensor, groups: Tensor) -> Tensor:
     """
     order = torch.argsort(groups, stable=True)
     sizes = torch.bincount(groups).tolist()
-    parts = [sum_squared_cosines(part) for part in U[order].split(sizes) if len(part)]
-    return torch.stack(parts).sum() if parts else U.new_zeros(())
+    total: Tensor = _SquaredGrams.apply(U.index_select(0, order), sizes)
+    return total
 
 
 def mean_squared_cosine(U: Tensor) -> Tensor:
@@ -105,6 +105,34 @@ class _SquaredGram(torch.autograd.Function):
         product = U @ gram if ctx.wide else gram @ U
         gradient: Tensor = product.mul_(4 * grad[0])
         return gradient
+
+
+class _SquaredGrams(torch.autograd.Function):
+    """Σ ‖PPᵀ‖²_F over the parts P of U (n, d_in), `sizes` rows each; its gradient is 4 P PᵀP.
+
+    One function for all, since groups are small and many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor, sizes: list[int]) -> Tensor:
+        grams = [
+            part.T @ part if len(part) > part.shape[1] else part @ part.T for part in U.split(sizes)
+        ]
+        ctx.save_for_backward(U, *grams)
+        ctx.sizes = sizes
+        squares = [torch.vdot(gram.flatten(), gram.flatten()) for gram in grams]
+        return torch.stack(squares).sum() if squares else U.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        U, *grams = ctx.saved_tensors
+        gradient = torch.empty_like(U)
+        for part, gram, out in zip(
+            U.split(ctx.sizes), grams, gradient.split(ctx.sizes), strict=True
+        ):
+            wide = len(part) > part.shape[1]
+            torch.mm(*((part, gram) if wide else (gram, part)), out=out)
+        return gradient.mul_(4 * grad[0]), None
 
 
 class _SquaredCrossGram(torch.autograd.Function):
