@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.errors import FieldError
 from raysae.regularizers.base import OrthogonalityRegularizer, State, StepView
 from raysae.regularizers.cofiring import moving_average
 from raysae.regularizers.gram import unit_rows, weighted_mean_squared_cosine
@@ -35,6 +36,12 @@ class GradientDisentangled(OrthogonalityRegularizer):
                 f"{self.name} cannot work on {architecture}: its reconstruction loss sums over "
                 "nested prefixes, and the gradients' closed form covers the whole SAE's alone; "
                 "use batchtopk, or another regularizer"
+            )
+        if self.observe_every > total_steps:
+            raise FieldError(
+                "observe_every",
+                f"observe_every {self.observe_every} is longer than the run ({total_steps} steps): "
+                "only the first step's gradients would be looked at",
             )
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:

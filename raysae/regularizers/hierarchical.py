@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.errors import FieldError
 from raysae.regularizers.base import State
 from raysae.regularizers.gram import (
     mean_squared_cosine_between,
@@ -44,8 +45,9 @@ class Hierarchical(GroupingRegularizer):
     def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
         super().check(architecture, d_sae, total_steps)
         if self.n_super_groups >= self.n_groups:
-            raise ValueError(
-                f"n_super_groups {self.n_super_groups} must be below n_groups {self.n_groups}"
+            raise FieldError(
+                "n_super_groups",
+                f"n_super_groups {self.n_super_groups} must be below n_groups {self.n_groups}",
             )
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
