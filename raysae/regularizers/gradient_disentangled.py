@@ -22,6 +22,10 @@ class GradientDisentangled(OrthogonalityRegularizer):
     the squared reconstruction error of the batch's forget and retain tokens with respect to
     W_dec,i. For a linear decoder they are actsᵀ · error (up to a factor): no second backward pass.
     One step in `observe_every` is looked at. Before the first, all features weigh the same.
+
+    Source: gradient disentanglement of the seed study (docs/seed_study.md), run 9, which gives no
+    formula. It departs from plain agreements as weights: they are scaled to mean 1, so that α keeps
+    its meaning while agreement falls.
     """
 
     name: ClassVar[str] = "gradient_disentangled"

@@ -27,6 +27,9 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
     Groups come from spherical k-means (k-means on unit-norm rows) of the features' co-firing
     profiles, not of the decoder, every `group_update_period` steps, each time from the previous
     centroids. Before the first update all features are in one group.
+
+    Source: spherical k-means (Dhillon & Modha, 2001), except that the centroids, means of unit
+    rows, are not scaled to unit norm; scikit-learn's implementation.
     """
 
     searchable: ClassVar[frozenset[str]] = PeriodicRegularizer.searchable | {"ema", "n_groups"}

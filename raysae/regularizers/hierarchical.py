@@ -26,6 +26,9 @@ class Hierarchical(GroupingRegularizer):
     agglomeration (average linkage on cosine distance) at every update. There β is re-balanced as
     well, logit β += balance_rate · ln(ratio / target_ratio), so that the measured overlap within
     groups tends to `target_ratio` times that between super-groups; β stays in [0.05, 0.95].
+
+    Source: the hierarchical run 7 of the seed study (docs/seed_study.md), which gives no formula.
+    One β with 1 − β takes the place of two independent weights: their sum is α's business.
     """
 
     name: ClassVar[str] = "hierarchical"
