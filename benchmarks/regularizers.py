@@ -3,10 +3,10 @@
     python benchmarks/regularizers.py [--size small|large|both] [--device cpu|cuda] [--threads 2]
 
 For a BatchTopK SAE of (d_in 96, d_sae 512, 1024 rows a step) and of (d_in 2304, d_sae 16384, 4096
-rows a step): seconds of a whole step without a regularizer, and on top of it, in the same process,
-seconds of the penalty (forward and backward), of looking at a batch, and of an update of the
-groups. The share adds them up as often as they happen in `--period` steps, over the step without a
-regularizer.
+rows a step): seconds of a whole step without a regularizer, the packed step of one SAE that trials
+take by default, and on top of it, in the same process, seconds of the penalty (forward and
+backward), of looking at a batch, and of an update of the groups. The share adds them up as often as
+they happen in `--period` steps, over the step without a regularizer.
 """
 
 from __future__ import annotations
@@ -18,15 +18,31 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
+from torch import Tensor
 
 from raysae.regularizers import REGISTRY, Regularizer, State, StepView
-from raysae.training.collective import Alone
-from raysae.training.saes import make_training_sae
-from raysae.training.spec import SAESpec
-from raysae.training.step import FiringRecord, train_step
+from raysae.training.pack import Pack
+from raysae.training.run import SAERun
+from raysae.training.spec import TrialSpec
 
 SIZES = {"small": (96, 512, 1024), "large": (2304, 16384, 4096)}
 K = 32.0
+STEPS = 10**6
+"""Of the run: far from its end, and longer than any period."""
+
+
+class OneBatch:
+    """A source of activations that gives the same batch at every step."""
+
+    scale = 1.0
+
+    def __init__(self, batch: Tensor, is_forget: Tensor) -> None:
+        self._batch = batch, is_forget
+        self.d_in, self.mean = batch.shape[1], batch.mean(0)
+        self.variance = float(batch.var(0).sum())
+
+    def batch(self, *_: int) -> tuple[Tensor, Tensor]:
+        return self._batch
 
 
 def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -63,35 +79,21 @@ def measure(size: str, device: torch.device, period: int, repeats: int) -> None:
     fires = torch.rand(rows, d_sae, device=device) < K / d_sae
     batch = (fires * torch.rand(rows, d_sae, device=device)) @ directions
     is_forget = torch.rand(rows, device=device) < 0.5
-    sae = make_training_sae(
-        SAESpec(architecture="batchtopk", d_sae=d_sae, k=K), d_in, seed=0, device=str(device)
+    spec = TrialSpec(
+        number=0,
+        seed=0,
+        sae={"architecture": "batchtopk", "d_sae": d_sae, "k": K},
+        training={"tokens": STEPS * rows, "batch_size": rows},
+        regularizer={"name": "none"},
+        rungs=(STEPS * rows,),
     )
-    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-4)
-    firing, none = FiringRecord.zeros(d_sae, device), REGISTRY["none"]()
-
-    def step() -> None:
-        train_step(
-            sae,
-            optimizer,
-            batch,
-            is_forget,
-            step=0,
-            alpha=0.0,
-            coefficients={},
-            regularizer=none,
-            regularizer_state={},
-            firing=firing,
-            dead_after=1000,
-            grad_clip=1.0,
-            collective=Alone(),
-        )
-
-    base = seconds(step, repeats, device)
+    run = SAERun(spec, OneBatch(batch, is_forget), device=str(device))
+    base = seconds(Pack([run]).advance, repeats, device)
     print(f"\nd_in {d_in}, d_sae {d_sae}, {rows} rows a step: {base * 1e3:.1f} ms without penalty")
     print("method                 penalty ms  a look ms  looks  update ms  updates   share of step")
     with torch.no_grad():
-        acts = sae.encode(batch)
-        view = StepView(sae.W_dec.detach(), acts, is_forget, sae.decode(acts) - batch)
+        acts = run.sae.encode(batch)
+        view = StepView(run.sae.W_dec.detach(), acts, is_forget, run.sae.decode(acts) - batch)
     for name in REGISTRY:
         line = added(make(name, period), view, base, period, repeats)
         print(f"{name:24} {line}", flush=True)

@@ -5,8 +5,9 @@ Every message names the file, the line, the field, the value and what would be r
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -19,16 +20,16 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from raysae.errors import UserError, nearest
+from raysae.errors import FieldError, UserError, nearest
+from raysae.mistakes import Loc, explain, line_numbers, located, mistakes_at, moved
 from raysae.regularizers import REGISTRY
 from raysae.resources import ResourcesConfig
 from raysae.space import SearchSpace
 from raysae.storage import StorageAddress
 from raysae.training.schedules import SCHEDULES
 from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
-from raysae.worlds.spec import KINDS, HubWorld, LocalWorld, WorldSpec
+from raysae.worlds.spec import HubWorld, LocalWorld, WorldSpec
 from raysae.worlds.world import WORLDS
 
 _WORLD: TypeAdapter[Any] = TypeAdapter(WorldSpec)
@@ -36,7 +37,7 @@ SPACES_FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ObjectiveConfig(_Strict):
@@ -115,7 +116,7 @@ class RunEntry(_Strict):
             raise ValueError(f"needs a 'name', got {sorted(value)}")
         name = parameters.pop("name")
         if not isinstance(name, str) or name not in registry:
-            raise ValueError(f"unknown name {name!r}; {nearest(str(name), registry)}")
+            raise FieldError("name", f"unknown name {name!r}; {nearest(str(name), registry)}")
         _check_names(parameters, registry[name], repr(name))
         registry[name](**parameters)
         return value
@@ -131,7 +132,7 @@ def _check_names(values: dict[str, Any], model: type[BaseModel], owner: str) -> 
     for name in values:
         if name not in model.model_fields:
             options = nearest(name, model.model_fields) if model.model_fields else "it has none."
-            raise ValueError(f"{owner} has no parameter {name!r}; {options}")
+            raise FieldError(name, f"{owner} has no parameter {name!r}; {options}")
 
 
 class RunConfig(_Strict):
@@ -175,34 +176,48 @@ class RunConfig(_Strict):
         if (self.space is None) == (self.runs is None):
             raise ValueError("needs either a 'space' to search or the 'runs' of a study")
         for name, run in (self.runs or {}).items():
-            try:
-                self.trial_spec(0, run.model_dump())
-            except ValueError as error:
-                raise _located(error, ("runs", name)) from None
-        if self.space is None:
-            return self
-        if self.is_search and self.search.seeds > 1:
-            raise ValueError(
-                f"search.seeds {self.search.seeds}: seeds belong to a grid or to the runs of a "
-                "study; a sampler's best are trained again with confirm.seeds"
-            )
-        baseline = self.objective.baseline
-        if baseline not in self.space.regularizer:
-            raise ValueError(
-                f"objective.baseline {baseline!r} is not in space.regularizer; "
-                f"{nearest(baseline, self.space.regularizer)}"
-            )
-        for section in ("sae", "training"):
-            fields = SAESpec.model_fields if section == "sae" else TrainingSpec.model_fields
-            for name in getattr(self.space, section):
-                if name not in fields:
-                    raise ValueError(
-                        f"space.{section} has no parameter {name!r}; {nearest(name, fields)}"
-                    )
-        for sampled in self.space.corners():
-            self.trial_spec(0, sampled)
-        self.fixed_trials()
+            self._check_trial(run.model_dump(), ("runs", name))
+        if self.space is not None:
+            self._check_space(self.space)
         return self
+
+    def _check_space(self, space: SearchSpace) -> None:
+        seeds, baseline = self.search.seeds, self.objective.baseline
+        if self.is_search and seeds > 1:
+            problem = (
+                f"{seeds} seeds belong to a grid or to the runs of a study; a sampler's best are "
+                "trained again with confirm.seeds"
+            )
+            raise located(ValueError(problem), "search", "seeds")
+        if baseline not in space.regularizer:
+            problem = f"{baseline!r} is not in space.regularizer; "
+            problem += nearest(baseline, space.regularizer)
+            raise located(ValueError(problem), "objective", "baseline")
+        for section, model in (("sae", SAESpec), ("training", TrainingSpec)):
+            with mistakes_at("space", section):
+                _check_names(getattr(space, section), model, "it")
+        for sampled in itertools.chain(space.corners(), space.schedule_corners()):
+            self._check_trial(sampled, ("space",))
+        with mistakes_at("space"):
+            self.fixed_trials()
+
+    def _check_trial(self, sampled: dict[str, Any], at: Loc) -> None:
+        """Whether it could run; `at` is the run, or the space, that has the values."""
+
+        def written(loc: Loc) -> Loc:
+            match loc:
+                case ("sae" | "training" as section, field, *_) if field in sampled[section]:
+                    return (*at, *loc)
+                case ("sae" | "training", *_):
+                    return loc if at == ("space",) else at  # which run it is counts most
+                case ("regularizer" | "alpha_schedule" as section, *field) if at == ("space",):
+                    return (*at, section, sampled[section]["name"], *field)
+            return (*at, *loc)
+
+        try:
+            self.trial_spec(0, sampled)
+        except ValidationError as error:
+            raise moved(error, written) from None
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -247,10 +262,16 @@ class RunConfig(_Strict):
 
         The seed follows from the search's seed and the number (or `seed`) alone, so that a trial
         can be run again by itself.
+
+        Raises:
+            ValidationError: no trial has these values; at `sae`, `training`, `regularizer` or
+                `alpha_schedule`, and the field.
         """
         own_seed = sampled.get("seed")
-        sae = self.sae.model_dump() | sampled["sae"]
-        training = TrainingSpec(**(self.training.model_dump() | sampled["training"]))
+        with mistakes_at("sae"):
+            sae = SAESpec(**(self.sae.model_dump() | sampled["sae"]))
+        with mistakes_at("training"):
+            training = TrainingSpec(**(self.training.model_dump() | sampled["training"]))
         spec = TrialSpec(
             number=number,
             seed=self.seed_of(number if seed is None else seed)
@@ -258,14 +279,17 @@ class RunConfig(_Strict):
             else own_seed + (seed or 0),
             seeds=self.search.seeds_per_trial,
             run=run,
-            sae=SAESpec(**sae),
+            sae=sae,
             training=training,
             regularizer=sampled["regularizer"],
             alpha=sampled["alpha"],
             alpha_schedule=sampled["alpha_schedule"],
             rungs=rungs(training, self.search.scheduler),
         )
-        spec.regularizer.check(spec.sae.architecture, spec.sae.d_sae, spec.training.steps)
+        with mistakes_at("regularizer"):
+            spec.regularizer.check(sae.architecture, sae.d_sae, training.steps)
+        with mistakes_at("alpha_schedule"):
+            spec.alpha_schedule.check(training.steps)
         return spec
 
     def seed_of(self, index: int) -> int:
@@ -317,7 +341,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         return RunConfig.model_validate(data, context={"folder": path.absolute().parent})
     except ValidationError as error:
         overridden = {tuple(key.split(".")) for key in overrides or {}}
-        raise UserError(_explain(path, error, lines, overridden)) from None
+        raise UserError(explain(path, error, lines, overridden, RunConfig)) from None
 
 
 def world_of(text: str) -> str | HubWorld | LocalWorld:
@@ -340,7 +364,7 @@ def world_of(text: str) -> str | HubWorld | LocalWorld:
         )
     except ValidationError as error:
         nested = {("world", *loc): line for loc, line in lines.items()}
-        raise UserError(_explain(path, error, nested, set(), ("world",))) from None
+        raise UserError(explain(path, error, nested, set(), RunConfig, ("world",))) from None
     return found
 
 
@@ -354,7 +378,7 @@ def _read_yaml(path: Path, what: str) -> tuple[dict[Any, Any], dict[tuple[str, .
         raise UserError(f"{path}: not a UTF-8 text file ({error.reason})") from None
     try:
         data = yaml.safe_load(text)
-        lines = _line_numbers(text)
+        lines = line_numbers(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -391,89 +415,3 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {dotted}: {'.'.join(parents[: depth + 1])} has no fields")
     node[last] = value
-
-
-def _line_numbers(text: str) -> dict[tuple[str, ...], int]:
-    lines: dict[tuple[str, ...], int] = {}
-
-    def visit(node: yaml.Node | None, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                lines[(*path, str(key.value))] = key.start_mark.line + 1
-                visit(value, (*path, str(key.value)))
-
-    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
-    return lines
-
-
-def _explain(
-    path: Path,
-    error: ValidationError,
-    lines: dict[tuple[str, ...], int],
-    overridden: set[tuple[str, ...]],
-    prefix: tuple[str, ...] = (),
-) -> str:
-    messages = []
-    for item in error.errors():
-        full = (*prefix, *(str(part) for part in item["loc"]))
-        loc = _as_written(full)
-        line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
-        known = loc
-        while known and known not in lines.keys() | overridden and item["type"] != "missing":
-            known = known[:-1]
-        dotted = ".".join(known or loc)
-        where = f"{path}:{line}" if line else str(path)
-        messages.append(f"{where}: {dotted + ': ' if dotted else ''}{_problem(item, full)}")
-    return "\n".join(dict.fromkeys(messages))
-
-
-def _as_written(loc: tuple[str, ...]) -> tuple[str, ...]:
-    """Without the kind of world that pydantic puts after `world`."""
-    return (loc[0], *loc[2:]) if loc[:1] == ("world",) and len(loc) > 1 else loc
-
-
-def _located(error: ValueError, loc: tuple[str, ...]) -> ValidationError:
-    """What is wrong with a value made from the section at `loc`, as a mistake at `loc`."""
-    message = str(error)
-    if isinstance(error, ValidationError):
-        items = [(".".join(map(str, item["loc"])), _problem(item, ())) for item in error.errors()]
-        message = "; ".join(f"{where}: {problem}" if where else problem for where, problem in items)
-    custom = PydanticCustomError("value_error", "{message}", {"message": message})
-    details = InitErrorDetails(type=custom, loc=loc, input=None)
-    return ValidationError.from_exception_data("", [details])
-
-
-def _problem(item: Any, loc: tuple[str, ...]) -> str:
-    value = item.get("input")
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {loc[-1]!r}; {nearest(loc[-1], _fields_at(loc[:-1]))}"
-    if item["type"] == "missing":
-        return "is missing"
-    message: str = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return message
-    return f"{message}, got {value!r}"
-
-
-def _fields_at(loc: tuple[str, ...]) -> list[str]:
-    """Names of the fields of the config section at `loc`."""
-    annotation: Any = RunConfig
-    if loc[:1] == ("world",):
-        annotation, loc = KINDS[loc[1]], loc[2:]
-    for part in loc:
-        entries = [get_args(o)[1] for o in _options(annotation) if get_origin(o) is dict]
-        field = _model_fields(annotation).get(part)
-        if field is None and not entries:
-            return []
-        annotation = entries[0] if field is None else field.annotation
-    return [f.alias or name for name, f in _model_fields(annotation).items()]
-
-
-def _options(annotation: Any) -> list[Any]:
-    """A type, and those of a union."""
-    return [annotation, *get_args(annotation)]
-
-
-def _model_fields(annotation: Any) -> dict[str, Any]:
-    models = [o for o in _options(annotation) if isinstance(o, type) and issubclass(o, BaseModel)]
-    return dict(models[0].model_fields) if models else {}

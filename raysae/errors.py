@@ -21,6 +21,17 @@ class InterruptedSearchError(Exception):
         self.code = code
 
 
+class FieldError(ValueError):
+    """What is wrong with one field, found by a check that looks at several.
+
+    Raised inside of pydantic's validators or by `check`; `raysae.mistakes` reads `field`.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """A sentence that lists the valid words and names the nearest one to `word`, if any is near."""
     choices = sorted(valid)

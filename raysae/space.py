@@ -16,13 +16,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
+    FiniteFloat,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from raysae.errors import nearest
+from raysae.errors import FieldError, nearest
+from raysae.mistakes import located, mistakes_at
 from raysae.regularizers import REGISTRY
 from raysae.training.schedules import SCHEDULES
 
@@ -44,7 +45,7 @@ class _Strict(BaseModel):
 class FloatRange(_Strict):
     """`{float: [low, high], log: true}`: a real number."""
 
-    float_: tuple[float, float] = Field(alias="float")
+    float_: tuple[FiniteFloat, FiniteFloat] = Field(alias="float")
     log: bool = False
 
     @model_validator(mode="after")
@@ -165,7 +166,7 @@ class SearchSpace(_Strict):
     def _known_regularizers(cls, value: dict[str, Branch | None]) -> dict[str, Branch | None]:
         for name, branch in value.items():
             if name not in REGISTRY:
-                raise ValueError(f"unknown regularizer {name!r}; {nearest(name, REGISTRY)}")
+                raise FieldError(name, f"unknown regularizer {name!r}; {nearest(name, REGISTRY)}")
             _check_branch(name, branch or {}, REGISTRY[name], REGISTRY[name].searchable)
         return value
 
@@ -174,7 +175,7 @@ class SearchSpace(_Strict):
     def _known_schedules(cls, value: dict[str, Branch | None]) -> dict[str, Branch | None]:
         for name, branch in value.items():
             if name not in SCHEDULES:
-                raise ValueError(f"unknown α schedule {name!r}; {nearest(name, SCHEDULES)}")
+                raise FieldError(name, f"unknown α schedule {name!r}; {nearest(name, SCHEDULES)}")
             fields = frozenset(SCHEDULES[name].model_fields)
             _check_branch(name, branch or {}, SCHEDULES[name], fields)
         return value
@@ -230,21 +231,36 @@ class SearchSpace(_Strict):
                     "training": fields[2],
                 }
 
+    def schedule_corners(self) -> Iterator[dict[str, Any]]:
+        """The same of the α schedules with training: they look at neither method nor SAE."""
+        for schedule, branch in self.alpha_schedule.items():
+            for its, training in itertools.product(_corners(branch), _corners(self.training)):
+                yield {
+                    "regularizer": {"name": "none"},
+                    "alpha": 0.0,
+                    "alpha_schedule": {"name": schedule} | its,
+                    "sae": next(_corners(self.sae)),
+                    "training": training,
+                }
+
     def grid(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every combination of a space that has lists and plain values only.
 
         With its name: the method and the values that differ between points.
 
         Raises:
-            ValueError: a range has no list of values.
+            ValidationError: a range has no list of values; at its field.
         """
         for method, branch in self.regularizer.items():
             penalised = REGISTRY[method].uses_alpha
-            alphas = list(_points({"alpha": self.alpha})) if penalised else [{"alpha": 0.0}]
+            alphas = list(_points({"alpha": self.alpha}, ())) if penalised else [{"alpha": 0.0}]
             schedules = self.alpha_schedule if penalised else {"constant": None}
             for (schedule, its), alpha in itertools.product(schedules.items(), alphas):
                 for fields in itertools.product(
-                    _points(branch), _points(its), _points(self.sae), _points(self.training)
+                    _points(branch, ("regularizer", method)),
+                    _points(its, ("alpha_schedule", schedule)),
+                    _points(self.sae, ("sae",)),
+                    _points(self.training, ("training",)),
                 ):
                     varied = [method]
                     if penalised and len(self.alpha.extremes) > 1:
@@ -268,15 +284,16 @@ class SearchSpace(_Strict):
                     )
 
 
-def _points(branch: Branch | None) -> Iterator[dict[str, Any]]:
-    """Every combination of the values of a branch of lists."""
+def _points(branch: Branch | None, loc: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of a branch of lists, which stands at `loc`."""
     branch = branch or {}
     for name, parameter in branch.items():
         if isinstance(parameter, FloatRange | IntRange):
-            raise ValueError(
+            problem = (
                 f"sampler grid: {name} is a range, {list(parameter.extremes)}; a grid needs a list "
                 "of values"
             )
+            raise located(ValueError(problem), *loc, name)
     values = [parameter.extremes for parameter in branch.values()]
     for combination in itertools.product(*values):
         yield dict(zip(branch, combination, strict=True))
@@ -304,12 +321,8 @@ def _check_branch(
     for name in branch:
         if name not in allowed:
             options = nearest(name, allowed) if allowed else "it has none."
-            raise ValueError(f"{owner!r} has no parameter {name!r}; {options}")
+            problem = f"{owner!r} has no parameter {name!r}; {options}"
+            raise located(ValueError(problem), owner, name)
     for values in _corners(branch):
-        try:
+        with mistakes_at(owner):
             model(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = f".{first['loc'][0]} = {first['input']!r}" if first["loc"] else ""
-            problem = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{owner}{field}: {problem}") from None

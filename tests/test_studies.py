@@ -127,46 +127,91 @@ def test_a_file_has_runs_or_a_space(refusal):
         ("{alpha: 1}", ["regularizer: is missing"]),
         (
             "{regularizer: {name: groupd}}",
-            ["regularizer:", "'groupd'", "valid: adaptive_orthogonal, ", "mean 'grouped'?"],
+            ["regularizer.name:", "'groupd'", "valid: adaptive_orthogonal, ", "mean 'grouped'?"],
         ),
-        ("{regularizer: {name: [grouped]}}", ["regularizer:", "['grouped']"]),
+        ("{regularizer: {name: [grouped]}}", ["regularizer.name:", "['grouped']"]),
         (
             "{regularizer: {name: grouped, n_group: 3}}",
-            ["regularizer:", "'grouped' has no parameter 'n_group'", "mean 'n_groups'?"],
+            ["regularizer.n_group:", "'grouped' has no parameter 'n_group'", "mean 'n_groups'?"],
         ),
         ("{regularizer: {name: none, ema: 0.5}}", ["'none' has no parameter 'ema'; it has none."]),
         (
             "{regularizer: {name: grouped, n_groups: 1}}",
             ["regularizer.n_groups:", "greater than or equal to 2, got 1"],
         ),
-        ("{regularizer: {name: grouped, group_update_period: 9, n_groups: 65}}", ["n_groups 65"]),
+        (
+            "{regularizer: {name: grouped, group_update_period: 9, n_groups: 65}}",
+            ["regularizer.n_groups:", "n_groups 65", "d_sae 64"],
+        ),
         (
             "{regularizer: {name: grouped, group_update_period: 101}}",
-            ["group_update_period 101", "longer than the run", "100 steps"],
+            [
+                "regularizer.group_update_period:",
+                "group_update_period 101",
+                "longer than the run",
+                "100 steps",
+            ],
         ),
         (
             "{regularizer: {name: grouped, group_update_period: 51}, training: {tokens: 500}}",
-            ["group_update_period 51", "50 steps"],
+            ["regularizer.group_update_period:", "group_update_period 51", "50 steps"],
         ),
         (
             "{regularizer: {name: none}, alpha_schedule: {name: cosin}}",
-            ["alpha_schedule:", "'cosin'", "mean 'cosine'?"],
+            ["alpha_schedule.name:", "'cosin'", "mean 'cosine'?"],
         ),
         (
             "{regularizer: {name: none}, alpha_schedule: {name: cosine, end_fctor: 0}}",
-            ["alpha_schedule:", "'cosine' has no parameter 'end_fctor'", "mean 'end_factor'?"],
+            [
+                "alpha_schedule.end_fctor:",
+                "'cosine' has no parameter 'end_fctor'",
+                "mean 'end_factor'?",
+            ],
+        ),
+        (
+            "{regularizer: {name: none}, sae: {architecture: topkk}}",
+            ["sae.architecture:", "'standard', 'gated', ", "got 'topkk'"],
+        ),
+        (
+            "{regularizer: {name: gradient_disentangled, observe_every: 101}}",
+            ["regularizer.observe_every:", "observe_every 101", "longer than the run", "100 steps"],
+        ),
+        (
+            "{regularizer: {name: importance}, alpha_schedule: {name: dynamic, every: 100}}",
+            ["alpha_schedule.every:", "every 100", "100 steps"],
+        ),
+        (
+            "{regularizer: {name: grouped, group_update_period: 9}, alpha: .inf}",
+            ["alpha:", "finite number, got inf"],
+        ),
+        ("{regularizer: {name: none}, alpha: .nan}", ["alpha:", "got nan"]),
+        (
+            "{regularizer: {name: none}, training: {lr: .inf}}",
+            ["training.lr:", "finite number, got inf"],
         ),
         ("{regularizer: {name: none}, alpha: -1}", ["alpha:", "greater than or equal to 0"]),
         ("{regularizer: {name: none}, alfa: 1}", ["unknown key 'alfa'", "mean 'alpha'?"]),
-        ("{regularizer: {name: none}, sae: {kk: 1}}", ["sae:", "'kk'", "d_sae, k, ", "mean 'k'?"]),
-        ("{regularizer: {name: none}, sae: {k: 65}}", ["k 65", "d_sae 64"]),
+        (
+            "{regularizer: {name: none}, sae: {kk: 1}}",
+            ["sae.kk:", "'kk'", "d_sae, k, ", "mean 'k'?"],
+        ),
+        ("{regularizer: {name: none}, sae: {k: 65}}", ["sae.k:", "k 65", "d_sae 64"]),
         (
             "{regularizer: {name: none}, sae: {l1_coefficient: 1}}",
-            ["'topk' has no 'l1_coefficient'"],
+            ["sae.l1_coefficient:", "'topk' has no 'l1_coefficient'"],
         ),
-        ("{regularizer: {name: none}, training: {lrr: 1}}", ["training:", "'lrr'", "mean 'lr'?"]),
-        ("{regularizer: {name: none}, training: {lr: 0}}", ["lr: ", "greater than 0, got 0"]),
-        ("{regularizer: {name: none}, training: {tokens: 5}}", ["tokens 5", "0 steps"]),
+        (
+            "{regularizer: {name: none}, training: {lrr: 1}}",
+            ["training.lrr:", "'lrr'", "mean 'lr'?"],
+        ),
+        (
+            "{regularizer: {name: none}, training: {lr: 0}}",
+            ["training.lr: ", "greater than 0, got 0"],
+        ),
+        (
+            "{regularizer: {name: none}, training: {tokens: 5}}",
+            ["training.tokens:", "tokens 5", "0 steps"],
+        ),
     ],
 )
 def test_a_run_that_could_not_run_is_refused_with_line_run_and_field(
@@ -182,7 +227,9 @@ def test_a_run_that_an_override_makes_impossible_is_refused(refusal):
     assert "runs.new: unknown key 'x'" in refusal(
         STUDY, runs__new={"regularizer": {"name": "none"}, "x": 1}
     )
-    assert "runs.strong: group_update_period 20" in refusal(STUDY, training__tokens=190)
+    assert "runs.strong.regularizer.group_update_period: group_update_period 20" in refusal(
+        STUDY, training__tokens=190
+    )
 
 
 def test_a_study_has_at_least_one_run(refusal):
@@ -267,7 +314,7 @@ def test_a_search_has_the_number_of_trials_it_says_and_none_of_them_fixed():
 
 
 def test_seeds_of_a_search_are_refused_because_a_sampler_would_ignore_them():
-    with pytest.raises(UserError, match=r"search.seeds 5: seeds belong to a grid"):
+    with pytest.raises(UserError, match=r"search.seeds: 5 seeds belong to a grid"):
         load_config(ORTH, {"search.seeds": 5})
 
 

@@ -30,6 +30,10 @@ class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
     An SAE wider than `chunk_size` is cut into random chunks, drawn anew at every refresh; pairs
     inside a chunk count, and their allowance is measured on the batch of the refresh, the only one
     that has seen them.
+
+    Source: "controlled feature sharing" of the seed study (docs/seed_study.md), runs 1 (α = 0.1), 2
+    (α = 0.05) and 5 (dynamic α), which gives no formula; chunks as in OrtSAE (arXiv 2509.22033). It
+    departs from a mean over all pairs where an SAE is wider than a chunk.
     """
 
     name: ClassVar[str] = "adaptive_orthogonal"

@@ -63,7 +63,7 @@ class StepView:
 class Regularizer(BaseModel):
     """Base class: the fields are the method's hyperparameters, named as in a space file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     """How space files call it."""
@@ -72,7 +72,8 @@ class Regularizer(BaseModel):
     uses_alpha: ClassVar[bool] = True
 
     def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
-        """Raise ValueError when this method cannot work on such an SAE and run length."""
+        """Raise ValueError when this method cannot work on such an SAE and run length; a
+        FieldError where one of its parameters is why."""
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
         """The state before the first step."""

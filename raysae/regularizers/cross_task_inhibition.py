@@ -25,6 +25,10 @@ class CrossTaskInhibition(Regularizer):
     task's tokens, τ ← τ · exp(rate · (share above τ − (1 − quantile))), a Robbins–Monro step that
     needs counts only; it starts at their mean. Division by L0, the number of features firing on a
     token, makes the penalty independent of sparsity and d_sae.
+
+    Source: cross-task inhibition with dynamic thresholds of the seed study (docs/seed_study.md),
+    run 8, which gives no formula; τ by stochastic approximation (Robbins & Monro, 1951). It departs
+    from a mean over features, which would vanish as an SAE gets wider: a sum over L0.
     """
 
     name: ClassVar[str] = "cross_task_inhibition"

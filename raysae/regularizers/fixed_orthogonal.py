@@ -15,6 +15,9 @@ class FixedOrthogonal(OrthogonalityRegularizer):
 
     Computed as (‖UᵀU‖²_F − d_sae) · d_in / (d_sae (d_sae − 1)) with unit rows U: O(d_sae · d_in²).
     With d_sae > d_in it cannot reach 0: its minimum is that of a tight frame (Welch, 1974).
+
+    Source: the "fixed orthogonal SAE" that the seed study (docs/seed_study.md) plans beside its
+    runs, and gives no formula for.
     """
 
     name: ClassVar[str] = "fixed_orthogonal"

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.errors import FieldError
 from raysae.regularizers.base import OrthogonalityRegularizer, State, StepView
 from raysae.regularizers.cofiring import moving_average
 from raysae.regularizers.gram import unit_rows, weighted_mean_squared_cosine
@@ -21,6 +22,10 @@ class GradientDisentangled(OrthogonalityRegularizer):
     the squared reconstruction error of the batch's forget and retain tokens with respect to
     W_dec,i. For a linear decoder they are actsᵀ · error (up to a factor): no second backward pass.
     One step in `observe_every` is looked at. Before the first, all features weigh the same.
+
+    Source: gradient disentanglement of the seed study (docs/seed_study.md), run 9, which gives no
+    formula. It departs from plain agreements as weights: they are scaled to mean 1, so that α keeps
+    its meaning while agreement falls.
     """
 
     name: ClassVar[str] = "gradient_disentangled"
@@ -35,6 +40,12 @@ class GradientDisentangled(OrthogonalityRegularizer):
                 f"{self.name} cannot work on {architecture}: its reconstruction loss sums over "
                 "nested prefixes, and the gradients' closed form covers the whole SAE's alone; "
                 "use batchtopk, or another regularizer"
+            )
+        if self.observe_every > total_steps:
+            raise FieldError(
+                "observe_every",
+                f"observe_every {self.observe_every} is longer than the run ({total_steps} steps): "
+                "only the first step's gradients would be looked at",
             )
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:

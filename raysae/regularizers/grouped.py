@@ -20,6 +20,9 @@ class Grouped(GroupingRegularizer):
     """penalty = d_in · mean of cos²(W_i, W_j) over pairs in different groups.
 
     Groups as in `GroupingRegularizer`. `scope: within` counts the pairs inside a group instead.
+
+    Source: "batch-wise feature grouping with periodic updates" of the seed study
+    (docs/seed_study.md), run 3, which gives no formula.
     """
 
     name: ClassVar[str] = "grouped"

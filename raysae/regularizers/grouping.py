@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.errors import FieldError
 from raysae.regularizers.base import OrthogonalityRegularizer, State, StepView
 from raysae.regularizers.cofiring import (
     PROFILE_WIDTH,
@@ -26,6 +27,9 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
     Groups come from spherical k-means (k-means on unit-norm rows) of the features' co-firing
     profiles, not of the decoder, every `group_update_period` steps, each time from the previous
     centroids. Before the first update all features are in one group.
+
+    Source: spherical k-means (Dhillon & Modha, 2001), except that the centroids, means of unit
+    rows, are not scaled to unit norm; scikit-learn's implementation.
     """
 
     searchable: ClassVar[frozenset[str]] = PeriodicRegularizer.searchable | {"ema", "n_groups"}
@@ -36,7 +40,7 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
     def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
         super().check(architecture, d_sae, total_steps)
         if self.n_groups > d_sae:
-            raise ValueError(f"n_groups {self.n_groups} is larger than d_sae {d_sae}")
+            raise FieldError("n_groups", f"n_groups {self.n_groups} is larger than d_sae {d_sae}")
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:
         columns = min(d_sae, PROFILE_WIDTH)

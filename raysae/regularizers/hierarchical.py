@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.errors import FieldError
 from raysae.regularizers.base import State
 from raysae.regularizers.gram import (
     mean_squared_cosine_between,
@@ -25,6 +26,9 @@ class Hierarchical(GroupingRegularizer):
     agglomeration (average linkage on cosine distance) at every update. There β is re-balanced as
     well, logit β += balance_rate · ln(ratio / target_ratio), so that the measured overlap within
     groups tends to `target_ratio` times that between super-groups; β stays in [0.05, 0.95].
+
+    Source: the hierarchical run 7 of the seed study (docs/seed_study.md), which gives no formula.
+    One β with 1 − β takes the place of two independent weights: their sum is α's business.
     """
 
     name: ClassVar[str] = "hierarchical"
@@ -44,8 +48,9 @@ class Hierarchical(GroupingRegularizer):
     def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
         super().check(architecture, d_sae, total_steps)
         if self.n_super_groups >= self.n_groups:
-            raise ValueError(
-                f"n_super_groups {self.n_super_groups} must be below n_groups {self.n_groups}"
+            raise FieldError(
+                "n_super_groups",
+                f"n_super_groups {self.n_super_groups} must be below n_groups {self.n_groups}",
             )
 
     def init_state(self, d_in: int, d_sae: int, device: torch.device) -> State:

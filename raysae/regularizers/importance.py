@@ -18,6 +18,9 @@ class Importance(OrthogonalityRegularizer):
 
     w = importance scaled to mean 1; importance_i = moving average of the mean of
     acts_i² · ‖W_dec,i‖², the reconstruction energy that feature i carries.
+
+    Source: importance weighting of the seed study (docs/seed_study.md), run 6, which gives no
+    formula.
     """
 
     name: ClassVar[str] = "importance"

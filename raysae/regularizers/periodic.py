@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from raysae.errors import FieldError
 from raysae.regularizers.base import Regularizer
 
 
@@ -18,9 +19,10 @@ class PeriodicRegularizer(Regularizer):
 
     def check(self, architecture: str, d_sae: int, total_steps: int) -> None:
         if self.group_update_period > total_steps:
-            raise ValueError(
+            raise FieldError(
+                "group_update_period",
                 f"group_update_period {self.group_update_period} is longer than the run "
-                f"({total_steps} steps): nothing would ever be updated"
+                f"({total_steps} steps): nothing would ever be updated",
             )
 
     def is_update(self, step: int) -> bool:

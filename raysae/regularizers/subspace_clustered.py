@@ -21,6 +21,9 @@ class SubspaceClustered(Hierarchical):
     a ≠ b of strength_ab · mean over i in a of ‖Q_b u_i‖² / k_b. strength_ab is the measured overlap
     ‖Q_a Q_bᵀ‖²_F / min(k_a, k_b), scaled to mean 1 over the pairs: what overlaps most is pushed
     hardest. Random directions in random subspaces cost 1.
+
+    Source: subspace clustering, which the seed study (docs/seed_study.md) proposes as run 10 and
+    never ran; it gives no formula.
     """
 
     name: ClassVar[str] = "subspace_clustered"

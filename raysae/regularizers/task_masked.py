@@ -30,6 +30,9 @@ class TaskMasked(PeriodicRegularizer):
     −`threshold`, else shared and free. leak = mean over assigned features of the mean activation on
     the other task's tokens over the (measured, detached) mean on its own: a ratio, so that it is
     not bought by shrinking activations.
+
+    Source: task masking of the seed study (docs/seed_study.md), run 4, which gives no formula. The
+    leak departs from the plain one, the mean activation on the other task's tokens: it is a ratio.
     """
 
     name: ClassVar[str] = "task_masked"

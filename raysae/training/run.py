@@ -109,6 +109,7 @@ class SAERun:
         self.device = torch.device(device)
         training = spec.training
         spec.regularizer.check(spec.sae.architecture, spec.sae.d_sae, training.steps)
+        spec.alpha_schedule.check(training.steps)
         self.sae: TrainingSAE = make_training_sae(
             spec.sae,
             source.d_in,

@@ -12,13 +12,18 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raysae.errors import FieldError
+
 
 class AlphaSchedule(BaseModel):
     """Base class; the fields are what a space file may set or search."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str]
+
+    def check(self, total_steps: int) -> None:
+        """Raise FieldError when this schedule would do nothing in a run of that length."""
 
     @abstractmethod
     def factor(
@@ -110,10 +115,19 @@ class Dynamic(AlphaSchedule):
     @model_validator(mode="after")
     def _clamps_are_ordered(self) -> Dynamic:
         if self.min_factor > self.max_factor:
-            raise ValueError(
-                f"min_factor {self.min_factor:g} is above max_factor {self.max_factor:g}"
+            raise FieldError(
+                "min_factor",
+                f"min_factor {self.min_factor:g} is above max_factor {self.max_factor:g}",
             )
         return self
+
+    def check(self, total_steps: int) -> None:
+        if self.every >= total_steps:
+            raise FieldError(
+                "every",
+                f"every {self.every} is not below the run's {total_steps} steps: the overlap would "
+                "never be measured",
+            )
 
     def measures(self, step: int) -> bool:
         return step > 0 and step % self.every == 0

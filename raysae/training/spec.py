@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
+from raysae.errors import FieldError
 from raysae.regularizers import REGISTRY, Regularizer
 from raysae.training.schedules import SCHEDULES, AlphaSchedule, Constant
 
@@ -26,7 +27,7 @@ SPARSITY_FIELDS = tuple(dict.fromkeys(SPARSITY_FIELD.values()))
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SAEFields(_Frozen):
@@ -60,28 +61,30 @@ class SAESpec(SAEFields):
     def _sparsity_fits(self) -> SAESpec:
         wanted = self.sparsity
         if getattr(self, wanted) is None:
-            raise ValueError(f"architecture {self.architecture!r} needs {wanted!r}")
+            raise FieldError("architecture", f"architecture {self.architecture!r} needs {wanted!r}")
         for other in SPARSITY_FIELDS:
             if other != wanted and getattr(self, other) is not None:
-                raise ValueError(
-                    f"architecture {self.architecture!r} has no {other!r}: it has {wanted!r}"
+                raise FieldError(
+                    other, f"architecture {self.architecture!r} has no {other!r}: it has {wanted!r}"
                 )
         widths = self.matryoshka_widths
         if widths is not None:
             if self.architecture != "matryoshka_batchtopk":
-                raise ValueError(
+                raise FieldError(
+                    "matryoshka_widths",
                     f"architecture {self.architecture!r} has no 'matryoshka_widths': "
-                    "matryoshka_batchtopk has"
+                    "matryoshka_batchtopk has",
                 )
             if list(widths) != sorted(set(widths)) or widths[:1] < (1,) or widths[-1] != self.d_sae:
-                raise ValueError(
+                raise FieldError(
+                    "matryoshka_widths",
                     f"matryoshka_widths {list(widths)} must be ascending from at least 1 and end "
-                    f"with d_sae {self.d_sae}"
+                    f"with d_sae {self.d_sae}",
                 )
         if self.k is not None and self.k > self.d_sae:
-            raise ValueError(f"k {self.k:g} is larger than d_sae {self.d_sae}")
+            raise FieldError("k", f"k {self.k:g} is larger than d_sae {self.d_sae}")
         if self.architecture == "topk" and self.k is not None and self.k != int(self.k):
-            raise ValueError(f"k {self.k} must be whole for architecture 'topk'")
+            raise FieldError("k", f"k {self.k} must be whole for architecture 'topk'")
         return self
 
 
@@ -111,12 +114,17 @@ class TrainingSpec(_Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSpec:
         if self.tokens < self.batch_size:
-            raise ValueError(
+            raise FieldError(
+                "tokens",
                 f"tokens {self.tokens} is below batch_size {self.batch_size}: "
-                "the SAE would train for 0 steps"
+                "the SAE would train for 0 steps",
             )
         if self.lr_warmup + self.lr_decay > 1:
-            raise ValueError("lr_warmup + lr_decay is above 1, the whole run")
+            raise FieldError(
+                "lr_decay",
+                f"lr_warmup {self.lr_warmup:g} + lr_decay {self.lr_decay:g} is above 1, the whole "
+                "run",
+            )
         return self
 
     @property

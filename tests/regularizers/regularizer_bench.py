@@ -27,6 +27,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in REGISTRY] +
     ("ortsae_chunked", {"chunk_size": 5}),
     ("adaptive_orthogonal", {"chunk_size": 5}),
     ("grouped", {"scope": "within"}),
+    ("task_masked", {"threshold": 0.0}),
 ]
 every_method = pytest.mark.parametrize(
     ("name", "parameters"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v or "")

@@ -248,7 +248,14 @@ def test_gradient_disentangled_refuses_an_sae_of_nested_prefixes():
 
 @pytest.mark.parametrize("name", unperiodic)
 def test_a_method_without_updates_works_at_any_size(name: str):
-    make(name).check("topk", d_sae=100_000, total_steps=1)
+    make(name, observe_every=1).check("topk", d_sae=100_000, total_steps=1)
+
+
+def test_gradients_that_are_looked_at_once_are_refused():
+    method = make("gradient_disentangled", observe_every=8)
+    method.check("topk", d_sae=64, total_steps=8)
+    with pytest.raises(ValueError, match=r"observe_every 8 is longer than the run \(7 steps\)"):
+        method.check("topk", d_sae=64, total_steps=7)
 
 
 @pytest.mark.parametrize("name", unperiodic)

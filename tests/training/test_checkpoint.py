@@ -7,23 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_bench import small
+from training_bench import small, train
 
 from raysae.training.checkpoint import CHECKPOINT_FILE, SHARE, Checkpoints, Pace
 from raysae.training.loop import train as train_together
-from raysae.training.loop import train_one
 from raysae.training.run import Progress, Rung, SAERun
-
-
-def train(run: SAERun, fake_result, on_event=None) -> list[Progress | Rung]:
-    events: list[Progress | Rung] = []
-
-    def listen(event: Progress | Rung) -> bool:
-        events.append(event)
-        return on_event is None or on_event(event)
-
-    train_one(run, lambda *_: fake_result(), listen)
-    return events
 
 
 @pytest.mark.parametrize("stop_at", [3, 8, 13, 24])

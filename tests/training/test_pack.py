@@ -12,6 +12,7 @@ from raysae.training import pack as pack_module
 from raysae.training.loop import stepper, train, train_one
 from raysae.training.pack import Pack, can_pack
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
+from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
 
 PAIRS = [
@@ -60,11 +61,10 @@ def test_every_member_gets_what_saelens_own_step_gives(
         architecture,
         regularizer,
         small(regularizer),
-        schedule="dynamic",
         steps=16,
         dead_after=3,
         sparsity=2 if "topk" in architecture else None,
-    ).model_copy(update={"seeds": 2})
+    ).model_copy(update={"seeds": 2, "alpha_schedule": Dynamic(every=4)})
     store = make_store()
     pack = Pack([doubled(SAERun(member, store)) for member in spec.members()])
     packed = [pack.advance() for _ in range(16)]

@@ -1,4 +1,5 @@
-"""Methods with parameters that make them act within a few steps, and the pairs that cannot be."""
+"""Methods with parameters that make them act within a few steps, pairs that cannot be, and short
+ways to train."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from raysae.regularizers import REGISTRY
+from raysae.training.loop import train_one
+from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.spec import SPARSITY_FIELD
 
 ARCHITECTURES = sorted(SPARSITY_FIELD)
@@ -36,3 +39,28 @@ SMALL = {
 def small(regularizer: str) -> dict[str, Any]:
     """The method's parameters for d_sae = 32 and two dozen steps."""
     return {k: v for k, v in SMALL.items() if k in REGISTRY[regularizer].model_fields}
+
+
+def advance(run: SAERun, steps: int) -> list[dict[str, float]]:
+    """Losses of that many of SAELens' own steps."""
+    return [{name: v.item() for name, v in run.advance().items()} for _ in range(steps)]
+
+
+def train(run: SAERun, fake_result: Any, on_event: Any = None) -> list[Progress | Rung]:
+    """All events of the run, trained until `on_event` says False."""
+    events: list[Progress | Rung] = []
+
+    def listen(event: Progress | Rung) -> bool:
+        events.append(event)
+        return on_event is None or on_event(event)
+
+    train_one(run, lambda *_: fake_result(), listen)
+    return events
+
+
+def progress(events: list[Progress | Rung]) -> list[Progress]:
+    return [event for event in events if isinstance(event, Progress)]
+
+
+def rungs(events: list[Progress | Rung]) -> list[Rung]:
+    return [event for event in events if isinstance(event, Rung)]
