@@ -6,20 +6,22 @@ Everything in it is read from the run folder; the front matter is the Hugging Fa
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from raysae.analysis.seeds import seed_records
-from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.errors import UserError, first_line
+from raysae.journal import ended_trials
 from raysae.pool.folder import TRIAL_FILE
+from raysae.run_files import read_object, read_records, require
 from raysae.search.live import describe
 from raysae.worlds.presets import PRESETS, label_of
 from raysae.worlds.world import SAEBENCH
 
 CARD = "README.md"
+ADVICE = "a search writes it when it ends: go on with it by raysae resume"
 TASK = "Unlearning (SAEBench)"
 LICENSES = {"embedded": "apache-2.0"}
 """By world: of an SAE of the model that comes with the package. Others are for their users to say,
@@ -33,6 +35,9 @@ def write_card(run_dir: Path, *, repo_id: str = "", sae_id: str = "") -> Path:
         run_dir: of a search that is over, with `best/`.
         repo_id: repository on the hub from which the card says how to load it; "" for none.
         sae_id: the SAE's folder there.
+
+    Raises:
+        UserError: the folder lacks what the card says, or it cannot be read.
     """
     from huggingface_hub import ModelCard
 
@@ -47,12 +52,18 @@ class _Run:
     """What the run folder knows of its best SAE."""
 
     def __init__(self, run_dir: Path) -> None:
-        trial = json.loads((run_dir / "best" / TRIAL_FILE).read_text(encoding="utf-8"))
+        path = run_dir / "best" / TRIAL_FILE
+        trial = _read(path, ("spec", "training_steps"))
         self.name = run_dir.name
         self.spec: dict[str, Any] = trial["spec"]
         self.steps: int = trial["training_steps"]
-        ended = {r["trial"]: r for r in ended_trials(read_journal(run_dir / JOURNAL))}
-        whole = ended[self.spec["number"]]["rung"]
+        ended = {r["trial"]: r for r in ended_trials(read_records(run_dir))}
+        number = self.spec["number"]
+        if not ended.get(number, {}).get("rung"):
+            raise UserError(
+                f"{path}: is of trial {number}, which has no score in the journal; {ADVICE}"
+            )
+        whole = ended[number]["rung"]
         seeds = seed_records(whole)
         self.rung: dict[str, Any] = seeds[whole.get("typical_seed", 0)]
         self.siblings = [record["score"] for record in seeds]
@@ -71,9 +82,9 @@ class _Run:
             and r["trial"] != self.spec["number"]
             for seed in seed_records(r["rung"])
         ]
-        self.config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        self.about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
-        self.sae = json.loads((run_dir / "best" / "cfg.json").read_text(encoding="utf-8"))
+        self.config = _config(run_dir / "config.yaml")
+        self.about = _read(run_dir / "about.json", ("versions",))
+        self.sae = _read(run_dir / "best" / "cfg.json", ("d_in", "d_sae"))
         confirmation = run_dir / "confirmation.csv"
         rows = []
         if confirmation.is_file():
@@ -96,6 +107,22 @@ class _Run:
             (f"all questions, {self.on_all}", self.rung["result"]),
         )
         return [(what, part["score"], _interval(part["best"])) for what, part in parts]
+
+
+def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
+    data = read_object(path, ADVICE)
+    require(data, fields, path, ADVICE if path.is_file() else f"it is missing; {ADVICE}")
+    return data
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {ADVICE}") from None
+    if not isinstance(config, dict) or not {"world", "hook"} <= config.keys():
+        raise UserError(f"{path}: not the configuration of a search; {ADVICE}")
+    return config
 
 
 def _front_matter(run: _Run) -> str:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from raysae.errors import UserError, first_line
+from raysae.run_files import read_object, require
 
 MANIFEST = "mirror.json"
 """{"address", "journals": {name: bytes that belong together}}; in the copy, and in the run folder,
@@ -179,8 +180,10 @@ def address_of(run_dir: Path) -> str | None:
     path = run_dir / MANIFEST
     if not path.is_file():
         return None
-    address: str = json.loads(path.read_text(encoding="utf-8"))["address"]
-    return address
+    advice = "remove it, and name the mirror with --storage if there is one"
+    manifest = read_object(path, advice)
+    require(manifest, ("address",), path, advice)
+    return str(manifest["address"])
 
 
 def write_manifest(run_dir: Path, location: Location, journals: dict[str, int]) -> bytes:

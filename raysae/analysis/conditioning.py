@@ -54,7 +54,7 @@ COLUMNS: dict[str, str] = {
     **{
         f"random_{figure}_p{percentile}": (
             f"{percentile}th percentile of {figure} over random unit rows of the same size"
-            f" (unit of {figure})"
+            f" (unit of {figure}; nan at a step at which the SAE was not scored)"
         )
         for figure in _TABLE_BASELINE_FIGURES
         for percentile in (5, 50, 95)
@@ -82,7 +82,7 @@ COLUMNS: dict[str, str] = {
     **{
         f"random_overlap_p{percentile}": (
             f"{percentile}th percentile of the overlap of random subspaces of these two dimensions"
-            ' (0..1; nan off the "all" row)'
+            ' (0..1; nan off the "all" row and at a step at which the SAE was not scored)'
         )
         for percentile in (5, 50, 95)
     },
@@ -130,7 +130,7 @@ def conditioning_table(
         trial: identifier of the trial, copied to every row.
         step: training step, copied to every row.
         seed: index of the SAE in its trial, copied to every row.
-        baseline_draws: draws of :func:`random_baseline` per group.
+        baseline_draws: draws of :func:`random_baseline` per group; 0: none, its columns are nan.
         baseline_seed: seed of :func:`random_baseline`.
         threshold: selectivity threshold of :func:`select_features`.
         tolerance: relative cut-off of the numerical rank, as in :func:`conditioning`; the baseline
@@ -173,9 +173,11 @@ def conditioning_table(
         unit, n_zero_rows = unit_rows(matrix[mask])
         sigma = svdvals(unit)
         measured = figures(unit, sigma, n_zero_rows, tolerance)
-        baseline = random_baseline(
-            measured.n_features, d_in, baseline_draws, baseline_seed, tolerance
-        )
+        baseline = dict.fromkeys(_TABLE_BASELINE_FIGURES, (math.nan,) * 3)
+        if baseline_draws:
+            baseline = random_baseline(
+                measured.n_features, d_in, baseline_draws, baseline_seed, tolerance
+            )
         record: dict[str, Any] = {"trial": trial, "seed": seed, "step": step, "group": group}
         record |= asdict(measured)
         for other in TOLERANCES:
@@ -198,7 +200,9 @@ def _between(
     angles = pair.principal_angles
     if not angles.size:
         angles = np.full(1, math.nan)
-    chance = random_overlap(pair.k_forget, pair.k_retain, forget.shape[1], draws, seed)
+    chance = (math.nan,) * 3
+    if draws:
+        chance = random_overlap(pair.k_forget, pair.k_retain, forget.shape[1], draws, seed)
     return {
         "forget_retain_overlap": pair.overlap,
         "forget_retain_chordal_distance": pair.chordal_distance,

@@ -6,11 +6,45 @@ import pandas as pd
 
 from raysae.analysis.statistics import bootstrap_interval
 
-FIGURES = (
-    "score", "heldout_score", "saebench_score", "l2_loss", "sparsity_loss", "loss", "penalty", "l0",
-    "explained_variance", "dead_features", "condition_number", "forget_retain_overlap",
-)  # fmt: skip
+_MEANINGS = {
+    "score": "unlearning score on the half of the questions that a search sees, 0 to 1",
+    "heldout_score": "the same on the other half",
+    "saebench_score": "SAEBench's own score, on all questions; renamed as in the trials table",
+    "l2_loss": "reconstruction term at the end, summed over d_in, activations scaled to norm √d_in",
+    "sparsity_loss": "L1 or L0 term at the end; 0 where k features are chosen",
+    "loss": "total training loss at the end",
+    "penalty": "the regularizer's penalty at the end, before α (1: as random directions)",
+    "l0": "mean number of active features a token (count)",
+    "explained_variance": "1 − residual variance / variance (share, at most 1)",
+    "dead_features": "features that have not fired for `dead_after` steps (count)",
+    "condition_number": "σ_max/σ_min of all decoder rows over the non-zero spectrum (ratio)",
+    "forget_retain_overlap": "‖Q_fᵀQ_r‖²_F / min(k_f, k_r) of the selective subspaces, 0 to 1",
+}
+
+FIGURES = tuple(_MEANINGS)
 """Columns of the trials table that are averaged over seeds."""
+
+RUN_COLUMNS: dict[str, str] = {
+    "run": "name of the run",
+    "seeds": "seeds trained to the end (count)",
+    "failed": "seeds that failed (count)",
+    "training_steps": "optimiser steps trained, the smallest of the seeds (steps)",
+    **{
+        name: text
+        for figure, meaning in _MEANINGS.items()
+        for name, text in (
+            (figure, f"{meaning}; mean over seeds"),
+            (f"{figure}_std", f"sample standard deviation of {figure} over seeds; nan for one"),
+        )
+    },
+    "zeros": "why a score is 0 where one is, with the number of seeds",
+    "difference": "mean over seeds of the difference of held-out scores to the run without a "
+    "regularizer, seed by seed",
+    "difference_low": "2.5 % of it, bootstrap over seeds",
+    "difference_high": "97.5 %",
+    "ahead": "seeds in which the difference is above 0 (count)",
+}
+"""Columns of `runs.csv` with their meaning and unit; the last four where there is such a run."""
 
 BASELINE = "none"
 """Regularizer of the run that the others are compared with."""
@@ -23,13 +57,7 @@ def runs_table(trials: pd.DataFrame) -> pd.DataFrame:
         trials: `raysae.analysis.tables.trials_table`.
 
     Returns:
-        `run`, `seeds` (trained to the end), `failed`, and for every figure its mean and, as
-        `<figure>_std`, its sample standard deviation over seeds (NaN for one seed);
-        `training_steps`, the smallest of the seeds; `zeros`, why a score is 0 where one is, with
-        the number of seeds, else empty. Against the run without a regularizer, where there is one:
-        `difference`, the mean over seeds of the difference of held-out scores, each seed with its
-        own (same weights, same batches), `difference_low` and `difference_high`, its interval by
-        bootstrap over seeds, and `ahead`, the number of seeds in which it is positive.
+        Columns as in `RUN_COLUMNS`. Differences are taken seed by seed: same weights, same batches.
     """
     named = trials[trials["run"] != ""]
     done_all = named[named["state"] == "finished"]

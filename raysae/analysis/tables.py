@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "heldout_score_std": "the same of heldout_score",
     "saebench_score_std": "the same of saebench_score",
     "frontier": "mean loss of forget accuracy over retain accuracies of 0.9 to 1, search half",
-    "status": "why the score is what it is: ok, or the cause of a 0.0",
+    "status": "why the score is what it is: ok, the cause of a 0.0, diverged (the cause says at "
+    "which step), or failed",
     "cause": "the status in a sentence, with its figures",
     "regularizer": "method",
     "alpha": "weight of the penalty",
@@ -41,7 +43,7 @@ TRIAL_COLUMNS: dict[str, str] = {
     "seed": "of weights and batches",
     "seeds": "SAEs of the trial; scores, losses, L0 and the like are their means, statuses, counts "
     "and conditioning those of the one with the median score",
-    "training_steps": "optimiser steps trained",
+    "training_steps": "optimiser steps trained; of a failed trial those of its last logged row",
     "tokens": "activation rows seen in training",
     "forget_accuracy": "share of known forget questions still right at the best intervention",
     "retain_accuracy": "the same for the retain questions",
@@ -64,6 +66,9 @@ TRIAL_COLUMNS: dict[str, str] = {
     "l0": "mean number of active features a token",
     "explained_variance": "1 − residual variance / variance",
     "dead_features": "features that have not fired for `dead_after` steps",
+    "l0_std": "sample standard deviation of l0 over the trial's seeds",
+    "explained_variance_std": "the same of explained_variance",
+    "dead_features_std": "the same of dead_features",
     "dense_features": "features that fire on more than a tenth of the tokens, mean of the rates on "
     "forget and retain tokens",
     "condition_number": "σ_max/σ_min of all decoder rows over the non-zero spectrum",
@@ -93,6 +98,13 @@ TRIAL_COLUMNS: dict[str, str] = {
 `evals: [sparse_probing]` the test accuracies of SAEBench's probes, `sae_top_<k>` and `sae` of the
 SAE's best k or all features, `llm_top_<k>` and `llm` of the language model's own activations."""
 
+DIVERGED = "diverged"
+# What `raysae.training.run` raises, whose import takes torch's seconds.
+DIVERGED_ERROR = "TrainingDivergedError"
+
+SPREAD = ("l0", "explained_variance", "dead_features")
+"""Training figures of which a spread over seeds is given."""
+
 TIME_COLUMNS = (
     "train_seconds", "score_seconds", "wall_seconds", "gpu_hours", "tokens_per_second",
 )  # fmt: skip
@@ -107,6 +119,28 @@ CONDITIONING = (
 """Columns of the trials table that come from the "all" row of the conditioning at the last rung."""
 
 
+CURVE_COLUMNS: dict[str, str] = {
+    "trial": "number of the trial",
+    "step": "optimiser steps trained when the row was logged (steps)",
+    "tokens": "activation rows seen by then (rows)",
+    "loss": "total training loss, mean over the steps since the row before and over the trial's "
+    "seeds (as all figures here)",
+    "l2_loss": "reconstruction term, summed over d_in, activations scaled to norm √d_in",
+    "sparsity_loss": "L1 or L0 term; 0 where k features are chosen",
+    "auxiliary_loss": "dead-feature term (topk, batchtopk)",
+    "penalty": "the regularizer's penalty, before α (1: as random directions)",
+    "alpha": "weight of the penalty at this step, moved by its schedule; the trial's own α, the "
+    "schedule's largest, is in the trials table",
+    "l0": "mean number of active features a token (count)",
+    "explained_variance": "1 − residual variance / variance (share, at most 1)",
+    "dead_features": "features that have not fired for `dead_after` steps, at this step (count)",
+    "lr": "learning rate after this step",
+    "group_stability": "adjusted Rand index of the groups before and after a regrouping, mean over "
+    "those since the row before (1: the same, 0: as by chance); nan where there was none",
+}
+"""Columns of `curves.parquet` with their meaning and unit."""
+
+
 def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = None) -> pd.DataFrame:
     """One row a trial, columns as in `TRIAL_COLUMNS`, in the order of the trials' numbers.
 
@@ -118,22 +152,29 @@ def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = Non
     return _in_order(frame)
 
 
-def seeds_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row an SAE, with its own figures: columns as in `TRIAL_COLUMNS`, and `seed_index`."""
+def seeds_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = None) -> pd.DataFrame:
+    """One row an SAE, with its own figures: columns as in `TRIAL_COLUMNS`, and `seed_index`.
+
+    The SAEs of a trial are trained side by side: `wall_seconds` are the trial's, `gpu_hours` an
+    equal share. `about` as for `trials_table`.
+    """
     rows = []
     for record in ended:
         spec, rungs = record["spec"], seed_records(record["rung"])
+        origin = _origin(record, about)
+        if origin.get("gpu_hours") is not None:
+            origin["gpu_hours"] /= len(rungs)
         for index, rung in enumerate(rungs):
             seed = spec["seed"] + index * SEED_STRIDE
             row = _trial_row(record | {"rung": rung, "spec": spec | {"seed": seed}})
-            rows.append(row | {"seeds": 1, "seed_index": index})
+            rows.append(row | origin | {"seeds": 1, "seed_index": index})
     return _in_order(pd.DataFrame(rows))
 
 
 def curves_table(ended: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a (trial, logged step): the losses and figures of the trials table, over training."""
+    """One row a (trial, logged step), means over seeds; columns as in `CURVE_COLUMNS`."""
     rows = [{"trial": r["trial"], **point} for r in ended for point in r["curve"]]
-    return pd.DataFrame(rows, columns=None if rows else ["trial", "step", "tokens", "loss"])
+    return pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
 
 
 def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
@@ -142,7 +183,8 @@ def conditioning_rows(records: list[dict[str, Any]]) -> pd.DataFrame:
     for record in records:
         if record["event"] == "rung":
             for index, seed in enumerate(seed_records(record)):
-                for row in seed["conditioning"]:
+                # Journals did not always have what was measured on the way.
+                for row in [*seed.get("measured", []), *seed["conditioning"]]:
                     rows[(row["trial"], index, row["step"], row["group"])] = {"seed": index} | row
     return pd.DataFrame(list(rows.values()), columns=list(CONDITIONING_COLUMNS))
 
@@ -153,10 +195,15 @@ def write_tables(run_dir: Path, records: list[dict[str, Any]], ended: list[dict[
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     tables = {
         "trials": rename_score(trials_table(ended, about), about),
-        "seeds": rename_score(seeds_table(ended), about),
+        "seeds": rename_score(seeds_table(ended, about), about),
         "curves": curves_table(ended),
         "conditioning": conditioning_rows(records),
     }
+    save_tables(run_dir, tables)
+
+
+def save_tables(run_dir: Path, tables: dict[str, pd.DataFrame]) -> None:
+    """Write tables by name, as Parquet and CSV each."""
     for name, table in tables.items():
         table.to_parquet(run_dir / f"{name}.parquet", index=False)
         table.to_csv(run_dir / f"{name}.csv", index=False)
@@ -197,6 +244,21 @@ def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, A
     }
 
 
+def _trained(record: dict[str, Any]) -> dict[str, int]:
+    """How far it was trained: to its last rung, or where it failed to the last logged step."""
+    steps = [(point["step"], point["tokens"]) for point in record["curve"][-1:]]
+    rung = record["rung"]
+    step, tokens = max([(rung.get("step", 0), rung.get("tokens", 0)), *steps])
+    return {"training_steps": step, "tokens": tokens}
+
+
+def _status(record: dict[str, Any]) -> str:
+    """Why the score is what it is."""
+    if record["state"] == "failed":
+        return DIVERGED if record["error"].startswith(DIVERGED_ERROR) else "failed"
+    return str(record["rung"]["status"])
+
+
 def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     spec, rung = record["spec"], record["rung"]
     regularizer, schedule = dict(spec["regularizer"]), dict(spec["alpha_schedule"])
@@ -208,8 +270,8 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "score": rung.get("score", 0.0),
         "heldout_score": rung.get("heldout_score", 0.0),
         "saebench_score": rung.get("saebench_score", 0.0),
-        "status": rung.get("status", "failed"),
-        "cause": rung.get("cause", record["error"]),
+        "status": _status(record),
+        "cause": rung.get("cause") if record["state"] != "failed" and rung else record["error"],
         "regularizer": regularizer.pop("name"),
         "alpha": spec["alpha"],
         "alpha_schedule": schedule.pop("name"),
@@ -221,8 +283,7 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "l0_coefficient": spec["sae"]["l0_coefficient"],
         "seed": spec["seed"],
         "seeds": spec.get("seeds", 1),
-        "training_steps": rung.get("step", 0),
-        "tokens": rung.get("tokens", 0),
+        **_trained(record),
         "attempts": record["attempts"],
         "config_hash": config_hash(spec),
         "error": record["error"],
@@ -237,6 +298,9 @@ def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
     row |= {name: metrics[name] for name in metrics if name in TRIAL_COLUMNS and name != "alpha"}
     row |= {name: rung[name] for name in ("train_seconds", "score_seconds")}
     row |= {f"{name}_std": rung.get(f"{name}_std") for name in SCORES}
+    seeds = [seed["metrics"] for seed in seed_records(rung)]
+    if len(seeds) > 1:
+        row |= {f"{name}_std": statistics.stdev(s[name] for s in seeds) for name in SPREAD}
     row["tokens_per_second"] = rung["tokens"] * row["seeds"] / rung["train_seconds"]
     result = rung["halves"]["search"]
     row["frontier"] = result["frontier"]

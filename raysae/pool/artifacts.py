@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
 from raysae.analysis.conditioning import conditioning_table
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
-from raysae.training.run import Rung
+from raysae.training.run import Rung, SAERun
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import halve, sae_cfg_dict
 from raysae.worlds import World
@@ -38,6 +40,27 @@ class Artifacts:
     """Of the frontier in what the sampler is told."""
     seed_index: int = 0
     """Of the SAE in its trial."""
+
+    def measure(self, run: SAERun) -> list[dict[str, Any]]:
+        """Conditioning of an SAE that is not scored now, as rows of plain data.
+
+        Without random baselines and without single groups, which are most of the work; no rows for
+        weights that are not finite, of which the next row of the curve says that they diverged.
+        """
+        if not bool(torch.isfinite(run.sae.W_dec).all()):
+            return []
+        forget_rate, retain_rate = run.firing.rates()
+        return _plain(
+            conditioning_table(
+                run.sae.W_dec.detach().float().cpu().numpy(),
+                forget_rate.cpu().numpy(),
+                retain_rate.cpu().numpy(),
+                trial=run.spec.number,
+                step=run.step,
+                seed=self.seed_index,
+                baseline_draws=0,
+            )
+        )
 
     def write(
         self, spec: TrialSpec, rung: Rung, probing: dict[str, float] | None = None
@@ -88,7 +111,8 @@ class Artifacts:
             "sparse_probing": probing,
             "metrics": rung.metrics,
             "dense_features": int(((rates[0] + rates[1]) / 2 > DENSE_RATE).sum()),
-            "conditioning": table.astype(object).where(table.notna(), None).to_dict("records"),
+            "conditioning": _plain(table),
+            "measured": rung.measured,
             "train_seconds": rung.train_seconds,
             "score_seconds": rung.score_seconds,
         }
@@ -108,3 +132,9 @@ class Artifacts:
         np.savez_compressed(partial, **kept, **{str(step): groups})
         partial.replace(path)
         return kept[max(kept, key=int)] if kept else None
+
+
+def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table as JSON knows them, None for what is undefined."""
+    rows: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return rows

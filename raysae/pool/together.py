@@ -50,7 +50,16 @@ class Together:
         Raises whatever is not one trial's own error: in a step or in scoring, where all are.
         """
         runs = [run for trial in self._going for run in trial.runs]
-        train(runs, self._evaluate, self._on_events, before_scoring=self._evaluator)
+        kept = {
+            id(run): at for t in self._going for run, at in zip(t.runs, t.artifacts, strict=True)
+        }
+        train(
+            runs,
+            self._evaluate,
+            self._on_events,
+            before_scoring=self._evaluator,
+            measure=lambda run: kept[id(run)].measure(run),
+        )
 
     def _evaluate(self, saes: list[SAE], steps: int) -> list[UnlearningResult]:
         return self._evaluator().evaluate_many(saes, training_steps=steps)

@@ -15,7 +15,8 @@ from raysae.analysis.predictors import associations_table, rungs_table
 from raysae.analysis.runs import runs_table
 from raysae.analysis.tables import conditioning_rows, curves_table, seeds_table, trials_table
 from raysae.errors import UserError
-from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.journal import JOURNAL, ended_trials
+from raysae.run_files import journal_lines, problem
 from raysae.search.confirm import verdicts
 
 
@@ -77,10 +78,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder}: not a run folder: it has no {JOURNAL}, the record that every search writes"
         )
-    try:
-        records = read_journal(path)
-    except ValueError as error:  # a line in the middle, or not text at all
-        raise UserError(f"{path}: cannot be read as a journal: {error}") from None
+    records = journal_lines(path)
     gaps: list[str] = []
     records, ended = _readable(records, path, gaps)
     open_trials = {r["trial"] for r in records} - {r["trial"] for r in ended}
@@ -112,11 +110,15 @@ def read_run(folder: Path) -> Run:
 
 
 def _readable(
-    records: list[dict[str, Any]], path: Path, gaps: list[str]
+    records: list[Any], path: Path, gaps: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The records, and those of ended trials, that this version can make tables of."""
     good, problems = [], []
     for record in records:
+        wrong = problem(record)
+        if wrong:
+            problems.append(wrong)
+            continue
         try:
             if record["event"] == "end":
                 trials_table([record])

@@ -132,8 +132,8 @@ def from_journal(ended: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "spec": record["spec"],
             "error": record["error"],
             "rung": record["rung"],
-            "started": record["started"],
-            "ended": record["ended"],
+            "started": record.get("started"),  # journals did not always have one
+            "ended": record.get("ended"),
             **record["rung"].get("metrics", {}),
             **{key: record["rung"][key] for key in ("step", "tokens") if key in record["rung"]},
         }

@@ -22,8 +22,9 @@ from rich.console import Console
 
 from raysae import __version__
 from raysae.config import RunConfig, load_config
-from raysae.errors import InterruptedSearchError, UserError
+from raysae.errors import InterruptedSearchError, UserError, first_line
 from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.run_files import read_object, read_records, require
 from raysae.search import cluster
 from raysae.search.conclude import SearchOutcome, conclude
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
@@ -43,6 +44,12 @@ PAUSE_SECONDS = 30
 """Time for a trial in flight to reach a place where it can be saved; scoring takes the longest."""
 LEAVE_SECONDS = 15
 """Time for the pool to end, where a search ends early."""
+
+ABOUT_FIELDS = ("sessions", "started", "world_fingerprint")
+ABOUT_ADVICE = (
+    "a search is not gone on with unless it says which world it was of; restore it from a mirror "
+    "or a copy of the run folder, if there is one"
+)
 
 PACKAGES = (
     "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
@@ -121,7 +128,7 @@ def load_run(run_dir: Path) -> RunConfig:
     """The config of a run folder, as its search resolved it.
 
     Raises:
-        UserError: there is no search in the folder.
+        UserError: there is no search in the folder, or its records cannot be read.
     """
     for name in ("config.yaml", "about.json"):
         if not (run_dir / name).is_file():
@@ -129,7 +136,11 @@ def load_run(run_dir: Path) -> RunConfig:
                 f"--resume {run_dir}: no search has begun there (it has no {name}); start one with "
                 "python run_search.py --space orth.yaml"
             )
-    return load_config(run_dir / "config.yaml")
+    config = load_config(run_dir / "config.yaml")
+    about = run_dir / "about.json"
+    require(read_object(about, ABOUT_ADVICE), ABOUT_FIELDS, about, ABOUT_ADVICE)
+    read_records(run_dir)
+    return config
 
 
 def fetch_world(config: RunConfig) -> World:
@@ -247,7 +258,7 @@ def _take_up(run_dir: Path, world: World) -> list[int] | None:
     Raises:
         UserError: the world is not what it was.
     """
-    from raysae.search.study import open_storage, reconcile
+    from raysae.search.study import STUDY_FILE, open_storage, reconcile
 
     about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
     if about["world_fingerprint"] != world.fingerprint():
@@ -256,7 +267,15 @@ def _take_up(run_dir: Path, world: World) -> list[int] | None:
             f"(fingerprint {world.fingerprint()[:12]}, then {about['world_fingerprint'][:12]}); "
             "scores would not be comparable: start a new search"
         )
-    return reconcile(run_dir, open_storage(run_dir))
+    try:
+        storage = open_storage(run_dir)
+    except (ValueError, KeyError, TypeError) as error:  # what Optuna raises on lines not its own
+        raise UserError(
+            f"--resume {run_dir}: {run_dir / STUDY_FILE} cannot be read "
+            f"({type(error).__name__}: {first_line(error)}); restore it from a mirror or a copy of "
+            "the run folder, if there is one"
+        ) from None
+    return reconcile(run_dir, storage)
 
 
 def _start_broker(run_dir: Path, session: str) -> Any:

@@ -18,12 +18,18 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from raysae.errors import UserError
-from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.errors import UserError, first_line
+from raysae.journal import JOURNAL, ended_trials
+from raysae.run_files import read_object, read_records, require
 from raysae.search.live import View, describe, short_path
 from raysae.search.progress import ENDED, Expected, Standing, from_journal
 
 STATUS_FILE = "status.json"
+STATUS_FIELDS = ("time", "over", "host", "pid", "process_started", "expected")
+STATUS_ADVICE = "remove it: what has ended is in the journal"
+FACTS_FILE = "facts.json"
+FACTS_FIELDS = ("wall_seconds", "busy_share", "peak_gib")
+FACTS_ADVICE = "remove it: only the times of the whole search are in it"
 SILENT_SECONDS = 30.0
 """After so long without a word a search on another machine is taken to be gone, and one whose
 trials are over to have ended without a summary."""
@@ -86,7 +92,7 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         now: seconds since the epoch; None for this moment.
 
     Raises:
-        UserError: there is no search in that folder.
+        UserError: there is no search in that folder, or what it holds cannot be read.
     """
     now = time.time() if now is None else now
     if not any((run_dir / name).is_file() for name in (JOURNAL, STATUS_FILE)):
@@ -96,15 +102,18 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
             f"{run_dir}: {'no run folder' if run_dir.is_dir() else 'no such folder'} "
             f"(one has a {JOURNAL}){hint}"
         )
-    ended = from_journal(ended_trials(read_journal(run_dir / JOURNAL)))
-    status = _read_json(run_dir / STATUS_FILE)
+    ended = from_journal(ended_trials(read_records(run_dir)))
+    status = read_object(run_dir / STATUS_FILE, STATUS_ADVICE)
+    if status:
+        require(status, STATUS_FIELDS, run_dir / STATUS_FILE, STATUS_ADVICE)
     numbers = {trial["number"] for trial in ended}
     finished = _is_finished(run_dir, status)
     alive = bool(status) and not finished and _is_alive(status, now)
     state = "running" if alive else "finished" if finished else "stopped"
     open_trials = [t for t in status.get("trials", []) if t["number"] not in numbers]
     trials = ended + (open_trials if alive else [])
-    last = max((trial["ended"] for trial in ended), default=status.get("time", now))
+    ends = [trial["ended"] for trial in ended if trial["ended"] is not None]
+    last = max(ends, default=status.get("time", now))
     started = status.get("started") or min((t["started"] or last for t in ended), default=last)
     standing = Standing(
         sorted(trials, key=lambda trial: trial["number"]),
@@ -118,7 +127,7 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         places += [("metrics", address) for address in status.get("metrics", [])[:1]]
     if (run_dir / "tensorboard").is_dir():
         places.append(("curves", f"tensorboard --logdir {short_path(run_dir / 'tensorboard')}"))
-    wall = _read_json(run_dir / "facts.json").get("wall_seconds") if state == "finished" else None
+    wall = _facts(run_dir).get("wall_seconds") if state == "finished" else None
     view = View(
         standing,
         title=run_dir.name,
@@ -156,15 +165,15 @@ def _closing(run_dir: Path, ended: list[dict[str, Any]]) -> list[str]:
             reasons.setdefault(trial["error"], []).append(str(trial["number"]))
     lines = [f"failed: trial {', '.join(n)}: {error}" for error, n in reasons.items()]
     specs = {trial["number"]: trial["spec"] for trial in ended}
-    for row in _confirmed(run_dir / "confirmation.csv"):
-        candidate = int(row["candidate"])
-        beaten = "beats" if row["beats"] == "True" else "is not shown to beat"
-        lines.append(
-            f"Confirmation: trial {candidate} ({describe(specs[candidate])}) {beaten} "
-            f"{row['baseline']}: held-out difference {float(row['difference']):+.3f} "
-            f"[{float(row['low']):+.3f}, {float(row['high']):+.3f}], {row['seeds']} fresh seeds"
-        )
-    facts = _read_json(run_dir / "facts.json")
+    path = run_dir / "confirmation.csv"
+    try:
+        lines += [_verdict(row, specs) for row in _confirmed(path)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: broken ({type(error).__name__}: {first_line(error)}); remove it: raysae "
+            f"report {run_dir} makes it again"
+        ) from None
+    facts = _facts(run_dir)
     if facts:
         lines.append(
             f"{facts['wall_seconds']:.0f} s in all, {facts['busy_share']:.0%} of wall × workers in "
@@ -173,6 +182,17 @@ def _closing(run_dir: Path, ended: list[dict[str, Any]]) -> list[str]:
     if (run_dir / "best" / "cfg.json").is_file():
         lines.append(f"best SAE: {short_path(run_dir / 'best')}")
     return lines
+
+
+def _verdict(row: dict[str, str], specs: dict[int, dict[str, Any]]) -> str:
+    """A row of the confirmation in a sentence."""
+    candidate = int(row["candidate"])
+    beaten = "beats" if row["beats"] == "True" else "is not shown to beat"
+    return (
+        f"Confirmation: trial {candidate} ({describe(specs[candidate])}) {beaten} "
+        f"{row['baseline']}: held-out difference {float(row['difference']):+.3f} "
+        f"[{float(row['low']):+.3f}, {float(row['high']):+.3f}], {row['seeds']} fresh seeds"
+    )
 
 
 def _confirmed(path: Path) -> list[dict[str, str]]:
@@ -186,7 +206,7 @@ def _confirmed(path: Path) -> list[dict[str, str]]:
 
 def _is_finished(run_dir: Path, status: dict[str, Any]) -> bool:
     """Whether the summary was written, and not by an earlier start of the same search."""
-    facts = run_dir / "facts.json"
+    facts = run_dir / FACTS_FILE
     return facts.is_file() and facts.stat().st_mtime >= status.get("started", 0.0)
 
 
@@ -210,15 +230,22 @@ def _is_alive(status: dict[str, Any], now: float) -> bool:
 def _expected_trials(run_dir: Path) -> int:
     """Trials of a search without a status file: what its configuration says, 0 for a study."""
     path = run_dir / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    search = config.get("search", {})
-    is_search = config.get("space") is not None and search.get("sampler") != "grid"
-    return int(search.get("num_samples", 0)) if is_search else 0
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        search = config.get("search", {})
+        is_search = config.get("space") is not None and search.get("sampler") != "grid"
+        return int(search.get("num_samples", 0)) if is_search else 0
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: broken ({first_line(error)}); remove it: only the number of trials to come "
+            "is read from it"
+        ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A file that may not be there."""
-    if not path.is_file():
-        return {}
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+def _facts(run_dir: Path) -> dict[str, Any]:
+    """Times and memory of a search that has come to its end; {} where there are none."""
+    path = run_dir / FACTS_FILE
+    facts = read_object(path, FACTS_ADVICE)
+    if facts:
+        require(facts, FACTS_FIELDS, path, FACTS_ADVICE)
+    return facts

@@ -28,6 +28,11 @@ Events = list[Progress | TrainingDivergedError] | list[Rung]
 """One of each run: a row of its curve, or why it has none; or a scored rung."""
 Evaluate = Callable[[SAE, int], UnlearningResult]
 OnEvent = Callable[[Event], bool]
+Measure = Callable[[SAERun], list[dict[str, Any]]]
+"""An SAE in training → rows of plain data."""
+
+QUARTERS = (0.25, 0.5, 0.75)
+"""Shares of the training after which an SAE is measured, if it is not scored there."""
 
 
 def train_one(
@@ -60,6 +65,7 @@ def train(
     evaluate: Callable[[list[SAE], int], list[UnlearningResult]],
     on_events: Callable[[Events], list[bool]],
     before_scoring: Callable[[], object] = lambda: None,
+    measure: Measure | None = None,
 ) -> None:
     """Train to the end, or until told to stop.
 
@@ -74,6 +80,8 @@ def train(
             data-parallel trial only, whose word is passed on; so is `evaluate`.
         before_scoring: called before `evaluate`, on rank 0; its time counts neither as training nor
             as scoring.
+        measure: called with every run at `QUARTERS`, on rank 0; its rows come with the next rung,
+            its time counts neither as training nor as scoring.
 
     Raises:
         ValueError: the runs cannot share their steps.
@@ -86,6 +94,7 @@ def train(
     rung_steps = [math.ceil(tokens / batch_size) for tokens in first.spec.rungs]
     # Rates belong to the SAE as it is scored, not to what it was at the beginning.
     rates_start = {(a + b) // 2 for a, b in pairwise([0, *rung_steps])}
+    quarters = {math.ceil(share * total) for share in QUARTERS} - set(rung_steps)
     log_every = max(1, total // CURVE_POINTS)
     advance = stepper(runs)
     sums: dict[str, Tensor] = {}
@@ -111,7 +120,7 @@ def train(
                 events = _score(runs, evaluate)
             going = _tell(runs, on_events, events)
             for run in going:
-                run.scored_step = step
+                run.scored_step, run.measured = step, []
             keep(going)
             if not runs:
                 return
@@ -121,6 +130,12 @@ def train(
             sums[name] = sums[name] + value if name in sums else value
         since += 1
         step += 1
+        # Before rates are counted anew: it looks at them.
+        if measure is not None and step in quarters and first.collective.rank == 0:
+            clock.stop()
+            for run in runs:
+                run.measured += measure(run)
+            clock = _Clock(runs)
         if step in rates_start:
             for run in runs:
                 run.firing.reset_rates()

@@ -174,7 +174,7 @@ class _Stack:
             with torch.no_grad():
                 seen = view.detach()
                 statistics = regularizer.statistics(seen, state, run.step)
-                regularizer.update(state, statistics, seen.W_dec, run.step)
+                run.stability.update(regularizer, state, statistics, seen.W_dec, run.step)
                 run.firing.add(fired[i], tasks[i])
             uses = regularizer.uses_alpha
             penalties.append(regularizer.penalty(view, state) if uses else None)

@@ -19,6 +19,7 @@ from torch import Tensor
 from raysae.training.collective import Alone
 from raysae.training.saes import export_sae, make_training_sae
 from raysae.training.spec import TrialSpec
+from raysae.training.stability import GroupStability
 from raysae.training.step import FiringRecord, train_step
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class Rung:
     retain_rate: Tensor
     groups: Tensor | None  # (d_sae,) group labels of the regularizer, if it has any
     metrics: dict[str, float]
+    measured: list[dict[str, Any]]
+    """Rows of what was measured on the way to this rung, as plain data."""
     train_seconds: float
     score_seconds: float
 
@@ -145,6 +148,9 @@ class SAERun:
             source.d_in, spec.sae.d_sae, self.device
         )
         self.firing = FiringRecord.zeros(spec.sae.d_sae, self.device)
+        self.stability = GroupStability()
+        self.measured: list[dict[str, Any]] = []
+        """Rows of what was measured on the way since the last rung, see `train`."""
         self.alpha_factor = 1.0  # of the step before
         self.first_loss: float | None = None
         self._last_good: tuple[int, dict[str, Tensor]] | None = None
@@ -207,6 +213,7 @@ class SAERun:
             dead_after=self.spec.training.dead_after,
             grad_clip=self.spec.training.grad_clip,
             collective=self.collective,
+            stability=self.stability,
             autocast=self.autocast,
         )
         self.schedules_step()
@@ -256,6 +263,7 @@ class SAERun:
             retain_rate=retain_rate.clone(),
             groups=None if groups is None else groups.clone(),
             metrics=dict(self.curve[-1].metrics),
+            measured=list(self.measured),
             train_seconds=self.train_seconds,
             score_seconds=score_seconds,
         )
@@ -286,6 +294,9 @@ class SAERun:
             ),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
+        stability = self.stability.take()
+        if stability is not None:
+            metrics["group_stability"] = stability
         row = Progress(self.step, self.tokens, metrics)
         self.curve.append(row)
         return row
@@ -299,6 +310,7 @@ class SAERun:
             "step": self.step,
             "scored_step": self.scored_step,
             "train_seconds": self.train_seconds,
+            "measured": list(self.measured),
             "curve": [asdict(row) for row in self.curve],
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -314,6 +326,7 @@ class SAERun:
         """Continue where `state_dict` was taken; bit for bit on CPU."""
         self.step, self.alpha_factor = state["step"], state["alpha_factor"]
         self.scored_step, self.train_seconds = state["scored_step"], state["train_seconds"]
+        self.measured = list(state["measured"])
         self.curve = [Progress(**row) for row in state["curve"]]
         self.first_loss = state["first_loss"]
         self.sae.load_state_dict(state["sae"])

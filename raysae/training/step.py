@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raysae.regularizers import Regularizer, State, StepView
 from raysae.training.collective import Alone
+from raysae.training.stability import GroupStability
 
 RATE_EMA = 0.98
 """Weight of the past, per step, in the firing rates behind the measured overlap."""
@@ -100,6 +101,7 @@ def train_step(
     dead_after: int,
     grad_clip: float,
     collective: Alone,
+    stability: GroupStability | None = None,
     autocast: bool = False,
 ) -> StepOutput:
     """Forward with SAELens' own `training_forward_pass`, add `alpha · penalty`, step, renormalise.
@@ -117,6 +119,7 @@ def train_step(
         dead_after: steps without firing after which a feature counts as dead.
         grad_clip: global norm at which gradients are clipped.
         collective: joins the workers of a data-parallel trial.
+        stability: told of the regularizer's groups; None: nobody is.
         autocast: the SAE's own products in bfloat16.
     """
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
@@ -137,7 +140,8 @@ def train_step(
         statistics = regularizer.statistics(seen, regularizer_state, step)
         for tensor in statistics.values():
             collective.sum_(tensor)
-        regularizer.update(regularizer_state, statistics, seen.W_dec, step)
+        stability = stability or GroupStability()
+        stability.update(regularizer, regularizer_state, statistics, seen.W_dec, step)
         # Equal sums give equal groups on equal machines; a pool of different ones agrees as well.
         for tensor in regularizer_state.values():
             collective.broadcast_(tensor)

@@ -12,15 +12,20 @@ import pandas as pd
 import pytest
 
 from raysae.analysis.conditioning import COLUMNS, conditioning_table
+from raysae.analysis.seeds import over_seeds
 from raysae.analysis.tables import (
     CONDITIONING,
+    CURVE_COLUMNS,
+    DIVERGED_ERROR,
     TRIAL_COLUMNS,
     conditioning_rows,
     curves_table,
+    seeds_table,
     trials_table,
     write_tables,
 )
 from raysae.journal import ended_trials
+from raysae.training.run import TrainingDivergedError
 from raysae.training.spec import TrialSpec, config_hash
 from raysae.unlearning import Halves
 
@@ -266,12 +271,64 @@ def test_a_journal_of_an_older_version_still_becomes_tables(records):
 
 def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):
     failed = trials.loc[2]
-    assert (failed["state"], failed["status"]) == ("failed", "failed")
+    assert (failed["state"], failed["status"]) == ("failed", "diverged")
+    assert (trials.loc[3, "state"], trials.loc[3, "status"]) == ("failed", "failed")
     assert failed[["score", "heldout_score", "saebench_score"]].eq(0.0).all()
     assert failed["error"] == failed["cause"] == "TrainingDivergedError: loss is nan"
-    assert (failed["training_steps"], failed["tokens"]) == (0, 0)
+    assert (failed["training_steps"], failed["tokens"]) == (3, 192)  # its last logged row
     assert failed["regularizer"] == "fixed_orthogonal"
     assert failed[["loss", "l0", "forget_accuracy", "condition_number"]].isna().all()
+
+
+def test_divergence_is_known_by_the_name_of_its_error():
+    assert TrainingDivergedError.__name__ == DIVERGED_ERROR
+
+
+def test_a_trial_that_fails_after_a_rung_was_trained_as_far_as_its_curve(make_spec, rung_record):
+    error = "TrainingDivergedError: loss is nan at step 20 of 24"
+    row = trials_table([end_record(make_spec(), "failed", rung_record(0, 8), 18, error)]).loc[0]
+    assert (row["training_steps"], row["tokens"]) == (18, 18 * 64)
+    assert (row["state"], row["status"], row["cause"]) == ("failed", "diverged", error)
+
+
+def test_the_seeds_of_a_trial_have_its_times_and_origin(make_spec, rung_record):
+    rung = over_seeds([rung_record(0, 24, s, last=True) | {"sparse_probing": None}
+                       for s in (0.1, 0.3)])  # fmt: skip
+    spec = make_spec(rungs=(1536,)).model_copy(update={"seeds": 2})
+    record = end_record(spec, "finished", rung, 24)
+    seeds, whole = seeds_table([record], ABOUT), trials_table([record], ABOUT).loc[0]
+    assert list(seeds["score"]) == [0.1, 0.3]
+    assert set(seeds["wall_seconds"]) == {36}
+    assert seeds["gpu_hours"].sum() == pytest.approx(whole["gpu_hours"]) == pytest.approx(0.02)
+    for name in ("git_commit", "versions"):
+        assert set(seeds[name]) == {whole[name]}
+
+
+def test_every_column_is_documented(records):
+    """Parameters of methods, schedules and trainings apart, which have their prefix."""
+    ended = ended_trials(records)
+    for table in (trials_table(ended, ABOUT), seeds_table(ended, ABOUT)):
+        extra = set(table.columns) - set(TRIAL_COLUMNS) - {"seed_index"}
+        assert all(name.split(".")[0] in ("regularizer", "alpha_schedule", "training")
+                   for name in extra)  # fmt: skip
+    rows = {name for record in ended for row in record["curve"] for name in row}
+    assert rows < set(CURVE_COLUMNS)
+    assert list(curves_table(ended).columns) == list(CURVE_COLUMNS)
+
+
+def test_what_was_measured_on_the_way_is_in_the_conditioning(records):
+    """Once, though its rung is scored twice; without baselines, which are nan then."""
+    table = conditioning_table(
+        np.eye(4), np.ones(4), np.zeros(4), trial=0, step=12, baseline_draws=0
+    )
+    last = next(r for r in records if r["event"] == "rung" and r["last"])
+    last["measured"] = json.loads(table.to_json(orient="records"))
+    found = conditioning_rows([*records, last])
+    at_step = found[(found["trial"] == 0) & (found["step"] == 12)]
+    assert list(at_step["group"]) == ["all", "forget", "retain", "shared"]
+    assert at_step["random_condition_number_p50"].isna().all()
+    assert at_step["condition_number"].iloc[0] == pytest.approx(1.0)
+    assert not found.duplicated(["trial", "seed", "step", "group"]).any()
 
 
 def test_a_trial_without_an_intervention_has_a_score_and_no_accuracies(make_spec, rung_record):

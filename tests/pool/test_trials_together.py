@@ -19,7 +19,7 @@ from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.pool.worker import Worker, WorkerConfig
 from raysae.training.checkpoint import CHECKPOINT_FILE, Pace
 from raysae.training.collective import Alone
-from raysae.training.run import Rung
+from raysae.training.run import Rung, SAERun
 from raysae.training.spec import TrialSpec
 
 Decide = Callable[[str, int, dict[str, Any]], str]
@@ -65,6 +65,11 @@ class FakeArtifacts:
     def __init__(self, folder: Path, *_: Any) -> None:
         self.folder = folder
 
+    def measure(self, run: SAERun) -> list[dict[str, Any]]:
+        return [
+            {"step": run.step, "seed": run.spec.seed, "weight": float(run.sae.W_dec.detach()[3, 5])}
+        ]
+
     def write(self, spec: TrialSpec, rung: Rung, probing: Any) -> dict[str, Any]:
         score = rung.result.score
         return {
@@ -72,6 +77,7 @@ class FakeArtifacts:
             "tokens": rung.tokens,
             "last": rung.last,
             "metrics": rung.metrics,
+            "measured": rung.measured,
             "cause": "",
             "sparse_probing": probing,
             "dense_features": 0,
@@ -171,6 +177,11 @@ def assert_same(found: FakeBroker, expected: FakeBroker, number: int) -> None:
     for ours, wanted in rungs:
         assert ours["score"] == pytest.approx(wanted["score"], rel=1e-4)
         assert (ours["tokens"], ours["last"]) == (wanted["tokens"], wanted["last"])
+        assert [row["seed"] for row in ours["measured"]] == [
+            row["seed"] for row in wanted["measured"]
+        ]
+        for row, other in zip(ours["measured"], wanted["measured"], strict=True):
+            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 # --- The same numbers -----------------------------------------------------------------------------

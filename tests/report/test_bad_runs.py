@@ -12,7 +12,6 @@ import pytest
 from synthetic_runs import write_search
 
 from raysae import cli
-from raysae.errors import UserError
 from raysae.journal import JOURNAL
 from raysae.report.build import REPORT_FILE, build_report
 from raysae.search import conclude
@@ -131,38 +130,147 @@ def test_no_trial_has_ended(copied):
     assert "No trial has ended" in built(folder)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda _: None, "no such folder"),
-        (lambda folder: folder.mkdir(), "not a run folder: it has no journal.jsonl"),
-        (lambda folder: _write(folder, b"\xff\xfe\x00junk"), "cannot be read as a journal"),
-        (lambda folder: _write(folder, b'{"a": 1}\nnot json\n{"b": 2}\n'), "not a JSON record"),
-        (lambda folder: _write(folder, b'{"event": "end", "epoch": 3}\n'), "another version"),
-        (lambda folder: _write(folder, b"[1, 2]\n"), "another version"),
-    ],
-    ids=["missing", "empty", "binary", "broken", "foreign", "list"],
-)
-def test_what_is_no_run_folder_gives_one_message(
-    make: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch, capsys
-):
-    folder = tmp_path / "folder"
-    make(folder)
-    with pytest.raises(UserError, match=message):
-        build_report(folder)
-    monkeypatch.setattr("sys.argv", ["raysae", "report", str(folder)])
+def _nothing(folder: Path) -> None:
+    pass
+
+
+def _journal(content: bytes) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / JOURNAL).write_bytes(content)
+
+    return make
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (_nothing, "no such folder"),
+    "empty": (Path.mkdir, "no run folder|not a run folder: it has no journal.jsonl"),
+    "binary": (_journal(b"\xff\xfe\x00junk"), "cannot be read as a journal"),
+    "broken": (_journal(b'{"a": 1}\nnot json\n{"b": 2}\n'), "not a JSON record"),
+    "foreign": (_journal(b'{"event": "end", "epoch": 3}\n'), "another version"),
+    "foreign start": (_journal(b'{"event": "start"}\n'), "another version"),
+    "list": (_journal(b"[1, 2]\n"), "another version"),
+    "spec": (_journal(b'{"event": "submit", "trial": 0, "time": 1, "session": "", "spec": []}\n'),
+             "another version"),
+}  # fmt: skip
+"""Run folders that are none, and what is said of them."""
+
+
+def refused(monkeypatch, capsys, *command: str) -> str:
+    """What a command says that ends with exit code 2 and one message."""
+    monkeypatch.setattr("sys.argv", ["raysae", *command])
     with pytest.raises(SystemExit) as ended:
         cli.commands()
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    said: str = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("which", FOLDERS)
+@pytest.mark.parametrize("command", ["report", "status"])
+def test_what_is_no_run_folder_gives_one_message(
+    command: str, which: str, tmp_path: Path, monkeypatch, capsys
+):
+    folder = tmp_path / "folder"
+    make, message = FOLDERS[which]
+    make(folder)
+    assert re.search(message, refused(monkeypatch, capsys, command, str(folder)))
     assert not (folder / REPORT_FILE).exists()
 
 
-def _write(folder: Path, journal: bytes) -> None:
-    folder.mkdir()
-    (folder / JOURNAL).write_bytes(journal)
+@pytest.mark.parametrize("which", FOLDERS)
+def test_what_is_no_run_folder_is_neither_gone_on_with_nor_pushed(
+    which: str, tmp_path: Path, monkeypatch, capsys
+):
+    """Beside a broken journal everything else is whole, so that nothing else is refused."""
+    folder = tmp_path / "folder"
+    make, message = FOLDERS[which]
+    make(folder)
+    has_journal = (folder / JOURNAL).is_file()
+    if has_journal:
+        about = {"sessions": [], "started": "", "world_fingerprint": "", "versions": {}}
+        (folder / "about.json").write_text(json.dumps(about))
+        (folder / "config.yaml").write_text("space: {}\n")
+        (folder / "best").mkdir()
+        (folder / "best" / "cfg.json").write_text('{"d_in": 4, "d_sae": 8}')
+        spec = {"number": 0, "run": ""}
+        text = json.dumps({"spec": spec, "training_steps": 1})
+        (folder / "best" / "trial.json").write_text(text)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    message = message if has_journal else "no search has begun there|no best SAE there"
+    for command in (["resume", str(folder)], ["push", str(folder), "me/sae"]):
+        assert re.search(message, refused(monkeypatch, capsys, *command))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("status.json", b'{"time": 1.0, "trials": [', "status.json: broken, not JSON"),
+        ("status.json", b"[]", "status.json: broken, not a JSON object"),
+        ("status.json", b'{"time": 1.0}', "status.json: lacks 'over'"),
+        ("facts.json", b'{"wall_seconds": 1', "facts.json: broken, not JSON"),
+        ("facts.json", b'{"wall_seconds": 1}', "facts.json: lacks 'busy_share'"),
+        ("facts.json", b"\xff", "facts.json: broken, not JSON"),
+        ("confirmation.csv", b"candidate,baseline\n1,none\n", "confirmation.csv: broken"),
+    ],
+)
+def test_status_names_the_file_that_is_broken_and_what_to_do(
+    name: str, content: bytes, message: str, copied, monkeypatch, capsys
+):
+    folder = copied()
+    (folder / name).write_bytes(content)
+    said = refused(monkeypatch, capsys, "status", str(folder))
+    assert message in said and "remove it" in said
+
+
+def test_status_without_a_status_file_refuses_a_broken_configuration(copied, monkeypatch, capsys):
+    folder = copied()
+    (folder / "config.yaml").write_text("space: {\n")
+    said = refused(monkeypatch, capsys, "status", str(folder))
+    assert "config.yaml: broken" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("about.json", '{"sessions": [', "about.json: broken, not JSON"),
+        ("about.json", "{}", "about.json: lacks 'sessions'"),
+        ("config.yaml", "space: {", "config.yaml"),
+        ("mirror.json", '{"addr', "mirror.json: broken, not JSON"),
+        ("mirror.json", "{}", "mirror.json: lacks 'address'"),
+    ],
+)
+def test_resume_names_the_file_that_is_broken(
+    name: str, content: str, message: str, copied, monkeypatch, capsys
+):
+    folder = copied()
+    (folder / name).write_text(content)
+    assert message in refused(monkeypatch, capsys, "resume", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("best/trial.json", "trial.json: lacks 'spec', 'training_steps'; it is missing"),
+        ("about.json", "about.json: lacks 'versions'; it is missing"),
+        ("config.yaml", "config.yaml: cannot be read"),
+        ("journal.jsonl", "which has no score in the journal"),
+    ],
+)
+def test_push_names_what_the_best_sae_lacks(
+    missing: str, message: str, copied, monkeypatch, capsys
+):
+    folder = copied()
+    records = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    spec = next(record["spec"] for record in records if record["event"] == "end")
+    (folder / "best").mkdir(exist_ok=True)
+    (folder / "best" / "cfg.json").write_text('{"d_in": 4, "d_sae": 8}')
+    text = json.dumps({"spec": spec, "training_steps": 1})
+    (folder / "best" / "trial.json").write_text(text)
+    (folder / missing).unlink()
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert message in refused(monkeypatch, capsys, "push", str(folder), "me/sae")
 
 
 def test_a_failed_report_does_not_lose_the_search(tmp_path: Path, monkeypatch):

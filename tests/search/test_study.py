@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
+from raysae.errors import UserError
 from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.search.run import _take_up
 from raysae.search.study import (
     STUDY,
+    STUDY_FILE,
     ResumableSearch,
     SeededByTrial,
     decided_rungs,
@@ -30,6 +34,15 @@ def space(trial):
     x = trial.suggest_float("x", 0, 1)
     y = trial.suggest_int("y", 1, 100, log=True) if kind == "a" else 0
     return {"number": trial.number, "x": x, "y": y, "kind": kind}
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '{"a": 1}'])
+def test_a_study_that_cannot_be_read_is_one_message(line: str, tmp_path: Path):
+    (tmp_path / STUDY_FILE).write_text(f"{line}\n")
+    (tmp_path / "about.json").write_text('{"world_fingerprint": "same"}')
+    world = SimpleNamespace(name="w", fingerprint=lambda: "same")
+    with pytest.raises(UserError, match=r"optuna.journal cannot be read .*; restore it"):
+        _take_up(tmp_path, world)
 
 
 def value(params) -> float:

@@ -1,0 +1,45 @@
+"""How far groups of features stay the same when they are found anew."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from raysae.regularizers import Regularizer, State
+from raysae.regularizers.periodic import PeriodicRegularizer
+
+
+class GroupStability:
+    """Updates regularizers, and compares old groups with new where an update regroups.
+
+    The measure is the adjusted Rand index (Hubert & Arabie, "Comparing partitions", Journal of
+    Classification 2, 1985): 1 the same groups whatever their names, 0 as by chance.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[float] = []
+
+    def update(
+        self, regularizer: Regularizer, state: State, statistics: State, W_dec: Tensor, step: int
+    ) -> None:
+        """`regularizer.update`, with groups compared; those of step 0 had none before them."""
+        regroups = (
+            isinstance(regularizer, PeriodicRegularizer)
+            and "groups" in state
+            and step > 0
+            and regularizer.is_update(step)
+        )
+        before = state["groups"].cpu().numpy().copy() if regroups else None
+        regularizer.update(state, statistics, W_dec, step)
+        if before is None:
+            return
+        # Imported here: takes seconds, and only methods that group features need it.
+        from sklearn.metrics import adjusted_rand_score
+
+        self._found.append(float(adjusted_rand_score(before, state["groups"].cpu().numpy())))
+
+    def take(self) -> float | None:
+        """The mean since the last call; None where no update has been between."""
+        found, self._found = self._found, []
+        return math.fsum(found) / len(found) if found else None
