@@ -106,7 +106,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         return None
     group, collective = joined
     leader = collective.rank == 0
-    world = load_world(config.world)
+    world = load_world(config.world, checked=True)
     eval_config = default_eval_config(world)
     device = _device(config.use_gpu)
     # Only the first worker of a trial scores it, and needs the language model.
