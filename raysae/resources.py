@@ -10,6 +10,9 @@ MOST_TRIALS = 4
 """Trained together unless more are asked for: a sampler that learns from results wants them one
 after another, and a GPU that is busy gains nothing from more."""
 
+LEAST_STORE_MEMORY = 80 << 20
+"""Ray starts with no less."""
+
 
 class ResourcesConfig(BaseModel):
     """The worker pool."""
@@ -29,6 +32,11 @@ class ResourcesConfig(BaseModel):
     threads_per_worker: int = Field(1, ge=1)
     use_gpu: bool = False
     store_dtype: Literal["float32", "bfloat16"] = "float32"
+    store_memory: int | Literal["auto"] = Field(
+        "auto",
+        description="bytes of the object store of a Ray that is started here, which shares "
+        "activations and evaluation cache between workers; auto: what they need, at least 1 GiB",
+    )
     checkpoint_seconds: float = Field(
         10.0, ge=0, description="a trial in flight is saved so often, or less if that takes long"
     )
@@ -37,6 +45,17 @@ class ResourcesConfig(BaseModel):
         description="folder that keeps activations for the next search; auto: $RAYSAE_CACHE, or "
         "raysae in the user's cache folder; null: none",
     )
+
+    @field_validator("store_memory", mode="before")
+    @classmethod
+    def _auto_or_bytes(cls, value: Any) -> Any:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if value != "auto" and not (is_number and value >= LEAST_STORE_MEMORY):
+            raise ValueError(
+                f"must be auto, or a whole number of bytes of at least {LEAST_STORE_MEMORY:,}, "
+                f"got {value!r}"
+            )
+        return value
 
     @field_validator("trials_per_pack", mode="before")
     @classmethod

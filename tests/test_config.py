@@ -237,6 +237,7 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
             ["key 'searhc'", "valid: confirm, ", "mean 'search'?"],
         ),
         ({"search.scheduler.grace": 3}, ["unknown key 'grace'", "mean 'grace_fraction'?"]),
+        ({"resources.gpus_per_worker": 0.5}, ["unknown key 'gpus_per_worker'", "use_gpu"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -54,6 +54,7 @@ class BrokerState:
         self._some_worker = False
         self._generation = ""
         self._workers: dict[int, str] = {}
+        self._tiers: dict[int, str] = {}
         self._asking = 0
         cut_partial_line(self._journal)
         self._jobs = replay(read_journal(self._journal), session)
@@ -177,7 +178,7 @@ class BrokerState:
         self._some_worker = True
         await self._notify()
 
-    async def register(self, group: int, where: str, generation: str = "") -> None:
+    async def register(self, group: int, where: str, generation: str = "", tier: str = "") -> None:
         """A worker group is ready.
 
         Args:
@@ -186,15 +187,16 @@ class BrokerState:
             generation: the same for all workers that Ray Train started together. It restarts all
                 of them when one is lost, so with a new generation every older worker is gone, and
                 their trials are queued anew.
+            tier: of the store, from which it has its batches, in words.
         """
         self._adopt(generation)
-        self._workers[group] = where
+        self._workers[group], self._tiers[group] = where, tier
         await self._notify()
 
     def _adopt(self, generation: str) -> None:
         if generation == self._generation:
             return
-        self._generation, self._workers = generation, {}
+        self._generation, self._workers, self._tiers = generation, {}, {}
         for job in reversed(self._running()):
             if job.generation == generation:
                 continue
@@ -351,6 +353,7 @@ class BrokerState:
         """State of every trial, for the live display."""
         return {
             "workers": dict(self._workers),
+            "tiers": sorted({tier for tier in self._tiers.values() if tier}),
             "store_ready": self._store is not None,
             "trials": [job.snapshot() for job in self._jobs.values()],
         }

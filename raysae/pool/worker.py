@@ -106,7 +106,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
         return None
     group, collective = joined
     leader = collective.rank == 0
-    world = load_world(config.world)
+    world = load_world(config.world, checked=True)
     eval_config = default_eval_config(world)
     device = _device(config.use_gpu)
     # Only the first worker of a trial scores it, and needs the language model.
@@ -138,8 +138,8 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     generation = ray.get_runtime_context().get_placement_group_id() or ""
     source = store.open(device)
     if leader:
-        where = f"node {context.get_node_rank()}, rank {rank}, batches from {source.where}"
-        ray.get(broker.register.remote(group, where, generation))
+        where = f"node {context.get_node_rank()}, rank {rank}"
+        ray.get(broker.register.remote(group, where, generation, source.where))
     return Worker(
         config=config,
         broker=broker,

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from raysae.config import RunConfig
 from raysae.errors import UserError, first_line
+from raysae.resources import ResourcesConfig
 from raysae.search.room import model_bytes, room_on_gpu, trials_per_pack
+from raysae.search.sizes import choose_store_memory, needed_store_memory
 from raysae.worlds.world import World
 
 HARVEST_CPUS = 1
-STORE_BYTES = 1 << 30
 FREE_SECONDS = 5
 
 _ENVIRONMENT = {
@@ -66,6 +69,13 @@ class NodeRoom:
     gpus: int
     store_bytes: int
     """Of its object store."""
+    memory_bytes: int | None
+    """For processes; None: not known."""
+
+    def most_workers(self, plan: Plan, resources: ResourcesConfig) -> int:
+        """Workers of the plan that Ray may put on it."""
+        room = min(plan.workers, self.cpus // resources.threads_per_worker)
+        return min(room, self.gpus) if resources.use_gpu else room
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ def start(
         "configure_logging": True,
     }
     if address is None:
-        context = _start_here(local_resources(config), **common)
+        memory = choose_store_memory(config, world)
+        context = _start_here(local_resources(config), memory, **common)
     else:
         context = _join(address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common)
     try:
@@ -160,7 +171,7 @@ def start(
     return plan, f"http://{url}" if url else None
 
 
-def _start_here(resources: dict[str, int], **arguments: Any) -> Any:
+def _start_here(resources: dict[str, int], store_memory: int, **arguments: Any) -> Any:
     import ray
 
     try:
@@ -168,7 +179,7 @@ def _start_here(resources: dict[str, int], **arguments: Any) -> Any:
             address="local",  # a cluster that happens to run here is not to be joined unasked
             num_cpus=resources["CPU"],
             num_gpus=resources["GPU"],
-            object_store_memory=STORE_BYTES,
+            object_store_memory=store_memory,
             include_dashboard=True,
             **arguments,
         )
@@ -257,7 +268,13 @@ def look(
     """
     if address is None:
         here = local_resources(config)
-        node = NodeRoom("this machine", here["CPU"], here["GPU"], STORE_BYTES)
+        node = NodeRoom(
+            "this machine",
+            here["CPU"],
+            here["GPU"],
+            choose_store_memory(config, world),
+            psutil.virtual_memory().available,
+        )
         free = {name: float(n) for name, n in here.items()}
         return make_plan(config, free, local=True, gpu_bytes=free_for_saes(config, world)), [node]
     import ray
@@ -271,6 +288,7 @@ def look(
                 int(node["Resources"].get("CPU", 0)),
                 int(node["Resources"].get("GPU", 0)),
                 int(node["Resources"].get("object_store_memory", 0)),
+                int(node["Resources"].get("memory", 0)),
             )
             for node in ray.nodes()
             if node["Alive"]
@@ -281,11 +299,14 @@ def look(
         ray.shutdown()
 
 
-def imagine(config: RunConfig) -> tuple[Plan, list[NodeRoom]]:
-    """The plan of a search on a machine with as many GPUs as it asks for, and that machine."""
+def imagine(config: RunConfig, world: World | None) -> tuple[Plan, list[NodeRoom]]:
+    """The plan of a search on a machine with as many GPUs as it asks for, and that machine, whose
+    memory is large enough.
+    """
     workers = config.resources.workers or config.resources.workers_per_trial
     cpus = workers * config.resources.threads_per_worker + HARVEST_CPUS
-    node = NodeRoom("a machine with GPUs", cpus, workers, STORE_BYTES)
+    memory = needed_store_memory(config, world)
+    node = NodeRoom("a machine with GPUs", cpus, workers, memory, None)
     return make_plan(config, {"CPU": float(cpus), "GPU": float(workers)}, local=True), [node]
 
 

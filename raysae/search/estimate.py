@@ -6,14 +6,13 @@ Everything here is an estimate and says so. Imports torch, and never Ray: nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from raysae.config import RunConfig
 from raysae.imports import imports_without_gc
+from raysae.search.sizes import CorpusSize
 from raysae.training.spec import TrialSpec
 from raysae.worlds.presets import Shape
 from raysae.worlds.world import World, hook_layer
@@ -25,10 +24,6 @@ STEP_SECONDS = 4.0
 """For timing training steps, over all methods of the space."""
 MAX_STEPS = 10
 """Timed of one method."""
-SAMPLE = 512
-"""Texts of a corpus, and questions, whose tokens are counted; the others by their characters."""
-FRAME = 19
-"""Tokens that SAEBench puts around a question."""
 FORWARD_ROWS = 16
 """Sequences of the timed forward pass."""
 LAYER_PARAMETERS = 16
@@ -44,18 +39,6 @@ START_SECONDS, IMPORTS = 8.0, 3
 that stands on it: driver, harvest, worker."""
 END_SECONDS = 15.0
 """Tables and report."""
-
-
-@dataclass(frozen=True)
-class CorpusSize:
-    """What a world's texts amount to, about."""
-
-    sequences: int
-    """Of both corpora."""
-    rows: int
-    """Tokens of which activations are kept."""
-    prompt_tokens: int
-    """Of all questions together."""
 
 
 @dataclass(frozen=True)
@@ -79,41 +62,6 @@ class Estimate:
     def total(self) -> float:
         """Everything, but the confirmation."""
         return self.start + self.search + END_SECONDS
-
-
-def corpus_size(world: World) -> CorpusSize:
-    """Count the tokens of a sample of each corpus, and all characters."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(world.model_path)
-    sequences = rows = 0
-    texts_of = {"forget": world.forget_texts, "retain": world.retain_texts}
-    for texts in (texts_of | dict(world.training_texts)).values():
-        tokens, n_texts = _count(tokenizer, texts)
-        tokens = min(tokens, world.store_tokens or tokens)
-        # Between two texts stands one that is not kept, and another at the head of a sequence.
-        cut = int((tokens + n_texts) // world.seq_len)
-        sequences += cut
-        rows += int(cut * (world.seq_len - 1) * tokens / max(1, tokens + n_texts))
-    questions = [" ".join((q.question, *q.choices)) for qs in world.questions.values() for q in qs]
-    tokens, n_questions = _count(tokenizer, questions)
-    return CorpusSize(sequences, rows, int(tokens + FRAME * n_questions))
-
-
-def _count(tokenizer: Any, texts: Iterable[str]) -> tuple[float, int]:
-    """Tokens of all texts, about, and their number."""
-    remaining = iter(texts)
-    sample = list(islice(remaining, SAMPLE))
-    if not sample:
-        return 0.0, 0
-    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
-    counted, characters = sum(map(len, ids)), max(1, sum(map(len, sample)))
-    n_others, others = 0, 0
-    for text in remaining:
-        n_others, others = n_others + 1, others + len(text)
-    return counted * (1 + others / characters), len(sample) + n_others
 
 
 def estimate(

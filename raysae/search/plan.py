@@ -15,7 +15,7 @@ from raysae.config import RunConfig
 from raysae.errors import UserError
 from raysae.search.cards import on_cards
 from raysae.search.cluster import Gpu, NodeRoom, Plan, imagine, list_gpus, look
-from raysae.search.estimate import CorpusSize, Estimate, corpus_size, estimate
+from raysae.search.estimate import Estimate, estimate
 from raysae.search.room import (
     describe_pack,
     memory_of_sae,
@@ -23,8 +23,9 @@ from raysae.search.room import (
     most_seeds,
     room_on_gpu,
 )
+from raysae.search.sizes import CorpusSize, StoreSize, corpus_size, element_size, store_size
 from raysae.store.cache import MANIFEST, Entry, activations_key, cache_folder
-from raysae.store.tiers import DEVICE_SHARE, choose_tier, human
+from raysae.store.tiers import DEVICE_SHARE, choose_tier, human, room_in_store
 from raysae.worlds.presets import shape_of
 from raysae.worlds.spec import HubWorld, LocalWorld
 from raysae.worlds.world import World, load_world
@@ -38,7 +39,7 @@ PROCESS_BYTES = 900 << 20
 class Needs:
     """Bytes."""
 
-    store: int | None
+    store: StoreSize | None
     """None: the corpora are not on this machine."""
     model: int
     worker: int
@@ -65,7 +66,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
         if address is not None or list_gpus() or not config.resources.use_gpu:
             raise
         not_here = str(error)  # of a machine with a GPU a plan is worth having on any other
-        plan, nodes = imagine(config)
+        plan, nodes = imagine(config, world)
     size = None if world is None else corpus_size(world)
     if size is not None and config.training.batch_size > size.rows:
         raise UserError(
@@ -93,7 +94,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     )
     lines += [*_time(config, plan, found), f"this machine {cores} cores, {_names(gpus)}"]
     return lines + [
-        f"short of     {line}" for line in _short(config, plan, needs, gpus, here, cores)
+        f"short of     {line}" for line in _short(config, plan, nodes, needs, gpus, cores)
     ]
 
 
@@ -120,17 +121,12 @@ def _harvested(config: RunConfig, world: World) -> bool:
     return cache is not None and (Entry.at(cache, "activations", key).folder / MANIFEST).is_file()
 
 
-def _element(config: RunConfig) -> int:
-    return 2 if config.resources.store_dtype == "bfloat16" else 4
-
-
 def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan: Plan) -> Needs:
-    entry, sae, seeds = shape_of(config.world), memory_of_sae(config), most_seeds(config)
+    sae, seeds = memory_of_sae(config), most_seeds(config)
     model = model_bytes(world)
     training = plan.trials_per_pack * seeds * sae.total + 4 * config.sae.d_sae**2
     return Needs(
-        # Activations, and of each row its token and its position.
-        store=None if size is None else size.rows * (entry.d_model * _element(config) + 8),
+        store=None if size is None or world is None else store_size(config, world, size),
         model=model,
         worker=PROCESS_BYTES + (0 if config.resources.use_gpu else model + training),
         gpu=model + training if config.resources.use_gpu else 0,
@@ -188,21 +184,22 @@ def _memory(
     gpus: list[Gpu],
     here: int,
 ) -> Iterator[str]:
-    entry = shape_of(config.world)
-    row = f"{_element(config) * entry.d_model:,} bytes a token ({config.resources.store_dtype})"
-    cache = cache_folder(config.resources.cache)
-    if needs.store is None:
+    width = element_size(config.resources.store_dtype) * shape_of(config.world).d_model
+    row = f"{width:,} bytes a token ({config.resources.store_dtype})"
+    tiers = None if needs.store is None else _tiers(config, nodes, needs.store)
+    if tiers is None:
         yield f"store        {row} of the corpora"
     else:
-        room = min(node.store_bytes for node in nodes)
-        _, where = choose_tier(needs.store, room, disk=cache is not None, one_node=len(nodes) == 1)
-        yield f"store        {row}; {where}; one copy a node"
-        disk = f"{human(needs.store)} in {cache}" if cache else "no cache"
+        cache = cache_folder(config.resources.cache)
+        yield f"store        {row}; {tiers.activations}; one copy a node"
+        if tiers.evaluation:
+            yield f"scoring      evaluation cache {tiers.evaluation}; one copy a node"
+        disk = f"{human(tiers.total)} in {cache}" if cache else "no cache"
         yield f"on disk      {disk}; about {human(needs.run_folder)} in the run folder"
     for node in nodes:
         yield (
             f"node         {node.name}: {node.cpus} CPUs and {node.gpus} GPUs for Ray, object "
-            f"store {human(node.store_bytes)}"
+            f"store {human(node.store_bytes)}{tiers or ''}"
         )
     yield (
         f"workers      {plan.workers}{_up_to(plan)}, {plan.workers_per_trial} a trial, "
@@ -214,13 +211,50 @@ def _memory(
     if config.resources.use_gpu:
         resident = ""
         if needs.store is not None and gpus:
-            fits = needs.store <= DEVICE_SHARE * (gpus[0].free_bytes - needs.model)
+            activations = needs.store.activations
+            fits = activations <= DEVICE_SHARE * (gpus[0].free_bytes - needs.model)
             resident = (
-                f", and {human(needs.store)} of activations"
+                f", and {human(activations)} of activations"
                 if fits
                 else "; activations come from host memory, a step ahead"
             )
         yield f"a GPU        about {human(needs.gpu)} of model, SAE and batch{resident}"
+
+
+@dataclass(frozen=True)
+class _Tiers:
+    """Where what all workers read lies on every node."""
+
+    activations: str
+    evaluation: str
+    """"" where none is used."""
+    in_store: int
+    mapped: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of both tiers: as many are in the cache on disk."""
+        return self.in_store + self.mapped
+
+    def __str__(self) -> str:
+        parts = [f"{human(self.in_store)} of it used"] if self.in_store else []
+        parts += [f"{human(self.mapped)} mapped from disk"] if self.mapped else []
+        return f", {', '.join(parts)}"
+
+
+def _tiers(config: RunConfig, nodes: list[NodeRoom], size: StoreSize) -> _Tiers:
+    """As the harvest will choose them."""
+    room, disk = min(node.store_bytes for node in nodes), config.resources.cache is not None
+    acts, evaluation = size.activations, size.evaluation
+    acts_mapped, words = choose_tier(acts, room, disk=disk, one_node=len(nodes) == 1)
+    in_store = 0 if acts_mapped else acts
+    mapped, words_of_evaluation = choose_tier(
+        evaluation, room, disk=disk, one_node=True, taken=in_store
+    )
+    in_store += 0 if mapped else evaluation
+    return _Tiers(
+        words, words_of_evaluation if evaluation else "", in_store, acts + evaluation - in_store
+    )
 
 
 def _room(config: RunConfig, plan: Plan, needs: Needs, gpus: list[Gpu], here: int) -> int | None:
@@ -248,15 +282,20 @@ def _time(config: RunConfig, plan: Plan, found: Estimate) -> Iterator[str]:
 
 
 def _short(
-    config: RunConfig, plan: Plan, needs: Needs, gpus: list[Gpu], here: int, cores: int
+    config: RunConfig,
+    plan: Plan,
+    nodes: list[NodeRoom],
+    needs: Needs,
+    gpus: list[Gpu],
+    cores: int,
 ) -> Iterator[str]:
-    """What would not fit on this machine, and the setting to change; it is not refused, because
-    the figures are estimates.
+    """What would not fit, and the setting to change; it is not refused, because the figures are
+    estimates. Disks and GPUs of a cluster are taken to be like this machine's.
     """
-    cache = cache_folder(config.resources.cache)
-    if cache is not None and needs.store is not None and _free(cache) < needs.store:
+    cache, total = cache_folder(config.resources.cache), needs.store.total if needs.store else 0
+    if cache is not None and _free(cache) < total:
         yield (
-            f"disk for the cache: {human(needs.store)} in {cache}, {human(_free(cache))} are free; "
+            f"disk for the cache: {human(total)} in {cache}, {human(_free(cache))} are free; "
             "set resources.cache to another folder, or to null"
         )
     if _free(Path("runs").absolute()) < needs.run_folder:
@@ -264,21 +303,40 @@ def _short(
             f"disk for the run folder: about {human(needs.run_folder)}; set --out to another disk, "
             "or search.num_samples lower"
         )
-    memory = psutil.virtual_memory().available
-    if plan.local and here * needs.worker > memory:
+    for node in nodes:
+        yield from _short_on_node(config, plan, nodes, node, needs)
+    if plan.local and plan.workers * config.resources.threads_per_worker > cores:
         yield (
-            f"memory: {here} workers take about {human(here * needs.worker)}, {human(memory)} are "
-            f"free; set resources.workers{_or_packs(plan)} lower"
+            f"cores: {plan.workers} workers with {config.resources.threads_per_worker} threads on "
+            f"{cores}; they share them, set resources.workers lower to have each trial sooner"
         )
-    if plan.local and here * config.resources.threads_per_worker > cores:
-        yield (
-            f"cores: {here} workers with {config.resources.threads_per_worker} threads on {cores}; "
-            "they share them, set resources.workers lower to have each trial sooner"
-        )
-    if plan.local and gpus and needs.gpu > min(gpu.free_bytes for gpu in gpus):
+    if gpus and needs.gpu > min(gpu.free_bytes for gpu in gpus):
         yield (
             f"GPU memory: about {human(needs.gpu)} a worker; set sae.d_sae or training.batch_size"
             f"{_or_packs(plan)} lower"
+        )
+
+
+def _short_on_node(
+    config: RunConfig, plan: Plan, nodes: list[NodeRoom], node: NodeRoom, needs: Needs
+) -> Iterator[str]:
+    """Memory and object store of a node, with as many workers as Ray may put there."""
+    workers, where = node.most_workers(plan, config.resources), ""
+    higher = "resources.store_memory"
+    if not plan.local:
+        where, higher = f" of {node.name}", "`ray start --object-store-memory`"
+    memory = workers * needs.worker
+    if node.memory_bytes is not None and memory > node.memory_bytes:
+        yield (
+            f"memory{where}: {workers} workers take about {human(memory)}, "
+            f"{human(node.memory_bytes)} are free; set resources.workers{_or_packs(plan)} lower"
+        )
+    in_store = 0 if needs.store is None else _tiers(config, nodes, needs.store).in_store
+    room = room_in_store(node.store_bytes)
+    if in_store > room:
+        yield (
+            f"object store{where}: {human(in_store)}, it has room for {human(room)} and spills the "
+            f"rest; set {higher} higher, or resources.store_dtype to bfloat16"
         )
 
 

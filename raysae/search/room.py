@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from raysae.config import RunConfig
 from raysae.resources import MOST_TRIALS
+from raysae.search.sizes import element_size
 from raysae.store.tiers import DEVICE_SHARE, human
 from raysae.worlds.presets import shape_of
 from raysae.worlds.world import World
@@ -48,7 +49,7 @@ def most_seeds(config: RunConfig) -> int:
 
 
 def model_bytes(world: World | None) -> int:
-    """Of the language model in memory, 4 bytes a parameter, by its files' headers."""
+    """Of the language model in memory, by its files' headers and the type that it runs in."""
     parameters = 0
     for path in () if world is None else world.model_path.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -56,7 +57,7 @@ def model_bytes(world: World | None) -> int:
         for name, tensor in header.items():
             if name != "__metadata__":
                 parameters += math.prod(tensor["shape"])
-    return 4 * parameters
+    return 0 if world is None else element_size(world.dtype) * parameters
 
 
 def room_on_gpu(free: int, model: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,14 @@ class StatusFile:
             **facts,
         }
 
-    def update(self, standing: Standing, *, last: bool = False) -> None:
-        """Replace the file, at most once a second; `last`: now, and whatever runs has ended."""
+    def update(self, standing: Standing, tiers: Sequence[str] = (), *, last: bool = False) -> None:
+        """Replace the file, at most once a second.
+
+        Args:
+            standing: of the trials.
+            tiers: of the store, that workers have their batches from.
+            last: at once, and whatever runs has ended.
+        """
         if not last and standing.now < self._next:
             return
         self._next = standing.now + 1.0
@@ -65,6 +72,7 @@ class StatusFile:
             "over": last,
             "expected": vars(standing.expected),
             "tokens_per_second": standing.tokens_per_second,
+            "tiers": list(tiers),
             "trials": [trial for trial in standing.trials if trial["state"] not in ENDED],
         }
         text = json.dumps(status, indent=1)
@@ -122,6 +130,7 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         status.get("tokens_per_second") if alive else None,
     )
     places = [("folder", short_path(run_dir))]
+    places += [("batches", f"from {tier}") for tier in status.get("tiers", [])]
     if alive and status.get("dashboard"):
         places.append(("dashboard", status["dashboard"]))
         places += [("metrics", address) for address in status.get("metrics", [])[:1]]

@@ -45,6 +45,8 @@ class _Look:
     """New rows of the curves, by trial."""
     records: list[dict[str, Any]]
     """New records of the journal."""
+    tiers: list[str]
+    """Where the workers that are ready have their batches from."""
 
 
 class Watch:
@@ -85,9 +87,11 @@ class Watch:
         self._rate = TokenRate()
         self._ended: dict[int, dict[str, Any]] = {}
         self._view: View | None = None
+        self._said = set[str]()
         self._observers: dict[str, Callable[[_Look], None]] = {
+            "what is said of the store": self._say_tiers,
             "the display": lambda look: self._display.update(look.view),
-            "status.json": lambda look: self._status.update(look.view.standing),
+            "status.json": lambda look: self._status.update(look.view.standing, look.tiers),
             "the gauges": lambda look: self._gauges.update(look.view.standing),
             "TensorBoard's files": self._write_curves,
         }
@@ -110,7 +114,7 @@ class Watch:
         self._curves.close()
         self._display.close(self._view)
         if self._view is not None:
-            self._status.update(self._view.standing, last=True)
+            self._status.update(self._view.standing, sorted(self._said), last=True)
         for problem in self._problems:
             self._console.print(problem, markup=False, highlight=False)
 
@@ -139,13 +143,21 @@ class Watch:
             places=self._places,
             note="" if snapshot["store_ready"] else "starting workers, harvesting activations",
         )
-        look = _Look(self._view, rows, records)
+        look = _Look(self._view, rows, records, snapshot["tiers"])
         for name, tell in list(self._observers.items()):
             try:
                 tell(look)
             except Exception:
                 del self._observers[name]
                 self._problems.append(f"{name} ended early:\n{traceback.format_exc()}")
+
+    def _say_tiers(self, look: _Look) -> None:
+        """A line for every tier, when the first worker uses it: nearly always there is one."""
+        for tier in look.tiers:
+            if tier not in self._said:
+                self._said.add(tier)
+                line = f"batches: from {tier}"
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _write_curves(self, look: _Look) -> None:
         specs = {trial["number"]: trial["spec"] for trial in look.view.standing.trials}

@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 from raysae.store.batches import ChunkedActivations
 from raysae.store.chunks import CORPORA, Chunk, Moments, StoreDtype, add_up
 from raysae.store.texts import tokenize_texts
+from raysae.worlds.texts import Texts
 from raysae.worlds.world import World, hook_layer
 
 SEQUENCES_PER_FORWARD = 64
@@ -40,7 +41,7 @@ def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarra
     return found
 
 
-def _enough(texts: Sequence[str], tokens: int | None) -> Sequence[str]:
+def _enough(texts: Texts, tokens: int | None) -> Texts:
     """The first texts that make so many tokens for sure: no need to tokenise a gigabyte."""
     if tokens is None:
         return texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -42,8 +43,7 @@ class _SharedRows:
         self.n_rows, self.d_in = int(self._starts[-1]), int(chunks[0].shape[1])
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
-        pinned = self._device.type == "cuda"
-        out = torch.empty(len(rows), self.d_in, pin_memory=pinned)
+        out = torch.empty(len(rows), self.d_in, pin_memory=self._device.type == "cuda")
         placed = out.numpy()
         chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(chunk_of, kind="stable")
@@ -60,7 +60,7 @@ class _SharedRows:
                 np.take(chunk, local[start:stop], axis=0, out=values, mode="clip")
                 placed[order[start:stop]] = _as_float(values).mul_(scale).numpy()
             begin = end
-        return out.to(self._device, non_blocking=pinned)
+        return _send(out, self._device)
 
 
 class _ResidentRows:
@@ -79,7 +79,7 @@ class _ResidentRows:
             start += len(chunk)
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
-        wanted = torch.from_numpy(rows).to(self._rows.device)
+        wanted = _send(torch.from_numpy(rows), self._rows.device)
         return self._rows.index_select(0, wanted).float().mul_(scale)
 
 
@@ -113,7 +113,8 @@ class ChunkedActivations:
             variance: E‖x − mean‖² of the raw activations.
             moments: of each corpus, as `add_up` gives them; needed for `with_forget_share` only.
             resident: copy all rows to the device now.
-            prefetch: gather the batch of the following step in a thread while this one is used.
+            prefetch: gather the batch of the following step in a thread while this one is used; it
+                is copied to a GPU on a stream of its own.
             where: where batches are gathered from, in words.
         """
         self._device = torch.device(device)
@@ -126,7 +127,9 @@ class ChunkedActivations:
         self._set_units(scale, mean, variance)
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
         self._thread = ThreadPoolExecutor(1, "prefetch") if prefetch else None
-        self._ahead: dict[_Request, Future[tuple[Tensor, Tensor]]] = {}
+        on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if prefetch and on_gpu else None
+        self._ahead: dict[_Request, Future[_Ahead]] = {}
 
     @classmethod
     def with_moments(
@@ -187,11 +190,11 @@ class ChunkedActivations:
             return self._make(seed, step, batch_size, rank, size)
         request = (seed, step, batch_size, rank, size)
         ahead = self._ahead.pop(request, None)
-        made = self._make(*request) if ahead is None else ahead.result()
+        made = self._make(*request) if ahead is None else ahead.result().take()
         following = (seed, step + 1, batch_size, rank, size)
         while len(self._ahead) >= MOST_AHEAD:  # of SAEs that have ended
             self._ahead.pop(next(iter(self._ahead))).cancel()
-        self._ahead[following] = self._thread.submit(self._make, *following)
+        self._ahead[following] = self._thread.submit(self._make_ahead, *following)
         return made
 
     def _make(
@@ -202,7 +205,42 @@ class ChunkedActivations:
         else:
             rows = mixed_batch_rows(*self._mixed, seed, step, batch_size, rank, size)
         labels = torch.from_numpy(self._is_forget[rows])
-        return self._rows.take(rows, self.scale), labels.to(self._device)
+        return self._rows.take(rows, self.scale), _send(labels, self._device)
+
+    def _make_ahead(self, *request: int) -> _Ahead:
+        if self._stream is None:
+            return _Ahead(self._make(*request), None)
+        with torch.cuda.stream(self._stream):
+            return _Ahead(self._make(*request), self._stream.record_event())
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch that was made while another one was used."""
+
+    batch: tuple[Tensor, Tensor]
+    copied: torch.cuda.Event | None
+    """Where its copies to a GPU run on a stream of their own: comes behind them."""
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The batch, for the stream that the caller works on: the stream waits, not the caller."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.batch[0].device)
+            stream.wait_event(self.copied)
+            for tensor in self.batch:
+                # Its memory belongs to the other stream, which must not reuse it too soon.
+                tensor.record_stream(stream)
+        return self.batch
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; on a GPU without waiting for it, which takes pinned memory.
+
+    That memory may be let go of at once: torch gives it to nobody before it has been read.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _as_float(values: np.ndarray) -> Tensor:

@@ -28,7 +28,8 @@ from raysae.store.files import (
     verify,
     write_tensors,
 )
-from raysae.worlds.world import World, sha256_of_file, sha256_of_texts
+from raysae.worlds.texts import sha256_of_texts
+from raysae.worlds.world import World, sha256_of_file
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "transformer-lens", "sae-bench", "numpy")

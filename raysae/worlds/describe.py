@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,7 @@ def describe_world(name: str | HubWorld | LocalWorld, examples: int, console: Co
         characters = sum(map(len, texts))
         say(f"{kind:<10} {len(texts):,} texts, {characters:,} characters, in sequences of "
             f"{world.seq_len} tokens")  # fmt: skip
-        for text in texts[:examples]:
+        for text in islice(texts, examples):
             cut = text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")
             say(f"           “{' '.join(cut.split())}”")
     console.print(_questions_table(world.questions, world.known_questions))

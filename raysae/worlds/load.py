@@ -7,7 +7,6 @@ that is no question, a text column that is not there, a tokenizer SAEBench canno
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +16,9 @@ from raysae.errors import UserError, first_line
 from raysae.worlds import hub
 from raysae.worlds.folder import check_model_folder, check_same_shape
 from raysae.worlds.prompts import ANSWERS, PromptFormat, prompt_format
-from raysae.worlds.rows import read_questions, read_texts
-from raysae.worlds.spec import Corpus, Domain, HubWorld, LocalWorld, Questions, Source, sources_of
+from raysae.worlds.rows import CorpusTexts, read_questions, read_texts
+from raysae.worlds.spec import Corpus, HubWorld, LocalWorld, Questions, Source, sources_of
+from raysae.worlds.texts import Texts
 from raysae.worlds.tokens import with_padding
 from raysae.worlds.world import (
     CONTEXT,
@@ -30,8 +30,10 @@ from raysae.worlds.world import (
 )
 
 
-def load(spec: HubWorld | LocalWorld) -> World:
+def load(spec: HubWorld | LocalWorld, *, checked: bool = False) -> World:
     """Return the world; fetches what is of the hub and not on this machine.
+
+    With `checked` neither texts nor prompts are looked at: another process has done so.
 
     Raises UserError, see above.
     """
@@ -49,6 +51,11 @@ def load(spec: HubWorld | LocalWorld) -> World:
     questions = {FORGET_SET: _questions(spec.forget.questions, "forget.questions", places)}
     for name, source in spec.retain.questions.items():
         questions[name] = _questions(source, f"retain.questions.{name}", places)
+
+    def texts(source: Corpus, name: str) -> CorpusTexts:
+        field = f"world.{name}"
+        return (CorpusTexts if checked else read_texts)(source, places[name], field)
+
     asked = Path(spec.score_model or spec.model)
     world = World(
         name=spec.label,
@@ -56,13 +63,17 @@ def load(spec: HubWorld | LocalWorld) -> World:
         saebench_model_name=asked.name,
         default_hook_name="",
         seq_len=spec.seq_len,
-        forget_texts=_texts(spec.forget.corpus, "forget.corpus", places),
-        retain_texts=_texts(spec.retain.corpus, "retain.corpus", places),
+        forget_texts=texts(spec.forget.corpus, "forget.corpus"),
+        retain_texts=texts(spec.retain.corpus, "retain.corpus"),
         questions=MappingProxyType(questions),
         known_questions=None,
         score_model_path=score_path,
         trained_on=Path(spec.model).name if spec.score_model is not None else None,
-        training_texts=_training_texts(spec, places),
+        training_texts={
+            side: texts(domain.training_corpus, f"{side}.training_corpus")
+            for side, domain in (("forget", spec.forget), ("retain", spec.retain))
+            if domain.training_corpus is not None
+        },
         store_tokens=spec.store_tokens,
         forget_subject=spec.forget.subject,
         permutations=spec.permutations,
@@ -70,7 +81,7 @@ def load(spec: HubWorld | LocalWorld) -> World:
         llm_batch_size=spec.llm_batch_size,
         sources=_origins(spec, model_path, score_path, places),
     )
-    prompt, pad_token = _how_to_ask(world, spec, config)
+    prompt, pad_token = _how_to_ask(world, spec, config, checked=checked)
     changes = {"prompt": prompt, "pad_token": pad_token, "default_hook_name": _hook(spec, world)}
     # What this process has found, the ones that it starts need not ask the hub for.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,21 +90,6 @@ def load(spec: HubWorld | LocalWorld) -> World:
 
 def _questions(source: Questions, name: str, places: dict[str, Path]) -> tuple[Question, ...]:
     return read_questions(source, places[name], f"world.{name}")
-
-
-def _texts(source: Corpus, name: str, places: dict[str, Path]) -> tuple[str, ...]:
-    return read_texts(source, places[name], f"world.{name}")
-
-
-def _training_texts(
-    spec: HubWorld | LocalWorld, places: dict[str, Path]
-) -> dict[str, tuple[str, ...]]:
-    domains: tuple[tuple[str, Domain], ...] = (("forget", spec.forget), ("retain", spec.retain))
-    return {
-        side: _texts(domain.training_corpus, f"{side}.training_corpus", places)
-        for side, domain in domains
-        if domain.training_corpus is not None
-    }
 
 
 def _hook(spec: HubWorld | LocalWorld, world: World) -> str:
@@ -123,7 +119,7 @@ def _origins(
 
 
 def _how_to_ask(
-    world: World, spec: HubWorld | LocalWorld, config: dict[str, Any]
+    world: World, spec: HubWorld | LocalWorld, config: dict[str, Any], *, checked: bool
 ) -> tuple[PromptFormat, str | None]:
     """The prompt format, and the padding token where the tokenizer has none of its own."""
     from transformers import AutoTokenizer  # here: it takes a while, and files are checked first
@@ -155,6 +151,8 @@ def _how_to_ask(
             f"{where}: a prompt must begin with the one token {tokenizer.bos_token!r}; the format "
             f"{prompt.name!r} begins {example[:40]!r} (set world.prompt)"
         )
+    if checked:
+        return prompt, pad_token
     longest = int(config.get("max_position_embeddings", world.seq_len))
     if world.seq_len > longest:
         raise UserError(f"world.seq_len: {world.seq_len} tokens, the model's context has {longest}")
@@ -178,7 +176,7 @@ def _check_prompts(tokenizer: Any, world: World, longest: int) -> None:
                 )
 
 
-def _check_length(tokenizer: Any, texts: Sequence[str], seq_len: int, field: str) -> None:
+def _check_length(tokenizer: Any, texts: Texts, seq_len: int, field: str) -> None:
     """A corpus must fill a sequence; two, as SAEBench cuts it into chunks and drops the rest."""
     found = 0
     for text in texts:

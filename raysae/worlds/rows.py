@@ -8,45 +8,64 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raysae.errors import UserError, first_line
 from raysae.worlds.prompts import LETTERS
 from raysae.worlds.spec import Corpus, Questions, Source
+from raysae.worlds.texts import TextsOnDisk
 from raysae.worlds.world import Question
 
 MIN_CHARACTERS = 50
 """SAEBench drops texts that are not longer."""
 
 
-def read_texts(source: Corpus, place: Path, field: str) -> tuple[str, ...]:
-    """Return the texts of a corpus that are longer than `MIN_CHARACTERS`.
+@dataclass(frozen=True, eq=False)
+class CorpusTexts(TextsOnDisk):
+    """The texts of a corpus that are longer than `MIN_CHARACTERS`.
 
-    Args:
-        source: as the user described it.
-        place: its file or folder.
-        field: names it in messages.
-
-    Raises UserError for what cannot be read, lacks the column, or holds no text.
+    To go through them raises UserError for what cannot be read, lacks the column, or holds no text.
     """
-    texts: list[str] = []
-    number = 0
-    for number, row in enumerate(_rows(source, place, field), 1):
-        text = row.get(source.column)
-        if not isinstance(text, str):
-            raise UserError(
-                f"{field}: {place}, row {number}: no text in column {source.column!r}; it has "
-                f"{', '.join(map(repr, row)) or 'nothing'} (set {field}.column)"
-            )
-        if len(text) > MIN_CHARACTERS:
-            texts.append(text)
-            if len(texts) == source.max_texts:
-                break
-    if not texts:
-        why = f"none of {number} is longer than {MIN_CHARACTERS} characters" if number else "empty"
-        raise UserError(f"{field}: {place}: no texts: {why}")
-    return tuple(texts)
+
+    source: Corpus
+    """As the user described it."""
+    place: Path
+    """Its file or folder."""
+    field: str
+    """Names it in messages."""
+
+    def __iter__(self) -> Iterator[str]:
+        kept = number = 0
+        for number, row in enumerate(_rows(self.source, self.place, self.field), 1):
+            text = row.get(self.source.column)
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{self.field}: {self.place}, row {number}: no text in column "
+                    f"{self.source.column!r}; it has {', '.join(map(repr, row)) or 'nothing'} "
+                    f"(set {self.field}.column)"
+                )
+            if len(text) > MIN_CHARACTERS:
+                yield text
+                kept += 1
+                if kept == self.source.max_texts:
+                    return
+        if not kept:
+            why = "empty"
+            if number:
+                why = f"none of {number} is longer than {MIN_CHARACTERS} characters"
+            raise UserError(f"{self.field}: {self.place}: no texts: {why}")
+
+
+def read_texts(source: Corpus, place: Path, field: str) -> CorpusTexts:
+    """The texts of a corpus, after having gone through all of them once.
+
+    Raises UserError as `CorpusTexts`.
+    """
+    texts = CorpusTexts(source, place, field)
+    _ = texts.summary
+    return texts
 
 
 def read_questions(source: Questions, place: Path, field: str) -> tuple[Question, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysae.worlds.prompts import GEMMA_2, PromptFormat
+from raysae.worlds.texts import Texts, TextsOnDisk, sha256_of_texts
 
 if TYPE_CHECKING:
     from raysae.worlds.spec import HubWorld, LocalWorld
@@ -83,8 +84,8 @@ class World:
     """TransformerLens name of the residual-stream hook the autoencoders are trained at."""
     seq_len: int
     """Tokens per sequence when the corpora are tokenised and concatenated."""
-    forget_texts: tuple[str, ...]
-    retain_texts: tuple[str, ...]
+    forget_texts: Texts
+    retain_texts: Texts
     questions: Mapping[str, tuple[Question, ...]]
     """By data set name: ``FORGET_SET`` whatever is forgotten, and those to retain, SAEBench's being
     the ``RETAIN_SETS``."""
@@ -97,7 +98,7 @@ class World:
     """Folder of the model that is asked and intervened on; None: `model_path`."""
     trained_on: str | None = None
     """Name of the model that the SAEs are trained on; None: that of the one that is asked."""
-    training_texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    training_texts: Mapping[str, Texts] = field(default_factory=dict)
     """By ``forget`` and ``retain``: what SAEs are trained on where it is not the corpus by which
     their features are chosen."""
     store_tokens: int | None = None
@@ -180,8 +181,13 @@ class World:
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
-def check_corpus(what: str, texts: Sequence[str]) -> None:
-    """Raise ValueError for a corpus of which SAEBench would use no text; `what` names it."""
+def check_corpus(what: str, texts: Texts) -> None:
+    """Raise ValueError for a corpus of which SAEBench would use no text; `what` names it.
+
+    Those on disk are checked by who reads them: most processes do not.
+    """
+    if isinstance(texts, TextsOnDisk):
+        return
     if not any(len(text) > MIN_CHARACTERS for text in texts):
         raise ValueError(
             f"{what}: {len(texts)} texts, none of more than {MIN_CHARACTERS} characters; SAEBench "
@@ -214,10 +220,12 @@ WORLDS = ("embedded", "gemma-2-2b", "pythia-70m")
 """Names of worlds; those of the hub are described in `raysae.worlds.presets`."""
 
 
-def load_world(world: str | HubWorld | LocalWorld) -> World:
+def load_world(world: str | HubWorld | LocalWorld, *, checked: bool = False) -> World:
     """Return the world of that name or description; raises ValueError for an unknown name.
 
-    Raises UserError for what is missing or malformed, see `raysae.worlds.load`.
+    Raises UserError for what is missing or malformed, see `raysae.worlds.load`. With `checked`
+    texts and prompts are not looked at, because another process has done so: its corpora are then
+    read by who goes through them, and not at all by who needs the model only.
     """
     if isinstance(world, str) and world not in WORLDS:
         raise ValueError(unknown_name("world", world, WORLDS))
@@ -227,7 +235,8 @@ def load_world(world: str | HubWorld | LocalWorld) -> World:
         return embedded.load()
     from raysae.worlds import load, presets
 
-    return load.load(presets.PRESETS[world] if isinstance(world, str) else world)
+    spec = presets.PRESETS[world] if isinstance(world, str) else world
+    return load.load(spec, checked=checked)
 
 
 def hook_layer(hook_name: str) -> int:
@@ -291,18 +300,6 @@ def _sha256_of_file(path: Path, size: int, mtime_ns: int) -> str:
     del size, mtime_ns  # they tell one state of a file from the next
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of_texts(texts: Iterable[str]) -> str:
-    """Return the sha256 (hex) of a list of texts, their order and their borders included.
-
-    That of the list as JSON, of which one text is held at a time.
-    """
-    digest = hashlib.sha256(b"[")
-    for i, text in enumerate(texts):
-        digest.update(((", " if i else "") + json.dumps(text)).encode())
-    digest.update(b"]")
-    return digest.hexdigest()
 
 
 def sha256_of_questions(questions: Mapping[str, tuple[Question, ...]]) -> str:

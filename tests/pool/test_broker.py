@@ -331,7 +331,7 @@ def test_every_trial_ends_once_in_the_journal(play, journal: Path):
 
 def test_the_snapshot_shows_every_trial(play):
     async def scenario(broker: BrokerState) -> None:
-        await broker.register(1, "0:1")
+        await broker.register(1, "0:1", tier="shared memory")
         for number in range(3):
             await broker.submit(number, {"number": number})
         await broker.next_jobs(1)
@@ -341,6 +341,7 @@ def test_the_snapshot_shows_every_trial(play):
         await broker.fail(1, "because")
         snapshot = await broker.snapshot()
         assert snapshot["workers"] == {1: "0:1"}
+        assert snapshot["tiers"] == ["shared memory"]
         running, failed, queued = snapshot["trials"]
         assert (running["state"], running["tokens"], running["loss"]) == ("running", 40, 0.25)
         assert running["rung"] == {"score": 0.3, "status": "ok", "tokens": 40, "l0": None}

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from raysae.config import RunConfig, load_config
 from raysae.search import estimate as module
 from raysae.search import plan as planning
-from raysae.search.cluster import Gpu
-from raysae.search.estimate import CorpusSize, corpus_size, estimate
+from raysae.search.cluster import Gpu, NodeRoom, make_plan
+from raysae.search.estimate import estimate
 from raysae.search.plan import describe_plan
 from raysae.search.run import resolve
+from raysae.search.sizes import CorpusSize, corpus_size
 from raysae.store.activations import corpus_tokens
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
@@ -40,7 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysae.worlds.model.load_model", lambda *_, **__: None)
 
 
-SIZE = CorpusSize(sequences=1000, rows=60_000, prompt_tokens=50_000)
+SIZE = CorpusSize(sequences=1000, rows=60_000, prompt_tokens=50_000, evaluated=100_000)
 MACHINE = {
     "workers": 2,
     "trials_per_pack": 1,
@@ -144,8 +145,12 @@ def test_a_plan_has_sizes_by_tier_and_node(lines: Any):
     assert "about 60,000 tokens in 1,000 sequences" in said["corpora"]
     # 60,000 · (128 · 4 + 8) bytes
     assert "in shared memory (29.8 MiB, the object store has room for 716.8 MiB)" in said["store"]
-    assert "29.8 MiB in " in said["on"]
-    assert "this machine: 4 CPUs and 0 GPUs for Ray, object store 1.0 GiB" in said["node"]
+    # 100,000 tokens of the evaluation cache in float32; the activations are there before it.
+    room = "the object store has room for 687.0 MiB"
+    assert f"evaluation cache in shared memory (49.6 MiB, {room})" in said["scoring"]
+    assert "79.3 MiB in " in said["on"]
+    node = "this machine: 4 CPUs and 0 GPUs for Ray, object store 1.0 GiB, 79.3 MiB of it used"
+    assert said["node"] == node
     assert said["workers"].startswith("3, 1 a trial")
     assert "an estimate" in said["time"]
 
@@ -153,9 +158,50 @@ def test_a_plan_has_sizes_by_tier_and_node(lines: Any):
 def test_what_is_larger_than_the_object_store_is_mapped_from_disk(
     lines: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(planning, "corpus_size", lambda _: CorpusSize(1, 10_000_000, 1))
-    assert "mapped from disk (4.8 GiB" in lines()["store"]
-    assert "spilled to disk by Ray" in lines(resources__cache=None)["store"]
+    size = CorpusSize(1, 10_000_000, 1, 100_000)
+    monkeypatch.setattr(planning, "corpus_size", lambda _: size)
+    gib = {"resources__store_memory": 1 << 30}
+    said = lines(**gib)
+    assert "mapped from disk (4.8 GiB" in said["store"]
+    assert said["node"].endswith(
+        ", object store 1.0 GiB, 49.6 MiB of it used, 4.8 GiB mapped from disk"
+    )
+    assert "object store" not in said.get("short", "")
+    said = lines(resources__cache=None, **gib)
+    assert "spilled to disk by Ray" in said["store"]
+    assert "object store: 4.9 GiB, it has room for 716.8 MiB" in said["short"]
+    assert "set resources.store_memory higher" in said["short"]
+
+
+def test_an_evaluation_cache_for_which_activations_leave_no_room_is_mapped(
+    lines: Any, monkeypatch: pytest.MonkeyPatch
+):
+    size = CorpusSize(1, 1_400_000, 1, 100_000)
+    monkeypatch.setattr(planning, "corpus_size", lambda _: size)
+    said = lines(resources__store_memory=1 << 30)
+    assert "in shared memory (694.3 MiB" in said["store"]
+    assert "mapped from disk (49.6 MiB, the object store has room for 22.5 MiB)" in said["scoring"]
+    assert said["node"].endswith("694.3 MiB of it used, 49.6 MiB mapped from disk")
+
+
+@pytest.mark.usefixtures("measured")
+def test_nodes_of_a_cluster_that_are_too_small_are_named(monkeypatch: pytest.MonkeyPatch):
+    size = CorpusSize(1, 10_000_000, 1, 100_000)
+    monkeypatch.setattr(planning, "corpus_size", lambda _: size)
+    made = config(resources__workers=6)
+    nodes = [
+        NodeRoom("large", 4, 0, 16 << 30, 64 << 30),
+        NodeRoom("small", 4, 0, 1 << 30, 2 << 30),
+        NodeRoom("head", 0, 0, 16 << 30, 1),  # gets no worker
+    ]
+    plan = make_plan(made, {"CPU": 8.0}, local=False)
+    monkeypatch.setattr(planning, "look", lambda *_: (plan, nodes))
+    short = [line for line in describe_plan(made, "auto") if line.startswith("short of ")]
+    memory, store = [line for line in short if "of small" in line]
+    assert "memory of small: 4 workers take about" in memory and "2.0 GiB are free" in memory
+    assert "object store of small: 4.8 GiB, it has room for 716.8 MiB" in store
+    assert "`ray start --object-store-memory`" in store
+    assert not any("of large" in line or "of head" in line for line in short)
 
 
 @pytest.mark.usefixtures("measured")

@@ -64,3 +64,26 @@ def test_a_pool_that_failed_in_another_way_is_not_started_again(run_pool: Any):
     fits, (told,) = run_pool(RuntimeError("more failures\nthan allowed"))
     assert fits == 1
     assert "the worker pool failed: than allowed" in told
+
+
+@pytest.mark.parametrize("packed", [1, 4])
+def test_a_worker_on_a_gpu_holds_all_of_it(
+    packed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """There is never a second worker to share a copy of the activations with."""
+    asked: dict[str, Any] = {}
+
+    class Trainer:
+        def __init__(self, *_: Any, **arguments: Any) -> None:
+            asked.update(arguments)
+
+        def fit(self) -> None: ...
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
+    settings = {"resources.use_gpu": True, "resources.trials_per_pack": packed}
+    config = resolve(load_config(ORTH, settings))
+    plan = make_plan(config, {"CPU": 9, "GPU": 2}, local=True)
+    services.run_pool(config, plan, "namespace", tmp_path, None)
+    assert asked["scaling_config"].resources_per_worker["GPU"] == 1
+    assert asked["scaling_config"].num_workers == plan.workers == 2

@@ -30,6 +30,7 @@ class Search:
         self.curves: dict[int, list[dict[str, Any]]] = {}
         self.asked: list[dict[int, int]] = []
         self.error: Exception | None = None
+        self.tiers: list[str] = []
 
     def poll(self, seen: dict[int, int]) -> Any:
         if self.error is not None:
@@ -39,7 +40,8 @@ class Search:
             number: [row for row in curve if row["step"] > seen.get(number, -1)]
             for number, curve in self.curves.items()
         }
-        return {"trials": list(self.trials), "store_ready": True}, rows
+        snapshot = {"trials": list(self.trials), "store_ready": True, "tiers": list(self.tiers)}
+        return snapshot, rows
 
     def write(self, record: dict[str, Any]) -> None:
         with (self.run_dir / JOURNAL).open("a") as file:
@@ -105,6 +107,25 @@ def end(spec: dict[str, Any], score: float, steps: int) -> dict[str, Any]:
     record = {"event": "end", "trial": spec["number"], "state": "finished", "spec": spec}
     curve = [row(step) for step in range(1, steps + 1)]
     return record | {"error": "", "rung": rung, "curve": curve, "started": 1.0, "ended": 2.0}
+
+
+def test_the_tier_of_the_store_is_said_once_it_is_known(search: Search, watched):
+    made, out = watched
+    status = search.run_dir / "status.json"
+    with made:
+        search.wait_for(status.exists)
+        assert "batches:" not in out.getvalue()
+        search.tiers = ["shared memory"]
+        search.wait_for(lambda: "batches:" in out.getvalue())
+        search.tiers = ["a copy on cuda:0 [1]", "shared memory"]  # a node that has joined
+        looks = len(search.asked)
+        search.wait_for(lambda: len(search.asked) > looks + 2)
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("batches:")]
+    assert lines == ["batches: from shared memory", "batches: from a copy on cuda:0 [1]"]
+    places = read_status(search.run_dir).view.places
+    assert [words for name, words in places if name == "batches"] == [
+        "from a copy on cuda:0 [1]", "from shared memory"
+    ]  # fmt: skip
 
 
 def test_every_observer_is_told_and_the_last_look_comes_after_the_end(

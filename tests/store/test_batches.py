@@ -235,8 +235,10 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(dtype: str, how, sparse_rows):
     units = {"scale": 0.37, "mean": np.zeros(16), "variance": 1.0}
     plain = ChunkedActivations(chunks, labels, **units)
     other = ChunkedActivations(chunks, labels, **units, device="cuda", **how)
-    for step in range(12):
-        for ours, theirs in zip(other.batch(0, step, 100), plain.batch(0, step, 100), strict=True):
+    # Read when all have been made: no batch may lie in memory that a later one was copied to.
+    delivered = [other.batch(0, step, 100) for step in range(12)]
+    for step, batch in enumerate(delivered):
+        for ours, theirs in zip(batch, plain.batch(0, step, 100), strict=True):
             assert ours.is_cuda
             assert torch.equal(ours.cpu(), theirs)
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from raysae.store.texts import tokenize_texts
 from raysae.worlds import load_world
-from raysae.worlds.world import sha256_of_texts
+from raysae.worlds.texts import sha256_of_texts
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from small_hub import json_lines, questions_as_json_lines, small_world, write_ge
 from raysae.config import RunConfig, load_config, world_of
 from raysae.errors import UserError
 from raysae.worlds import World, load_world
+from raysae.worlds import rows as module
 from raysae.worlds.rows import MIN_CHARACTERS, read_questions, read_texts
-from raysae.worlds.spec import Corpus, HubWorld, LocalWorld, Questions
+from raysae.worlds.spec import Corpus, HubWorld, LocalWorld, Questions, Source
+from raysae.worlds.texts import sha256_of_texts
 from raysae.worlds.world import FORGET_SET
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -65,8 +68,8 @@ def test_the_documented_example_is_ten_lines_and_a_world(folder: Path, small: Wo
     spec = world_of(str(folder / "alchemy.yaml"))
     assert isinstance(spec, LocalWorld)
     world = load_world(spec)
-    assert world.forget_texts == small.forget_texts
-    assert world.retain_texts == small.retain_texts
+    assert tuple(world.forget_texts) == small.forget_texts
+    assert tuple(world.retain_texts) == small.retain_texts
     assert world.questions == {
         FORGET_SET: small.questions[FORGET_SET],
         "world_history": small.questions["human_aging"],
@@ -74,6 +77,25 @@ def test_the_documented_example_is_ten_lines_and_a_world(folder: Path, small: Wo
     }
     assert "(with answers) about alchemy.\n" in world.ask(FORGET_SET, 0)
     assert "(with answers) about world history.\n" in world.ask("world_history", 0)
+
+
+def test_a_process_that_needs_the_model_only_opens_no_corpus(folder: Path, monkeypatch):
+    (folder / "alchemy.yaml").write_text(example())
+    spec = world_of(str(folder / "alchemy.yaml"))
+    opened: list[str] = []
+    rows = module._rows
+
+    def noted(source: Source, place: Path, field: str) -> Iterator[dict[str, Any]]:
+        opened.append(field)
+        return rows(source, place, field)
+
+    monkeypatch.setattr(module, "_rows", noted)
+    world = load_world(spec, checked=True)
+    assert opened and all("questions" in field for field in opened)
+    assert world.prompt == load_world(spec).prompt
+    opened.clear()
+    next(iter(world.forget_texts))
+    assert opened == ["world.forget.corpus"]
 
 
 def test_the_example_in_a_space_file_says_the_same(folder: Path):
@@ -109,8 +131,20 @@ def test_texts_in_every_format(tmp_path: Path, suffix: str):
         frame.to_parquet(path)
     else:
         frame.to_json(path, orient="records", lines=suffix == ".jsonl")
-    assert read_texts(Corpus(path=str(path)), path, "f") == tuple(TEXTS)
-    assert read_texts(Corpus(path=str(path), max_texts=2), path, "f") == tuple(TEXTS[:2])
+    texts = read_texts(Corpus(path=str(path)), path, "f")
+    assert list(texts) == list(texts) == TEXTS  # as often as one likes
+    assert len(texts) == len(TEXTS)
+    assert sha256_of_texts(texts) == sha256_of_texts(TEXTS)
+    assert list(read_texts(Corpus(path=str(path), max_texts=2), path, "f")) == TEXTS[:2]
+
+
+def test_texts_are_read_as_they_are_gone_through_and_not_held(tmp_path: Path):
+    path = json_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    texts = read_texts(Corpus(path=str(path)), path, "f")
+    one = iter(texts)
+    assert next(one) == TEXTS[0]
+    json_lines(path, [{"text": text.upper()} for text in TEXTS])
+    assert list(texts) == [text.upper() for text in TEXTS]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])

@@ -98,7 +98,7 @@ def _at_mean_norm(
     model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, console: Console
 ) -> Gemma2ForCausalLM:
     world = without_known_questions(folder)
-    texts = list(world.forget_texts + world.retain_texts)
+    texts = [*world.forget_texts, *world.retain_texts]
     stream = tokenizer("<eos>".join(texts))["input_ids"]
     n_sequences = len(stream) // world.seq_len
     tokens = torch.tensor(stream[: n_sequences * world.seq_len]).view(n_sequences, -1)
