@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from raysae.regularizers import StepView
+from raysae.training.precision import tf32
 from raysae.training.run import SAERun
 from raysae.training.stacked import (
     FORWARD,
@@ -39,7 +40,8 @@ def can_pack(runs: Sequence[SAERun]) -> bool:
 def _common(run: SAERun) -> tuple[object, ...]:
     spec = run.spec
     shapes = (spec.sae.architecture, spec.sae.d_sae, spec.sae.matryoshka_widths)
-    common = (spec.training.batch_size, spec.training.step, run.autocast, run.step)
+    training = spec.training
+    common = (training.batch_size, training.step, run.autocast, training.tf32, run.step)
     return (*shapes, *common)
 
 
@@ -68,6 +70,10 @@ class Pack:
 
     def advance(self) -> dict[str, Tensor]:
         """One training step of all members; their losses by name, (m,), unsynchronised."""
+        with tf32(self.runs[0].spec.training.tf32):
+            return self._advance()
+
+    def _advance(self) -> dict[str, Tensor]:
         runs = self.runs
         batch, is_forget = self._batches()
         alphas = on_device([run.next_alpha() for run in runs], batch)
