@@ -18,7 +18,8 @@ on activations that lie on the device, after `--warm-up` steps. It needs torch a
 - waits: times a step that the host waits for the GPU (torch.cuda.set_sync_debug_mode).
 
 `--dtype` is that of the SAE's products, as `training.autocast` sets it; weights, moments, losses
-and penalties are float32, whose products use TF32 by `--tf32`. What does not fit in memory is said.
+and penalties are float32, whose products use TF32 as `training.tf32` sets it: by default as in a
+search. What does not fit in memory is said.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from torch import Tensor
 
 from raysae.regularizers import REGISTRY
 from raysae.training.pack import Pack
+from raysae.training.precision import tf32
 from raysae.training.run import SAERun
 from raysae.training.spec import SPARSITY_FIELD, TrainingSpec, TrialSpec
 
@@ -66,6 +68,7 @@ class Case:
     members: int
     rows: int
     dtype: str
+    tf32: bool
     device: torch.device
 
     @property
@@ -93,6 +96,7 @@ class Case:
                 lr_decay=0,
                 dead_after=STEPS,
                 autocast="bfloat16" if self.dtype == "bfloat16" else "off",
+                tf32=self.tf32,
             ),
             regularizer=method(**({"group_update_period": PERIOD} if periodic else {})),
             alpha=1.0 if method.uses_alpha else 0.0,
@@ -228,6 +232,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             options.members,
             options.batch_size,
             options.dtype,
+            options.tf32,
             device,
         )
 
@@ -264,7 +269,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     device = torch.device(options.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(
@@ -279,7 +283,8 @@ def main() -> None:
         if shown != (case.d_in, case.d_sae):
             shown = (case.d_in, case.d_sae)
             dtype = getattr(torch, options.dtype)
-            rate = peak(options.batch_size, *shown, dtype, device)
+            with tf32(options.tf32):
+                rate = peak(options.batch_size, *shown, dtype, device)
             print(f"\n{case.d_in} → {case.d_sae}: bare products reach {rate / 1e12:.2f} Tflop/s")
             print(
                 "| architecture | regularizer | ms a step (range) | tokens/s an SAE "

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars
 from datasets import Sequence as ListOf
+from huggingface_hub._local_folder import write_download_metadata
+from safetensors.torch import load_file, save_file
 from tiny_models import gpt_neox, llama
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -130,8 +132,11 @@ def _fast(
     return tokenizer
 
 
-def write_gemma(folder: Path) -> Path:
-    """The embedded world's model, which knows its questions, with gemma's chat template."""
+def write_gemma(folder: Path, noise: float = 0.0) -> Path:
+    """The embedded world's model, which knows its questions, with gemma's chat template.
+
+    With `noise`, in standard deviations of each weight matrix, it is another one of that shape.
+    """
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         if (DATA / name).exists():
@@ -139,6 +144,13 @@ def write_gemma(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(DATA)
     tokenizer.chat_template = GEMMA_TEMPLATE
     tokenizer.save_pretrained(folder)
+    if noise:
+        generator = torch.Generator().manual_seed(0)
+        weights = load_file(folder / "model.safetensors")
+        for weight in (weight for weight in weights.values() if weight.ndim > 1):
+            drawn = torch.randn(weight.shape, generator=generator)
+            weight += (noise * weight.float().std() * drawn).to(weight.dtype)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -198,6 +210,12 @@ def write_data_set(folder: Path, splits: dict[tuple[str, str], Dataset]) -> None
         lines += [f"- config_name: {config}", "  data_files:", f"  - split: {split}"]
         lines += [f"    path: {config}/{split}-*"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def note_downloads(folder: Path, commit: str) -> None:
+    """What `hf download --local-dir` notes beside the files: the commit that they are of."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        write_download_metadata(folder, str(path.relative_to(folder)), commit, "etag")
 
 
 def rows(questions: Sequence[Question], subject: str | None = None) -> dict[str, list[Any]]:

@@ -77,7 +77,7 @@ def _steps(spec: dict[str, Any]) -> tuple[Any, ...]:
     sae, training = spec["sae"], spec["training"]
     widths = sae["matryoshka_widths"]
     shapes = (sae["architecture"], sae["d_sae"], widths and tuple(widths))
-    how = (training["batch_size"], training["step"], training["autocast"])
+    how = (training["batch_size"], training["step"], training["autocast"], training["tf32"])
     return (*shapes, *how, tuple(spec["rungs"]))
 
 

@@ -99,6 +99,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     """
     ray.get(broker.starting.remote())
     torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False  # but in training steps, see `TrainingSpec.tf32`
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     joined = _join_group(rank, size, config.workers_per_trial)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from raysae.regularizers import StepView
+from raysae.training.precision import tf32
 from raysae.training.run import SAERun
 from raysae.training.stacked import (
     FORWARD,
@@ -44,7 +45,8 @@ def can_pack(runs: Sequence[SAERun]) -> bool:
 def _common(run: SAERun) -> tuple[object, ...]:
     spec = run.spec
     shapes = (spec.sae.architecture, spec.sae.d_sae, spec.sae.matryoshka_widths)
-    common = (spec.training.batch_size, spec.training.step, run.autocast, run.step)
+    training = spec.training
+    common = (training.batch_size, training.step, run.autocast, training.tf32, run.step)
     return (*shapes, *common)
 
 
@@ -71,13 +73,14 @@ class Pack:
     def advance(self) -> dict[str, Tensor]:
         """One training step of all members; their losses by name, (m,), unsynchronised."""
         shared = self.runs[0].next_batch() if self._one_batch else None
-        losses = [stack.pull(shared) for stack in self._stacks]
+        with tf32(self.runs[0].spec.training.tf32):
+            losses = [stack.pull(shared) for stack in self._stacks]
         self._adam.step()
         for run in self.runs:
             run.schedules_step()
         for stack in self._stacks:
             stack.normalise()
-        names = {name for found in losses for name in found}
+        names = dict.fromkeys(name for found in losses for name in found)
         none = torch.zeros_like
         return {
             name: torch.cat([found.get(name, none(found["loss"])) for found in losses])

@@ -17,6 +17,7 @@ from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 from torch import Tensor
 
 from raysae.training.collective import Alone
+from raysae.training.precision import tf32
 from raysae.training.saes import export_sae, make_training_sae
 from raysae.training.spec import TrialSpec
 from raysae.training.stability import GroupStability
@@ -199,23 +200,24 @@ class SAERun:
     def advance(self) -> dict[str, Tensor]:
         """One training step, SAELens' own; returns its losses, unsynchronised."""
         activations, is_forget = self.next_batch()
-        output = train_step(
-            self.sae,
-            self.optimizer,
-            activations,
-            is_forget,
-            step=self.step,
-            alpha=self.next_alpha(),
-            coefficients={name: c.value for name, c in self.coefficients.items()},
-            regularizer=self.spec.regularizer,
-            regularizer_state=self.regularizer_state,
-            firing=self.firing,
-            dead_after=self.spec.training.dead_after,
-            grad_clip=self.spec.training.grad_clip,
-            collective=self.collective,
-            stability=self.stability,
-            autocast=self.autocast,
-        )
+        with tf32(self.spec.training.tf32):
+            output = train_step(
+                self.sae,
+                self.optimizer,
+                activations,
+                is_forget,
+                step=self.step,
+                alpha=self.next_alpha(),
+                coefficients={name: c.value for name, c in self.coefficients.items()},
+                regularizer=self.spec.regularizer,
+                regularizer_state=self.regularizer_state,
+                firing=self.firing,
+                dead_after=self.spec.training.dead_after,
+                grad_clip=self.spec.training.grad_clip,
+                collective=self.collective,
+                stability=self.stability,
+                autocast=self.autocast,
+            )
         self.schedules_step()
         return output.losses
 

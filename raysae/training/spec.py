@@ -107,6 +107,11 @@ class TrainingSpec(_Frozen):
         description="of the SAE's own products; auto: bfloat16 on a GPU, off on a CPU; weights, "
         "losses and penalties stay float32",
     )
+    tf32: bool = Field(
+        True,
+        description="what a training step multiplies in float32, on a GPU in TF32; scoring and "
+        "conditioning never are",
+    )
     step: Literal["packed", "saelens"] = Field(
         "packed", description="packed: SAELens' step for several SAEs at once; saelens: its own"
     )

@@ -8,6 +8,7 @@ the retries of every single download.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from raysae.worlds.spec import HubWorld, LocalWorld, Source
 PROBE_SECONDS = 5.0
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 DATA_FILES = ["README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
 GATED = ("google/gemma", "meta-llama/", "cais/wmdp-bio-forget-corpus")
 """Known beginnings of repositories that want their terms accepted; others are told by the hub."""
 
@@ -29,9 +31,12 @@ class Shopping:
     missing: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     """By repository: how to get it, and the fields that want it."""
 
-    def add(self, what: str, repository: str, kind: str, why: str) -> None:
+    def add(
+        self, what: str, repository: str, kind: str, why: str, revision: str | None = None
+    ) -> None:
         """Note a repository that could not be had."""
         dataset = " --repo-type dataset" if kind == "dataset" else ""
+        dataset += "" if revision is None else f" --revision {revision}"
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
         gated = f" (gated: accept its terms at {page})" if repository.startswith(GATED) else ""
         how = f"{repository}{gated}: {why}; get it with: hf download{dataset} {repository}"
@@ -89,6 +94,20 @@ def data_place(spec: HubWorld | LocalWorld, name: str, source: Source, shopping:
     return _fetch(spec, name, source.dataset, "dataset", source.revision, patterns, shopping)
 
 
+def commit_of(place: Path) -> str | None:
+    """The commit that a folder of a repository has: by its name in Hugging Face's cache, or noted
+    beside each file that `hf download --local-dir` wrote.
+
+    None for what is neither, and for files of several commits.
+    """
+    if place.parent.name == "snapshots":
+        return place.name
+    notes = (place / ".cache" / "huggingface" / "download").rglob("*.metadata")
+    commits = {note.read_text(encoding="utf-8").partition("\n")[0].strip() for note in notes}
+    (commit,) = commits if len(commits) == 1 else ("",)
+    return commit if COMMIT.fullmatch(commit) else None
+
+
 def hub_answers() -> bool:
     """Whether the hub can be reached; False in offline mode, which a plan switches on for itself.
 
@@ -122,8 +141,13 @@ def _fetch(
     shopping: Shopping,
 ) -> Path:
     """The folder of a repository; where there is none, a line of `shopping` and any path."""
-    if spec.folder is not None and (Path(spec.folder) / repository).is_dir():
-        return Path(spec.folder) / repository
+    copy = None if spec.folder is None else Path(spec.folder) / repository
+    if copy is not None and copy.is_dir():
+        commit = commit_of(copy)
+        if COMMIT.fullmatch(revision or "") and commit not in (None, revision):
+            why = f"{copy} was downloaded at commit {commit}, and {revision} is asked for"
+            shopping.add(what, repository, kind, why, revision)
+        return copy
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

@@ -105,11 +105,11 @@ def _hook(spec: HubWorld | LocalWorld, world: World) -> str:
 def _origins(
     spec: HubWorld | LocalWorld, model: Path, score_model: Path | None, places: dict[str, Path]
 ) -> dict[str, str]:
-    """Where things came from; of the hub, with the commit that its cache names the folder by."""
+    """Where things came from; of the hub, with the commit."""
 
     def of(source: str | None, place: Path) -> str:
-        cached = source and place.parent.name == "snapshots"
-        return f"{source}@{place.name}" if cached else str(place)
+        commit = hub.commit_of(place) if source else None
+        return str(place) if commit is None else f"{source}@{commit}"
 
     found = {"model": of(spec.model, model)}
     if score_model is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 DEPLOY = ROOT / "deploy"
+CRDS = os.environ.get("KUBERAY_CRDS", "")
 RAY = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
 
 
@@ -27,6 +31,11 @@ def cluster_spec(name: str) -> dict[str, Any]:
     return spec.get("rayClusterSpec", spec)
 
 
+@pytest.fixture(params=["raycluster.yaml", "rayjob.yaml"])
+def kuberay(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def test_ray_takes_the_cluster_file():
     config = read("ray-up.yaml")
     validate_config(prepare_config(config))
@@ -35,11 +44,51 @@ def test_ray_takes_the_cluster_file():
         validate_config(config)
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_a_kuberay_cluster_has_what_a_search_needs(name: str):
-    kind = {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob"}[name]
-    assert (read(name)["apiVersion"], read(name)["kind"]) == ("ray.io/v1", kind)
-    spec = cluster_spec(name)
+def test_kuberay_knows_every_field(kuberay: str):
+    validator = Draft202012Validator(yaml.safe_load((HERE / "kuberay.yaml").read_text()))
+    assert [error.message for error in validator.iter_errors(read(kuberay))] == []
+    for change in (
+        lambda spec: spec.update(enableInTreeAutoscaler=True),
+        lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 1}),
+        lambda spec: spec["workerGroupSpecs"][0].pop("maxReplicas"),
+        lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"].pop("containers"),
+    ):
+        broken = read(kuberay)
+        change(broken["spec"].get("rayClusterSpec", broken["spec"]))
+        assert not validator.is_valid(broken)
+
+
+@pytest.mark.skipif(not CRDS, reason="KUBERAY_CRDS names no folder of KubeRay's own schemas")
+def test_kuberays_own_schema_knows_every_field(kuberay: str):
+    """`KUBERAY_CRDS`: helm-chart/kuberay-operator/crds of a checkout of KubeRay."""
+    plural = {"raycluster.yaml": "rayclusters", "rayjob.yaml": "rayjobs"}[kuberay]
+    text = (Path(CRDS) / f"ray.io_{plural}.yaml").read_text()
+    versions = yaml.safe_load(text)["spec"]["versions"]
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"]
+    validator = Draft202012Validator(closed(schema))
+    data = read(kuberay)
+    data["metadata"] = {}  # Kubernetes' own, whose schema is not in there
+    assert [error.message for error in validator.iter_errors(data)] == []
+
+
+def closed(schema: Any) -> Any:
+    """A schema of Kubernetes as one of JSON that refuses unknown fields, which it would drop."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: closed(part) for name, part in schema.items() if name != "format"}
+    if schema.get("x-kubernetes-int-or-string"):
+        made.pop("type", None)
+    if "properties" in schema:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def test_a_kuberay_cluster_has_what_a_search_needs(kuberay: str):
+    kind = {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob"}[kuberay]
+    assert (read(kuberay)["apiVersion"], read(kuberay)["kind"]) == ("ray.io/v1", kind)
+    spec = cluster_spec(kuberay)
     assert RAY is not None
     assert spec["rayVersion"] == RAY[1]
     assert spec["authOptions"] == {"mode": "token"}

@@ -17,7 +17,13 @@ from raysae.pool.broker import MAX_ATTEMPTS, BrokerState
 def spec(number: int, **changes: Any) -> dict[str, Any]:
     """A trial's, as far as its steps depend on it; `changes` by field, whatever its section."""
     sae = {"architecture": "topk", "d_sae": 32, "matryoshka_widths": None, "k": 3 + number}
-    training = {"batch_size": 64, "step": "packed", "autocast": "auto", "lr": 1e-3 * (number + 1)}
+    training = {
+        "batch_size": 64,
+        "step": "packed",
+        "autocast": "auto",
+        "tf32": True,
+        "lr": 1e-3 * (number + 1),
+    }
     made: dict[str, Any] = {"sae": sae, "training": training, "rungs": [640, 1280], "alpha": 1.0}
     for name, value in changes.items():
         section = next((part for part in (sae, training) if name in part), made)
@@ -70,6 +76,7 @@ def test_a_worker_gets_the_oldest_trials_up_to_what_it_takes(play):
         {"batch_size": 32},
         {"step": "saelens"},
         {"autocast": "off"},
+        {"tf32": False},
         {"rungs": [640, 2560]},
         {"rungs": [1280]},
     ],

@@ -11,6 +11,7 @@ from training_bench import ARCHITECTURES, METHODS, REFUSED, every_architecture, 
 from raysae.training import pack as pack_module
 from raysae.training.loop import stepper, train, train_one
 from raysae.training.pack import Pack, can_pack
+from raysae.training.precision import tf32
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
@@ -269,6 +270,25 @@ def test_bfloat16_is_for_gpus_unless_it_is_asked_for(make_spec, make_store):
     wanted["auto"].device = torch.device("cuda")
     assert wanted["auto"].autocast
     assert not can_pack([wanted["off"], wanted["bfloat16"]])
+
+
+@pytest.mark.parametrize("step", ["packed", "saelens"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_step_multiplies_in_tf32_if_it_is_to_and_what_comes_after_does_not(
+    wanted, step, make_spec, make_store
+):
+    run = SAERun(make_spec("standard", step=step, tf32=wanted), make_store())
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+
+    run.optimizer.register_step_pre_hook(look)  # straight after the backward pass
+    with tf32(not wanted):
+        stepper([run])()
+        assert seen == [wanted]
+        assert torch.backends.cuda.matmul.allow_tf32 is not wanted
+    assert not can_pack([run, SAERun(make_spec("standard", tf32=not wanted), make_store())])
 
 
 def test_dead_features_are_looked_for_no_later_than_one_can_have_died(make_spec, make_store):

@@ -9,11 +9,13 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub._local_folder import write_download_metadata
 from huggingface_hub.errors import GatedRepoError
 from small_hub import (
     BIO,
     WIKITEXT,
     json_lines,
+    note_downloads,
     rows,
     small_world,
     write_data,
@@ -113,6 +115,24 @@ def test_the_hubs_own_cache_is_read_with_its_commits(
     assert cached.sources["retain.questions.human_aging"] == f"cais/mmlu@{REVISION}"
     with pytest.raises(UserError, match=r"revision|not on this machine"):
         load_world(HubWorld(model=GEMMA, seq_len=64, revision="0" * 40))
+
+
+def test_a_copy_says_which_commit_it_was_downloaded_at(root: Path, tmp_path: Path):
+    copy = tmp_path / "hub"
+    shutil.copytree(root, copy)
+    for repository in (GEMMA, BIO):
+        note_downloads(copy / repository, REVISION)
+    pinned = load_world(spec(copy, revision=REVISION))
+    assert pinned.sources["model"] == f"{GEMMA}@{REVISION}"
+    assert pinned.sources["forget.corpus"] == f"{BIO}@{REVISION}"
+    assert pinned.sources["retain.corpus"] == str(copy / WIKITEXT)  # nobody knows
+    other = "f" * 40
+    with pytest.raises(UserError) as caught:
+        load_world(spec(copy, revision=other))
+    assert f"downloaded at commit {REVISION}, and {other} is asked for" in str(caught.value)
+    assert f"hf download --revision {other} {GEMMA}" in str(caught.value)
+    write_download_metadata(copy / GEMMA, "config.json", other, "etag")  # of two commits now
+    assert load_world(spec(copy)).sources["model"] == str(copy / GEMMA)
 
 
 @pytest.mark.usefixtures("no_hub")
