@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -277,16 +278,28 @@ def test_bfloat16_is_for_gpus_unless_it_is_asked_for(make_spec, make_store):
 def test_a_step_multiplies_in_tf32_if_it_is_to_and_what_comes_after_does_not(
     wanted, step, make_spec, make_store
 ):
-    run = SAERun(make_spec("standard", step=step, tf32=wanted), make_store())
+    spec = make_spec("standard", "fixed_orthogonal", step=step, tf32=wanted)
+    run = SAERun(spec, make_store())
     seen: list[bool] = []
 
-    def look(*_: Any) -> None:
-        seen.append(torch.backends.cuda.matmul.allow_tf32)
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return x.view_as(x)
 
-    run.optimizer.register_step_pre_hook(look)  # straight after the backward pass
+        @staticmethod
+        def backward(_: Any, *grad: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return grad[0]
+
+    penalty = run.spec.regularizer.penalty
+    looking = Mock(wraps=run.spec.regularizer, uses_alpha=True)
+    looking.penalty = lambda view, state: Look.apply(penalty(view, state))
+    run.spec = run.spec.model_copy(update={"regularizer": looking})
     with tf32(not wanted):
         stepper([run])()
-        assert seen == [wanted]
+        assert seen == [wanted, wanted]  # forward and backward
         assert torch.backends.cuda.matmul.allow_tf32 is not wanted
     assert not can_pack([run, SAERun(make_spec("standard", tf32=not wanted), make_store())])
 
