@@ -7,6 +7,9 @@ rows a step): seconds of a whole step without a regularizer, the packed step of 
 take by default, and on top of it, in the same process, seconds of the penalty (forward and
 backward), of looking at a batch, and of an update of the groups. The share adds them up as often as
 they happen in `--period` steps, over the step without a regularizer.
+
+Not counted: an SAE that picks its features has sparse activations, which the packed step makes
+dense for those that look at them, and the little that a step does beside a penalty to have one.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from raysae.errors import FieldError, UserError, nearest
-from raysae.mistakes import Loc, explain, line_numbers, located, mistakes_at, moved
+from raysae.mistakes import Loc, explain, fields_of, located, mistakes_at, moved
 from raysae.regularizers import REGISTRY
 from raysae.resources import ResourcesConfig
 from raysae.space import SearchSpace
@@ -340,7 +340,8 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     try:
         return RunConfig.model_validate(data, context={"folder": path.absolute().parent})
     except ValidationError as error:
-        overridden = {tuple(key.split(".")) for key in overrides or {}}
+        given = {tuple(key.split(".")): value for key, value in (overrides or {}).items()}
+        overridden = {path for key, value in given.items() for path in fields_of(value, key)}
         raise UserError(explain(path, error, lines, overridden, RunConfig)) from None
 
 
@@ -378,7 +379,7 @@ def _read_yaml(path: Path, what: str) -> tuple[dict[Any, Any], dict[tuple[str, .
         raise UserError(f"{path}: not a UTF-8 text file ({error.reason})") from None
     try:
         data = yaml.safe_load(text)
-        lines = line_numbers(text)
+        lines = _line_numbers(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -415,3 +416,17 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {dotted}: {'.'.join(parents[: depth + 1])} has no fields")
     node[last] = value
+
+
+def _line_numbers(text: str) -> dict[Loc, int]:
+    """The line of each field of a YAML file."""
+    lines: dict[Loc, int] = {}
+
+    def visit(node: yaml.Node | None, path: Loc) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[(*path, str(key.value))] = key.start_mark.line + 1
+                visit(value, (*path, str(key.value)))
+
+    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return lines

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -46,18 +45,12 @@ def mistakes_at(*loc: str) -> Iterator[None]:
         raise located(error, *loc) from None
 
 
-def line_numbers(text: str) -> dict[Loc, int]:
-    """The line of each field of a YAML file."""
-    lines: dict[Loc, int] = {}
-
-    def visit(node: yaml.Node | None, path: Loc) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                lines[(*path, str(key.value))] = key.start_mark.line + 1
-                visit(value, (*path, str(key.value)))
-
-    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
-    return lines
+def fields_of(value: Any, loc: Loc) -> Iterator[Loc]:
+    """The field at `loc` and those inside of its value."""
+    yield loc
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from fields_of(inner, (*loc, str(key)))
 
 
 def explain(
@@ -73,7 +66,7 @@ def explain(
     Args:
         path: of the file.
         error: of `root`, the model of a whole file, or of its part at `prefix`.
-        lines: `line_numbers` of the file.
+        lines: of the file's fields.
         overridden: fields that were set on the command line.
     """
     messages = []

@@ -217,6 +217,14 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
             ["regularizer.grouped.n_groups:", "n_groups 513", "d_sae 512"],
         ),
         ({"space.sae.k": {"int": [3, 600]}}, ["space.sae.k:", "k 600", "d_sae 512"]),
+        (
+            {"space.regularizer.grouped": {"n_groups": 513}},
+            ["space.regularizer.grouped.n_groups: ", "n_groups 513", "d_sae 512"],
+        ),
+        (
+            {"space.alpha_schedule": {"dynamic": {"every": {"int": [20, 384]}}}},
+            ["space.alpha_schedule.dynamic.every: ", "every 384", "384 steps"],
+        ),
         ({"space.sae.k": 3.5}, ["space.sae.k:", "k 3.5", "whole", "'topk'"]),
         ({"sae.l1_coefficient": 5}, ["sae.l1_coefficient: ", "'topk' has no", "it has 'k'"]),
         (

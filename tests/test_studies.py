@@ -224,7 +224,7 @@ def test_a_run_that_could_not_run_is_refused_with_line_run_and_field(
 
 
 def test_a_run_that_an_override_makes_impossible_is_refused(refusal):
-    assert "runs.new: unknown key 'x'" in refusal(
+    assert "runs.new.x: unknown key 'x'" in refusal(
         STUDY, runs__new={"regularizer": {"name": "none"}, "x": 1}
     )
     assert "runs.strong.regularizer.group_update_period: group_update_period 20" in refusal(

@@ -1,7 +1,11 @@
-"""A study's figures: a row a run, a dot a seed; readable in print and by colour-blind people."""
+"""A study's figures: a row a run, a dot a seed; and what α schedules look like.
+
+Readable in print and by colour-blind people.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,36 @@ def plot_study(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=DPI)
     return paths
+
+
+def plot_schedules(
+    factors: Mapping[str, Sequence[float]], overlap: Sequence[float], target: float
+) -> Figure:
+    """What α schedules do over a run: their factor on α by step, above the overlap that they saw.
+
+    Args:
+        factors: of each schedule by name, one a step.
+        overlap: forget–retain overlap in [0, 1], one a step.
+        target: the overlap aimed at.
+    """
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for i, (name, values) in enumerate(factors.items()):
+        style = LINE_STYLES[i % len(LINE_STYLES)]
+        upper.plot(values, style, color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=name)
+    upper.set_ylabel("factor on α")
+    upper.set_ylim(bottom=0)
+    lower.plot(overlap, color=COLOURS[-1], linewidth=1.3)
+    lower.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
+    lower.annotate("target", (0, target), (2, 2), textcoords="offset points", color="0.4")
+    lower.set_ylim(0, 1)
+    lower.set_ylabel("forget–retain\noverlap")
+    lower.set_xlabel("training step")
+    for axes in (upper, lower):
+        axes.grid(color="0.92")
+        _plain(axes)
+    figure.legend(loc="outside upper center", ncols=len(factors), frameon=False)
+    return figure
 
 
 def _scores(trials: pd.DataFrame) -> Figure:

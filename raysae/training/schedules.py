@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -138,6 +139,14 @@ class Dynamic(AlphaSchedule):
         if self.measures(step):
             previous *= math.exp(self.gain * (overlap - self.target) / self.target)
         return min(self.max_factor, max(self.min_factor, previous))
+
+
+def trajectory(schedule: AlphaSchedule, overlaps: Sequence[float]) -> list[float]:
+    """The factors on α of a whole run, a step for each of the measured overlaps."""
+    factors = [1.0]
+    for step, overlap in enumerate(overlaps):
+        factors.append(schedule.factor(step, len(overlaps), factors[-1], overlap))
+    return factors[1:]
 
 
 def _progress(step: int, total_steps: int) -> float:

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from raysae.analysis import plots
-from raysae.analysis.plots import plot_study
+from raysae.analysis.plots import plot_schedules, plot_study
 
 NAMES = ["unlearning_score", "l2_loss", "sparsity_loss", "loss", "training_curves"]
 FIGURES = ("loss", "l2_loss", "sparsity_loss", "l0", "explained_variance", "penalty")
@@ -86,3 +86,13 @@ def test_a_study_of_failed_trials_has_no_figures(tmp_path: Path):
     folder = tmp_path / "figures"
     assert plot_study(*study(1, 2, failed=(0, 1)), folder) == []
     assert not folder.exists()
+
+
+def test_schedules_are_drawn_as_they_are_given_a_line_each():
+    factors = {"flat": [1.0, 1.0, 1.0], "falling": [1.0, 0.5, 0.0]}
+    upper, lower = plot_schedules(factors, [0.6, 0.4, 0.2], target=0.3).axes
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in upper.lines}
+    assert drawn == factors
+    overlap, target = lower.lines
+    assert overlap.get_ydata().tolist() == [0.6, 0.4, 0.2]
+    assert list(target.get_ydata()) == [0.3, 0.3]

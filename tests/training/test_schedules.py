@@ -12,6 +12,7 @@ from raysae.training.schedules import (
     Dynamic,
     LinearDecay,
     LinearWarmup,
+    trajectory,
 )
 
 TOTAL = 101
@@ -155,3 +156,18 @@ def test_dynamic_with_clamps_in_the_wrong_order_is_refused():
 def test_parameters_out_of_bounds_are_refused(schedule: type, field: str, value: float):
     with pytest.raises(ValidationError, match=field):
         schedule(**{field: value})
+
+
+def test_the_trajectory_of_a_planned_schedule_is_its_factor_at_each_step():
+    for name in PLANNED:
+        schedule = SCHEDULES[name]()
+        assert trajectory(schedule, [0.5] * TOTAL) == [
+            schedule.factor(step, TOTAL) for step in range(TOTAL)
+        ]
+
+
+def test_the_trajectory_of_feedback_carries_the_factor_from_step_to_step():
+    schedule = Dynamic(target=0.25, gain=0.5, every=2, min_factor=0.01)
+    overlaps = [0.0, 0.0, 0.5, 0.0, 0.25, 0.0, 0.0]
+    up, down = math.exp(0.5), math.exp(-0.5)
+    assert trajectory(schedule, overlaps) == pytest.approx([1, 1, up, up, up, up, up * down])
