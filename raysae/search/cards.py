@@ -41,7 +41,7 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
     }
     sae = 2 * shape.d_model * config.sae.d_sae  # operations of one product, a token
     training = 6 * sae * config.training.tokens
-    scoring = sae * (CACHE_TOKENS + PROMPT_TOKENS)
+    scoring = float(sae * (CACHE_TOKENS + PROMPT_TOKENS))
     scoring += INTERVENTIONS * SHARED * PROMPT_TOKENS * (shape.n_layers - above) * layer
     share, rungs = expected_share(config)
     saes = config.num_trials * config.search.seeds_per_trial
