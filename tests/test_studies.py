@@ -437,7 +437,13 @@ def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatc
                 "gemma-2-2b: 26 layers, d_in 2304; SAEs at blocks.12.hook_resid_post, 13 of 26",
                 "50,000,000 tokens a trial",
                 "at most 4,000,000 tokens are harvested: 18.4 GB",
-                "0.04 h a trial and 2.2 h in all at 35 TFLOP/s (an 80 GB card)",
+                # By hand: 12 · 5e7 · 2304 · 4096 operations; a layer of the model has 32 · 2304² a
+                # token, of which 24 · 190 000 pass 26 layers, 4e6 and 2 · 1024² tokens 13.
+                "an 80 GB card, 35 TFLOP/s: 0.04 h to train an SAE, 0.014 h to score it; once "
+                "0.27 h (known questions 0.16, harvest 0.07, evaluation cache 0.04)",
+                "8 cards of 80 GB, 35 TFLOP/s each: 0.04 h to train an SAE",
+                "in all 0.7 h with early stopping as expected, 0.8 h with every trial trained to "
+                "its end: 5.3 and 6.7 GPU hours, times their price",
             ],
         ),
         (
@@ -445,7 +451,7 @@ def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatc
             [
                 "pythia-70m: 6 layers, d_in 512; SAEs at blocks.3.hook_resid_post",
                 "at most 2,000,000 tokens are harvested: 4.1 GB",
-                "h in all at 20 TFLOP/s (a 24 GB card)",
+                "a 24 GB card, 20 TFLOP/s: 0.00 h to train an SAE",
             ],
         ),
     ],

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from raysae.config import RunConfig
+from raysae.search.estimate import INTERVENTIONS, LAYER_PARAMETERS, SHARED, expected_share
 from raysae.worlds.presets import Shape
+from raysae.worlds.world import hook_layer
 
-CARDS = {"a 24 GB card": 20e12, "an 80 GB card": 35e12, "8 cards of 80 GB": 8 * 35e12}
-"""Operations a second of float32 training steps: assumptions; measure one trial."""
+CARDS = {"a 24 GB card": (1, 20e12), "an 80 GB card": (1, 35e12), "8 cards of 80 GB": (8, 35e12)}
+"""How many, and operations a second of each: assumptions, what products in float32 may reach there.
+On a GPU a search multiplies in bfloat16 and TF32, which should take less; measure one trial."""
+PROMPT_TOKENS = 1_900 * 100
+"""Of WMDP-bio and MMLU's four subjects together, in one order of the choices; about."""
+CACHE_TOKENS = 2 * 1024 * 1024
+"""That SAEBench looks at of both corpora to choose features."""
 
 
 def on_cards(config: RunConfig, shape: Shape) -> list[str]:
     """Lines of a plan: bytes of the store where the world limits it, and hours by card.
 
-    Training alone: scoring, harvest and penalties come on top, early stopping takes two thirds of
-    most trials off.
+    Penalties come on top. GPU hours are those that are paid for, of idle cards too: what is done
+    once per model and layer is done by one of them.
     """
     lines = []
     if shape.store_tokens is not None:
@@ -22,13 +29,39 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
         lines.append(
             f"corpora      at most {tokens:,} tokens are harvested: {tokens * width / 1e9:.1f} GB"
         )
-    if config.resources.use_gpu:
-        trial = 12 * config.training.tokens * shape.d_model * config.sae.d_sae
-        hours = {card: trial / rate / 3600 for card, rate in CARDS.items()}
-        lines.append("on GPUs      training alone, every trial to its end, at assumed rates:")
+    if not config.resources.use_gpu:
+        return lines
+    assert config.hook is not None
+    above = hook_layer(config.hook) + 1
+    layer = 2 * LAYER_PARAMETERS * shape.d_model**2  # operations a token
+    once = {
+        "known questions": shape.permutations * PROMPT_TOKENS * shape.n_layers * layer,
+        "harvest": 2 * (shape.store_tokens or 0) * above * layer,
+        "evaluation cache": CACHE_TOKENS * above * layer,
+    }
+    sae = 2 * shape.d_model * config.sae.d_sae  # operations of one product, a token
+    training = 6 * sae * config.training.tokens
+    scoring = float(sae * (CACHE_TOKENS + PROMPT_TOKENS))
+    scoring += INTERVENTIONS * SHARED * PROMPT_TOKENS * (shape.n_layers - above) * layer
+    share, rungs = expected_share(config)
+    saes = config.num_trials * config.search.seeds_per_trial
+    confirmed = config.max_confirmation * config.confirm.seeds
+    after = confirmed * (training + scoring)
+    most = saes * (training + len(config.rungs) * scoring) + after
+    likely = saes * (share * training + rungs * scoring) + after
+    lines.append("on GPUs      at assumed rates of float32, without the penalties:")
+    for card, (count, rate) in CARDS.items():
+        hours = rate * 3600
+        parts = {name: n / hours for name, n in once.items() if n}
+        first = sum(parts.values())
+        each = ", ".join(f"{name} {h:.2f}" for name, h in parts.items())
+        spans = [first + n / hours / count for n in (likely, most)]
         lines += [
-            f"               {each:.2f} h a trial and {config.num_trials * each:.1f} h in all at "
-            f"{CARDS[card] / 1e12:.0f} TFLOP/s ({card})"
-            for card, each in hours.items()
+            f"               {card}, {rate / 1e12:.0f} TFLOP/s{' each' if count > 1 else ''}: "
+            f"{training / hours:.2f} h to train an SAE, {scoring / hours:.3f} h to score it; once "
+            f"{first:.2f} h ({each})",
+            f"                 in all {spans[0]:.1f} h with early stopping as expected, "
+            f"{spans[1]:.1f} h with every trial trained to its end: {count * spans[0]:.1f} and "
+            f"{count * spans[1]:.1f} GPU hours, times their price",
         ]
     return lines

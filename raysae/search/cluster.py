@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,20 +177,40 @@ def _start_here(resources: dict[str, int], store_memory: int, **arguments: Any) 
     import ray
 
     try:
-        return ray.init(
-            address="local",  # a cluster that happens to run here is not to be joined unasked
-            num_cpus=resources["CPU"],
-            num_gpus=resources["GPU"],
-            object_store_memory=store_memory,
-            include_dashboard=True,
-            **arguments,
-        )
+        with _loopback():
+            return ray.init(
+                address="local",  # a cluster that happens to run here is not to be joined unasked
+                num_cpus=resources["CPU"],
+                num_gpus=resources["GPU"],
+                object_store_memory=store_memory,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                **arguments,
+            )
     except Exception as error:  # a dashboard that is late is no narrower one
         raise RayStartError(
             f"Ray did not start on this machine ({type(error).__name__}: {first_line(error)}); "
             "where the machine was overloaded, another try helps; Ray's logs are in the newest "
             "folder of its temporary directory, /tmp/ray unless RAY_TMPDIR says otherwise"
         ) from error
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Have Ray give the node that it starts the address 127.0.0.1: all its processes then listen
+    there alone.
+
+    On Linux it would take the address that the machine has for others, also where it is told
+    `_node_ip_address="127.0.0.1"`. On macOS and Windows this is what it does by itself.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(address: str, **arguments: Any) -> Any:

@@ -132,7 +132,7 @@ def estimate(
     scoring *= seeds
     training = config.training.steps * step / config.resources.workers_per_trial
     groups = max(1, workers // config.resources.workers_per_trial)
-    shares, rungs = _expected_share(config)
+    shares, rungs = expected_share(config)
     waves = max(config.num_trials / groups, ceil(min(1.0, config.num_trials / groups)))
     # Scored once, at the end, and of another number of seeds.
     whole = config.max_confirmation / groups * (training + scoring) * config.confirm.seeds / seeds
@@ -146,7 +146,7 @@ def estimate(
     )
 
 
-def _expected_share(config: RunConfig) -> tuple[float, float]:
+def expected_share(config: RunConfig) -> tuple[float, float]:
     """The share of a run's tokens that a trial is trained for on average, and rungs scored.
 
     Of the trials that reach a rung one in `reduction_factor` goes on, in the long run.

@@ -88,7 +88,8 @@ def run_pool(
     from raysae.pool.client import serve_pool
 
     resources = config.resources
-    trainer = _trainer_class(plan, use_gpu=resources.use_gpu)(
+    storage = run_dir / "pool"
+    trainer = _trainer_class(plan, storage, use_gpu=resources.use_gpu)(
         serve_pool,
         train_loop_config={
             "namespace": namespace,
@@ -114,7 +115,7 @@ def run_pool(
         ),
         run_config=TrainRunConfig(
             name=namespace,
-            storage_path=str(run_dir / "pool"),
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=POOL_FAILURES),
         ),
     )
@@ -135,7 +136,7 @@ def run_pool(
         ray.get(broker.halt.remote(reason))
 
 
-def _trainer_class(plan: cluster.Plan, *, use_gpu: bool) -> Any:
+def _trainer_class(plan: cluster.Plan, storage: Path, *, use_gpu: bool) -> Any:
     """Ray Train's trainer; the one with a torch process group only where workers train together.
 
     Its controller and this process import torch for it, at the cost of seconds before the first
@@ -144,9 +145,13 @@ def _trainer_class(plan: cluster.Plan, *, use_gpu: bool) -> Any:
     if plan.workers_per_trial > 1:
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        return partial(
-            TorchTrainer, torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo")
-        )
+        from raysae.pool.meeting import MeetByFile
+
+        backend = "nccl" if use_gpu else "gloo"
+        if not plan.local:
+            return partial(TorchTrainer, torch_config=TorchConfig(backend=backend))
+        storage.mkdir(exist_ok=True)
+        return partial(TorchTrainer, torch_config=MeetByFile(backend, folder=str(storage)))
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     return DataParallelTrainer

@@ -45,9 +45,11 @@ class Shape:
     default_hook_name: str
     store_tokens: int | None = None
     """Of either corpus, where the world limits them."""
+    permutations: int = 24
+    """Orders of the choices in which it is asked; 0: which questions it knows is known."""
 
 
-EMBEDDED = Shape("embedded", 4, 128, "blocks.0.hook_resid_post")
+EMBEDDED = Shape("embedded", 4, 128, "blocks.0.hook_resid_post", permutations=0)
 
 SIZES = {
     "google/gemma-2-2b": (26, 2304),
@@ -76,7 +78,7 @@ def shape_of(world: str | HubWorld | LocalWorld) -> Shape:
         return EMBEDDED
     n_layers, d_model = _size_of(spec)
     hook = spec.hook or f"blocks.{max(0, (n_layers - 1) // 2)}.hook_resid_post"
-    return Shape(spec.label, n_layers, d_model, hook, spec.store_tokens)
+    return Shape(spec.label, n_layers, d_model, hook, spec.store_tokens, spec.permutations)
 
 
 def _size_of(spec: HubWorld | LocalWorld) -> tuple[int, int]:

@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 import optuna
+import psutil
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from test_tensorboard import scalars
@@ -21,6 +25,7 @@ from raysae.search.status import STATUS_FILE, read_status
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 400
 """Seconds, after which the search hangs."""
+LISTEN_SECONDS = 5.0
 
 
 @dataclass
@@ -34,8 +39,15 @@ class Seen:
     metrics: str = ""
     optuna_trials: set[int] = field(default_factory=set)
     curve_points: int = 0
+    listening: dict[str, set[str]] = field(default_factory=dict)
+    """By process, of the search's: the addresses at which it waits for connections."""
+    listened: float = 0.0
+    """When that was looked at."""
+    unasked: int = 0
+    """Status code of the dashboard's answer to who has no token."""
 
-    def look(self) -> None:
+    def look(self, pid: int) -> None:
+        self.listen(pid)
         if not (self.out / STATUS_FILE).exists():
             return
         folder = read_status(self.out)
@@ -48,6 +60,27 @@ class Seen:
         text = scrape(self.out)
         if text.count("raysae_") > self.metrics.count("raysae_"):
             self.metrics = text
+        self.unasked = self.unasked or ask_dashboard(self.out)
+
+    def listen(self, pid: int) -> None:
+        """Look at the ports of the search's process and of all that it has started, now and then:
+        that reads all that these have open.
+        """
+        if time.monotonic() - self.listened < LISTEN_SECONDS:
+            return
+        self.listened = time.monotonic()
+        with suppress(psutil.NoSuchProcess):
+            search = psutil.Process(pid)
+            for process in [search, *search.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    self._listen(process)
+
+    def _listen(self, process: psutil.Process) -> None:
+        connections = process.net_connections("inet")
+        found = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+        if found:
+            name = " ".join(process.cmdline())[:200]
+            self.listening.setdefault(name, set()).update(found)
 
 
 def study(out: Path) -> optuna.Study:
@@ -65,6 +98,27 @@ def scrape(out: Path) -> str:
         return ""
 
 
+def beyond_this_machine(seen: Seen) -> dict[str, set[str]]:
+    """The processes that others can reach, and the addresses at which they listen."""
+    far = {
+        name: {ip for ip in found if not ip_address(ip.removeprefix("::ffff:")).is_loopback}
+        for name, found in seen.listening.items()
+    }
+    return {name: found for name, found in far.items() if found}
+
+
+def ask_dashboard(out: Path) -> int:
+    """The status code with which the dashboard's API answers a request without a token; 0: none."""
+    address = json.loads((out / STATUS_FILE).read_text())["dashboard"]
+    try:
+        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5) as page:
+            return int(page.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:  # it is gone, or busy
+        return 0
+
+
 def observe(out: Path, *options: str) -> Seen:
     """Run the main job to its end, its working directory somewhere else, as when installed."""
     command = [sys.executable, str(ROOT / "run_search.py"), "--out", str(out), *options]
@@ -78,7 +132,7 @@ def observe(out: Path, *options: str) -> Seen:
         try:
             while process.poll() is None:
                 assert time.monotonic() < end, "the search hangs"
-                seen.look()
+                seen.look(process.pid)
                 time.sleep(0.5)
         finally:
             process.kill()

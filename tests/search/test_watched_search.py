@@ -8,7 +8,7 @@ import optuna
 import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
-from observed import Seen, study
+from observed import Seen, beyond_this_machine, study
 from test_gauges import COUNTERS
 from test_tensorboard import scalars
 
@@ -49,6 +49,17 @@ def test_the_study_could_be_loaded_while_it_ran_and_afterwards(seen: Seen):
 
 def test_the_curve_could_be_read_before_its_trial_was_over(seen: Seen):
     assert 0 < seen.curve_points < 64
+
+
+def test_it_listened_for_this_machine_alone(seen: Seen):
+    processes = " ".join(seen.listening)
+    for name in ("run_search.py", "gcs_server", "raylet", "dashboard", "ray::"):
+        assert name in processes
+    assert beyond_this_machine(seen) == {}
+
+
+def test_the_dashboard_refuses_who_has_no_token(seen: Seen):
+    assert seen.unasked == 401
 
 
 # --- Afterwards -----------------------------------------------------------------------------------
