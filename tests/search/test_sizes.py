@@ -61,7 +61,7 @@ def test_the_evaluation_cache_holds_sequences_and_padded_prompts():
     prompts = [world.ask(name, i) for name, ids in world.known_questions.items() for i in ids]
     longest = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
     tokens = 0
-    for texts in (world.forget_texts, world.retain_texts):
+    for texts in (world.forget_texts[:1024], world.retain_texts):  # SAEBench draws 1024 to forget
         joined = tokenizer(tokenizer.eos_token.join(texts))["input_ids"]
         tokens += min(1024, len(joined) // world.seq_len) * world.seq_len
     wanted = tokens + len(prompts) * longest
