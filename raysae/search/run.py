@@ -211,7 +211,7 @@ def run_search(
             _write_about(config, run_dir, plan, world, started)
             broker = _start_broker(run_dir, namespace)
             threads += [background(run_pool, config, plan, namespace, run_dir, broker)]
-            store = Store(config, broker, console)
+            store = Store(config, plan, broker, console)
             threads.append(background(store.fill))
             from raysae.search.progress import Expected
             from raysae.search.watch import Watch

@@ -29,8 +29,11 @@ def background(target: Any, *args: Any) -> threading.Thread:
 class Store:
     """Fills the activation store and publishes it, again where a broker is restarted."""
 
-    def __init__(self, config: RunConfig, broker: Any, console: Console) -> None:
-        self._config, self._broker, self._console = config, broker, console
+    def __init__(
+        self, config: RunConfig, plan: cluster.Plan, broker: Any, console: Console
+    ) -> None:
+        self._config, self._plan = config, plan
+        self._broker, self._console = broker, console
         self._handle: Any = None
         self.refused = ""
         """Why nothing can be trained on this world, whatever the search."""
@@ -41,6 +44,7 @@ class Store:
 
         from raysae.store.cache import cache_folder
         from raysae.store.harvest import WeakModelError, harvest
+        from raysae.store.places import harvest_places
 
         config = self._config
         try:
@@ -50,9 +54,10 @@ class Store:
                 [config.hook],
                 config.resources.store_dtype,
                 evaluation_cache=config.objective.evaluator == "cached",
-                tasks_at_a_time=cluster.HARVEST_CPUS,
                 cache=cache_folder(config.resources.cache),
-                device="cuda" if config.resources.use_gpu else "cpu",
+                places=harvest_places(
+                    ray.nodes(), use_gpu=config.resources.use_gpu, most=self._plan.workers
+                ),
             )
             self._handle = ray.put(harvested.stores[config.hook])
             self.publish()

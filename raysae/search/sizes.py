@@ -25,7 +25,7 @@ SAMPLE = 512
 FRAME = 19
 """Tokens that SAEBench puts around a question."""
 EVALUATION_SEQUENCES = 1024
-"""Of either corpus at most: SAEBench's `dataset_size`."""
+"""Of either corpus at most, and so many texts of the forget corpus: SAEBench's `dataset_size`."""
 LONG_PROMPTS = 16
 """The longest by their characters: the longest by its tokens is taken to be one of them."""
 
@@ -143,7 +143,9 @@ def _size(world: World, tokenizer: Any) -> CorpusSize:
     sequences = rows = evaluated = 0
     for name, texts in (("forget", world.forget_texts), ("retain", world.retain_texts)):
         tokens, n_texts = _count(tokenizer, texts)
-        evaluated += min(EVALUATION_SEQUENCES, int((tokens + n_texts) // world.seq_len))
+        share = min(1.0, EVALUATION_SEQUENCES / max(1, n_texts)) if name == "forget" else 1.0
+        available = int(share * (tokens + n_texts) // world.seq_len)
+        evaluated += min(EVALUATION_SEQUENCES, available)
         if name in world.training_texts:
             tokens, n_texts = _count(tokenizer, world.training_texts[name])
         tokens = min(tokens, world.store_tokens or tokens)

@@ -70,8 +70,8 @@ def save_chunk(entry: Entry, piece: Piece, chunk: Chunk, dtype: StoreDtype) -> F
     return entry.write(f"{piece.corpus}-{piece.start:08}", tensors, asdict(piece), bfloat16=bits)
 
 
-def load_evaluation(entry: Entry) -> PlainCache | None:
-    """An evaluation cache over its mapped file; None when there is none.
+def load_evaluation(entry: Entry) -> tuple[FileRecord, PlainCache] | None:
+    """An evaluation cache over its mapped file, and that file; None when there is none.
 
     Raises:
         CorruptFileError: manifest or file are not what was written.
@@ -80,18 +80,20 @@ def load_evaluation(entry: Entry) -> PlainCache | None:
     if manifest is None:
         return None
     (record,), facts = manifest
-    return entry.load(record), facts
+    return record, (entry.load(record), facts)
 
 
-def save_evaluation(entry: Entry, cache: PlainCache) -> None:
-    """Write the whole entry of an evaluation cache.
+def save_evaluation(entry: Entry, cache: PlainCache) -> FileRecord:
+    """Write the whole entry of an evaluation cache; its file.
 
     Raises:
         OSError, safetensors.SafetensorError: it cannot be written.
     """
     arrays, facts = cache
     check_room(entry.folder, sum(array.nbytes for array in arrays.values()))
-    entry.publish([entry.write("evaluation", arrays, {})], dict(facts))
+    record = entry.write("evaluation", arrays, {})
+    entry.publish([record], dict(facts))
+    return record
 
 
 def check_room(folder: Path, needed: int) -> None:

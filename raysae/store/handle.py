@@ -13,6 +13,7 @@ from ray import ObjectRef
 
 from raysae.store.chunks import CORPORA, Moments
 from raysae.store.files import map_tensors
+from raysae.store.mapped import MappedEvaluation
 from raysae.store.tiers import fits_on_device, human
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class StoreHandle:
     chunks: tuple[HeldChunk, ...]
     is_forget: np.ndarray  # bool (rows,), over all chunks
     moments: dict[str, Moments]
-    evaluation_cache: ObjectRef | None  # of (arrays, facts), as `EvaluationCache.to_plain`
+    evaluation_cache: ObjectRef | None
+    """Of (arrays, facts), as `EvaluationCache.to_plain`, or of a `MappedEvaluation`."""
     nbytes: int
     known_questions: Mapping[str, tuple[int, ...]] | None = None
     """As the search found them, where the world does not say."""
@@ -74,9 +76,10 @@ class StoreHandle:
         gpu = device.startswith("cuda")
         free = _free_bytes(device) if gpu else 0
         resident = gpu and fits_on_device(self.nbytes, free)
-        where = "host memory"
+        mapped = any(isinstance(chunk.place, Path) for chunk in self.chunks)
+        where = "files mapped from disk" if mapped else "shared memory"
         if gpu:
-            where = f"a copy on {device}" if resident else "host memory, one step ahead"
+            where = f"a copy on {device}" if resident else f"{where}, one step ahead"
             where += f" ({human(self.nbytes)}, {human(free)} were free on the device)"
         return ChunkedActivations.with_moments(
             self.arrays(),
@@ -100,7 +103,10 @@ class StoreHandle:
         from raysae.unlearning import EvaluationCache
 
         assert self.evaluation_cache is not None, "harvested without it"
-        arrays, facts = ray.get(self.evaluation_cache)
+        found = ray.get(self.evaluation_cache)
+        if isinstance(found, MappedEvaluation):
+            return EvaluationCache.from_plain(found.file.open(), found.facts)
+        arrays, facts = found
         return EvaluationCache.from_plain(arrays, facts)
 
     def origin(self, rows: np.ndarray) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,29 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
-from raysae.imports import imports_without_gc
+from raysae.store import tasks
 from raysae.store.cache import Entry, FileRecord, activations_key, evaluation_key, known_key
 from raysae.store.chunks import CORPORA, Chunk, Moments, Piece, StoreDtype, add_up, pieces_of
 from raysae.store.entries import (
     CannotWrite,
+    PlainCache,
     list_chunks,
     load_chunk,
     load_evaluation,
     save_chunk,
     save_evaluation,
 )
-from raysae.store.files import CorruptFileError, checksum
+from raysae.store.files import CorruptFileError
 from raysae.store.handle import HeldChunk, StoreHandle
-from raysae.store.tiers import choose_tier, human
-from raysae.worlds.spec import HubWorld, LocalWorld
-from raysae.worlds.world import World, load_world
-
-WorldRef = str | HubWorld | LocalWorld
-"""A world by name or description: every process loads it for itself."""
+from raysae.store.mapped import MappedEvaluation, MappedFile
+from raysae.store.places import ANYWHERE, Place
+from raysae.store.tasks import WorldRef
+from raysae.store.tiers import choose_tier, human, room_in_store
+from raysae.worlds.world import load_world
 
 SEQUENCES_PER_CHUNK = 512
 CHUNK_BYTES = 64 << 20
 """Longer sequences make chunks of fewer of them."""
-TASK_CPUS = 0
-"""Of a harvesting task. How many run at a time is said by who submits them; a task that had to wait
-for a CPU could not bring back what a lost node held, as the pool holds them all.
-"""
 
 
 class StoreFullError(Exception):
@@ -68,6 +63,15 @@ class _Held:
     record: FileRecord | None  # None: not written to the cache
 
 
+@dataclass(frozen=True)
+class _Computing:
+    """An evaluation cache on its way, as `tasks.evaluation_cache` returns it."""
+
+    facts: ObjectRef
+    result: ObjectRef
+    started: float
+
+
 class Harvest:
     """The stores of one world, by hook point, and what is still to be done for them.
 
@@ -80,12 +84,12 @@ class Harvest:
         hook_names: Sequence[str],
         dtype: StoreDtype,
         cache: Path | None,
-        device: str,
+        places: Sequence[Place],
     ) -> None:
         self.stores: dict[str, StoreHandle] = {}
         self.lines: list[str] = []
-        self._ref, self._device = world, device
-        self._world = load_world(world)
+        self._ref, self._places = world, places
+        self._world = load_world(world, checked=True)
         self._hook_names, self._dtype, self._cache = tuple(hook_names), dtype, cache
         self._entries = {
             name: Entry.at(cache, "activations", activations_key(self._world, name, dtype))
@@ -96,9 +100,8 @@ class Harvest:
         self._pieces: list[Piece] = []
         self._held: dict[tuple[str, Piece], _Held] = {}
         self._made: dict[Piece, list[str]] = {}  # hooks at which a piece was not in the cache
-        self._computing: dict[
-            str, tuple[ObjectRef, ObjectRef]
-        ] = {}  # evaluation caches not in the cache
+        self._computing: dict[str, _Computing] = {}  # evaluation caches not in the cache
+        self._devices = set[str]()  # that tasks have run on
         self._on_disk = False
 
     def finish(self) -> list[str]:
@@ -116,17 +119,27 @@ class Harvest:
         for name, entry in self._entries.items():
             if any(name in names for names in self._made.values()):
                 lines.append(self._save(name, entry))
-        for name, (ready, result) in self._computing.items():
-            ray.get(ready)
-            if self._cache is not None:
-                entry = self._evaluation_entry(self._cache, name)
-                try:
-                    save_evaluation(entry, ray.get(result))
-                except CannotWrite as error:
-                    lines.append(_unwritten(entry, error))
+        for name, computing in self._computing.items():
+            lines += self._finish_evaluation(name, computing)
         return lines
 
-    def fill(self, tasks_at_a_time: int) -> None:
+    def _finish_evaluation(self, hook_name: str, computing: _Computing) -> Iterator[str]:
+        facts = ray.get(computing.facts)
+        _, where = self._evaluation_tier(facts["nbytes"], disk=facts["written"])
+        seconds = time.perf_counter() - computing.started
+        yield f"evaluation cache: {where}; computed in {seconds:.1f} s"
+        if self._cache is None or facts["written"]:
+            return
+        entry, problem = self._evaluation_entry(self._cache, hook_name), facts["problem"]
+        if not problem:
+            try:
+                save_evaluation(entry, ray.get(computing.result))
+            except CannotWrite as error:
+                problem = str(error)
+        if problem:
+            yield _unwritten(entry, problem)
+
+    def fill(self) -> None:
         """Find every piece of both corpora at every hook in the cache, or have it computed."""
         started = time.perf_counter()
         listed = {name: self._listed(entry) for name, entry in self._entries.items()}
@@ -139,21 +152,27 @@ class Harvest:
                 record = listed.get(name, {}).get(piece)
                 if record is None or not self._load(name, piece, record):
                     self._made.setdefault(piece, []).append(name)
-        self._compute(tasks_at_a_time)
+        self._compute()
         seconds = time.perf_counter() - started
         for name in self._hook_names:
             store = self.stores[name] = self._handle(name)
             made = sum(name in names for names in self._made.values())
-            source = f"{made} of {len(self._pieces)} chunks harvested" if made else "from the cache"
+            source = "from the cache"
+            if made:
+                source = f"{made} of {len(self._pieces)} chunks harvested, {self._how()},"
             self.lines.append(
                 f"store: {store.rows:,} rows of {self._dtype} at {name}, {human(store.nbytes)} "
                 f"{where}; {source} in {seconds:.1f} s"
             )
 
+    def _how(self) -> str:
+        return f"{len(self._places)} at a time on {' and '.join(sorted(self._devices))}"
+
     def _tokenized(self) -> list[ObjectRef]:
         """Of the number of sequences of each corpus, and of the tokens of each of `CORPORA`."""
         if not self._tokens:
-            task: Any = _tokenize.options(num_returns=1 + len(CORPORA))
+            options = self._places[0].options() | {"num_returns": 1 + len(CORPORA)}
+            task: Any = tasks.tokenize.options(**options)
             self._tokens = task.remote(self._ref)
         return self._tokens
 
@@ -177,7 +196,9 @@ class Harvest:
                 self.lines.append(f"cache: {error}; asking the model again")
         source = "from the cache"
         if facts is None:
-            facts = ray.get(_known_questions.remote(self._ref, self._device))
+            place = self._places[0]
+            task: Any = tasks.known_questions.options(**place.options())
+            facts = ray.get(task.remote(self._ref, place.device))
             source = f"asked in {time.perf_counter() - started:.1f} s"
             if entry is not None:
                 try:
@@ -200,17 +221,55 @@ class Harvest:
         for name, store in self.stores.items():
             found = None
             if self._cache is not None:
+                entry = self._evaluation_entry(self._cache, name)
                 try:
-                    found = load_evaluation(self._evaluation_entry(self._cache, name))
+                    found = load_evaluation(entry)
                 except CorruptFileError as error:
                     self.lines.append(f"cache: {error}; computing it again")
-            if found is not None:
-                ref = ray.put(found)
-            else:
-                task: Any = _evaluation_cache.options(num_returns=2)
-                ready, ref = task.remote(self._ref, name, self._world.known_questions, self._device)
-                self._computing[name] = ready, ref
+            ref = self._compute_evaluation(name) if found is None else self._place(entry, *found)
             self.stores[name] = store.with_evaluation_cache(ref)
+
+    def _place(self, entry: Entry, record: FileRecord, cache: PlainCache) -> ObjectRef:
+        """An evaluation cache that was found, for all workers."""
+        arrays, facts = cache
+        nbytes = sum(array.nbytes for array in arrays.values())
+        on_disk, where = self._evaluation_tier(nbytes, disk=True)
+        self.lines.append(f"evaluation cache: {where}; from the cache")
+        if not on_disk:
+            return ray.put(cache)
+        node = ray.get_runtime_context().get_node_id()
+        file = MappedFile(entry.path(record), node, record.checksums)
+        return ray.put(MappedEvaluation(file, facts))
+
+    def _compute_evaluation(self, hook_name: str) -> ObjectRef:
+        """Where there is a place on this machine there, so that it can be written to the cache by
+        its task and need not pass through the object store.
+        """
+        here = [place for place in self._places if _is_here(place)]
+        place = here[0] if here else self._places[0]
+        entry = None
+        if self._cache is not None and here:
+            entry = self._evaluation_entry(self._cache, hook_name)
+        task: Any = tasks.evaluation_cache.options(**place.options() | {"num_returns": 2})
+        room = room_in_store(_store_memory(), self._in_store())
+        known = self._world.known_questions
+        started = time.perf_counter()
+        refs: list[ObjectRef] = task.remote(self._ref, hook_name, known, place.device, entry, room)
+        facts, ref = refs
+        self._computing[hook_name] = _Computing(facts, ref, started)
+        return ref
+
+    def _evaluation_tier(self, nbytes: int, *, disk: bool) -> tuple[bool, str]:
+        # A node that lacks the file is sent it: it may be mapped on any number of nodes.
+        return choose_tier(
+            nbytes, _store_memory(), disk=disk, one_node=True, taken=self._in_store()
+        )
+
+    def _in_store(self) -> int:
+        """Bytes of the object store that the chunks take."""
+        if self._on_disk:
+            return 0
+        return sum(held.nbytes for held in self._held.values())
 
     def _evaluation_entry(self, cache: Path, hook_name: str) -> Entry:
         return Entry.at(cache, "evaluation", evaluation_key(self._world, hook_name))
@@ -222,12 +281,11 @@ class Harvest:
     def _choose_tier(self) -> tuple[bool, str]:
         width = self._world.d_model * (2 if self._dtype == "bfloat16" else 4)
         tokens = self._world.seq_len * sum(piece.stop - piece.start for piece in self._pieces)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
         return choose_tier(
             len(self._hook_names) * tokens * width,
-            min(int(node["Resources"].get("object_store_memory", 0)) for node in nodes),
+            _store_memory(),
             disk=self._cache is not None,
-            one_node=len(nodes) == 1,
+            one_node=len(_nodes()) == 1,
         )
 
     def _listed(self, entry: Entry) -> dict[Piece, FileRecord]:
@@ -256,22 +314,28 @@ class Harvest:
         )
         return True
 
-    def _compute(self, tasks_at_a_time: int) -> None:
+    def _compute(self) -> None:
         """Run the tasks of all pieces that the cache did not have, in their order."""
-        waiting = deque(self._made.items())
+        places, pieces = self._places, list(self._made.items())
+        waiting = deque(enumerate(pieces))
         running: deque[tuple[Piece, list[str], list[ObjectRef]]] = deque()
         while waiting or running:
-            while waiting and len(running) < tasks_at_a_time:
-                piece, names = waiting.popleft()
-                task: Any = _harvest_piece.options(num_returns=1 + len(names))
+            # The place of a piece is the one that the oldest task has just left.
+            while waiting and len(running) < len(places):
+                i, (piece, names) = waiting.popleft()
+                place, last = places[i % len(places)], i + len(places) >= len(pieces)
+                options = place.options() | {"num_returns": 1 + len(names)}
+                task: Any = tasks.harvest_piece.options(**options)
                 tokens = self._tokenized()[1 + CORPORA.index(piece.corpus)]
-                refs = task.remote(self._ref, names, piece, self._dtype, self._device, tokens)
+                refs = task.remote(self._ref, names, piece, self._dtype, place.device, tokens, last)
                 running.append((piece, names, refs))
             piece, names, (rest, *refs) = running.popleft()
             # The chunks are looked at, too: one that found no room is an error of its own.
             described, *_ = ray.get([rest, *refs])
+            device, parts = described
+            self._devices.add(device)
             for name, ref, (origin, moments, sha256, nbytes) in zip(
-                names, refs, described, strict=True
+                names, refs, parts, strict=True
             ):
                 held = HeldChunk(ref, ray.put(origin), sha256)
                 self._held[name, piece] = _Held(held, moments, nbytes, None)
@@ -329,9 +393,8 @@ def harvest(
     dtype: StoreDtype,
     *,
     evaluation_cache: bool,
-    tasks_at_a_time: int = 1,
     cache: Path | None = None,
-    device: str = "cpu",
+    places: Sequence[Place] = (ANYWHERE,),
 ) -> Harvest:
     """Fill the stores, from the cache or by tasks, and return as soon as batches can be had.
 
@@ -345,18 +408,17 @@ def harvest(
         hook_names: e.g. ["blocks.0.hook_resid_post"]; the model runs once for all of them.
         dtype: of the chunks.
         evaluation_cache: whether to compute what the cached evaluator needs, too.
-        tasks_at_a_time: no more, or they would take the CPUs that the starting pool waits for.
         cache: folder in which to look first, and to write to; None for no cache.
-        device: of the tasks; "cuda" is the CPU where there is no GPU.
+        places: of the tasks, one at a time in each.
 
     Raises:
         StoreFullError: there is no room for the activations.
         WeakModelError: the model knows too few questions.
     """
-    result = Harvest(world, hook_names, dtype, cache, device)
+    result = Harvest(world, hook_names, dtype, cache, places)
     with _clear_when_full():
         result.find_known()
-        result.fill(tasks_at_a_time)
+        result.fill()
         if evaluation_cache:
             result.find_evaluations()
     return result
@@ -367,7 +429,7 @@ def _clear_when_full() -> Iterator[None]:
     try:
         yield
     except (ObjectStoreFullError, OutOfDiskError) as error:
-        memory = sum(node["Resources"].get("object_store_memory", 0) for node in ray.nodes())
+        memory = sum(node["Resources"].get("object_store_memory", 0) for node in _nodes())
         kind = "object store" if isinstance(error, ObjectStoreFullError) else "disk it spills to"
         raise StoreFullError(
             f"the activations do not fit: Ray's object store has {human(memory)} and the {kind} is "
@@ -376,86 +438,24 @@ def _clear_when_full() -> Iterator[None]:
         ) from error
 
 
-def _unwritten(entry: Entry, error: Exception) -> str:
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _is_here(place: Place) -> bool:
+    """Whether tasks of the place surely run on this process's node."""
+    if place.node is None:
+        return len(_nodes()) == 1
+    return place.node == str(ray.get_runtime_context().get_node_id())
+
+
+def _store_memory() -> int:
+    """Bytes of the object store of the node that has least."""
+    return min(int(node["Resources"].get("object_store_memory", 0)) for node in _nodes())
+
+
+def _unwritten(entry: Entry, error: Exception | str) -> str:
     return (
         f"cache: {entry.folder} cannot be written ({error}); this search goes on without it, and "
         "the next one harvests again"
     )
-
-
-@lru_cache(maxsize=1)
-def _model(ref: WorldRef, device: str, trained_on: bool) -> tuple[World, Any]:
-    """World and one of its models, kept by the process so that its next task starts at once."""
-    with imports_without_gc():
-        import torch
-
-        import raysae.store.activations  # noqa: F401
-        from raysae.worlds.model import load_model
-
-    torch.set_num_threads(1)
-    world = load_world(ref)
-    device = device if torch.cuda.is_available() else "cpu"
-    return world, load_model(world, device=device, trained_on=trained_on)
-
-
-@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _tokenize(ref: WorldRef) -> tuple[Any, ...]:
-    """Number of sequences of each corpus, and then their tokens, which all tasks of a node share.
-
-    The texts are read here alone, in parts; see `raysae.store.texts`.
-    """
-    world, model = _model(ref, "cpu", True)
-    from raysae.store.activations import corpus_tokens
-
-    tokens = corpus_tokens(world, model)
-    return ({name: len(part) for name, part in tokens.items()}, *tokens.values())
-
-
-@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _harvest_piece(
-    ref: WorldRef,
-    hook_names: list[str],
-    piece: Piece,
-    dtype: StoreDtype,
-    device: str,
-    tokens: np.ndarray,
-) -> tuple[Any, ...]:
-    """What the driver must know of each hook's chunk, and then the activations of each hook."""
-    _, model = _model(ref, device, True)
-    from raysae.store.activations import harvest_chunks
-
-    part = np.array(tokens[piece.start : piece.stop])
-    chunks = harvest_chunks(model, part, hook_names, dtype, first=piece.start)
-    rest = [
-        (
-            np.stack([chunk.tokens, chunk.positions]),
-            chunk.moments,
-            checksum(chunk.activations),
-            chunk.activations.nbytes,
-        )
-        for chunk in chunks
-    ]
-    return (rest, *(chunk.activations for chunk in chunks))
-
-
-@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _known_questions(ref: WorldRef, device: str) -> dict[str, Any]:
-    """Ids of the known questions by data set, and what to say of a model that knows too few."""
-    from raysae.unlearning import ask_all, default_eval_config
-
-    world, model = _model(ref, device, False)
-    answers = ask_all(world, model, default_eval_config(world))
-    ids = {name: found.tolist() for name, found in answers.ids().items()}
-    return {"ids": ids, "weakness": answers.weakness(world)}
-
-
-@ray.remote(num_cpus=TASK_CPUS, scheduling_strategy="SPREAD")
-def _evaluation_cache(
-    ref: WorldRef, hook_name: str, known: dict[str, tuple[int, ...]] | None, device: str
-) -> tuple[bool, Any]:
-    """True, and what scoring needs and does not depend on the SAE, as arrays and facts."""
-    from raysae.unlearning import build_cache, default_eval_config
-
-    world, model = _model(ref, device, False)
-    world = replace(world, known_questions=known)
-    return True, build_cache(world, model, hook_name, default_eval_config(world)).to_plain()

@@ -26,7 +26,7 @@ def choose_tier(
         return False, f"in shared memory ({measured})"
     if disk and one_node:
         return True, f"mapped from disk ({measured})"
-    why = "there is no cache on disk to map" if not disk else "several nodes cannot map one's files"
+    why = "there is no file on disk to map" if not disk else "several nodes cannot map one's files"
     return False, f"in shared memory, the rest spilled to disk by Ray ({measured}, and {why})"
 
 

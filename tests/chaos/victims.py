@@ -23,8 +23,8 @@ PROCESSES = {
     "client": ("ray::ImplicitFunc",),
     "broker": ("ray::Broker",),
     "controller": ("ray::TrainController",),
-    "harvest": ("ray::_tokenize", "ray::_harvest_piece"),
-    "evaluation": ("ray::_evaluation_cache",),
+    "harvest": ("ray::tokenize", "ray::harvest_piece"),
+    "evaluation": ("ray::evaluation_cache",),
 }
 """How Ray's names of a search's processes begin. The store is no process of its own: its chunks lie
 with Ray's node, and are the driver's."""

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from raysae.config import RunConfig, load_config
 from raysae.errors import UserError
 from raysae.search import sizes
+from raysae.search.room import model_bytes
 from raysae.search.run import resolve
 from raysae.search.sizes import (
     EVALUATION_SEQUENCES,
@@ -61,7 +63,7 @@ def test_the_evaluation_cache_holds_sequences_and_padded_prompts():
     prompts = [world.ask(name, i) for name, ids in world.known_questions.items() for i in ids]
     longest = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
     tokens = 0
-    for texts in (world.forget_texts, world.retain_texts):
+    for texts in (world.forget_texts[:1024], world.retain_texts):  # SAEBench draws 1024 to forget
         joined = tokenizer(tokenizer.eos_token.join(texts))["input_ids"]
         tokens += min(1024, len(joined) // world.seq_len) * world.seq_len
     wanted = tokens + len(prompts) * longest
@@ -77,6 +79,14 @@ def test_bytes_follow_from_the_types_of_model_and_store():
     assert (small.activations, small.evaluation) == (1000 * (256 + 8), 500 * (256 + 8))
     alone = store_size(config(objective__evaluator="saebench"), world, size)
     assert (alone.evaluation, alone.total) == (0, alone.activations)
+
+
+def test_a_model_takes_what_its_type_takes():
+    world = load_world("embedded")
+    weights = world.model_path / "model.safetensors"
+    parameters = sum(tensor.numel() for tensor in load_file(weights).values())
+    assert model_bytes(world) == 4 * parameters
+    assert model_bytes(replace(world, dtype="bfloat16")) == 2 * parameters
 
 
 def test_the_quick_bound_is_one():

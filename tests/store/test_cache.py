@@ -87,12 +87,13 @@ def test_arrays_and_facts_of_an_evaluation_come_back(entry: Entry):
     assert load_evaluation(entry) is None
     arrays = {"forget.counts": np.arange(12).reshape(3, 4) % 3 == 0, "prompts.ids": np.arange(5)}
     facts = {".dtype": "float32", ".config": {"a": [0.1, 1e-300], "b": None}}
-    save_evaluation(entry, (arrays, facts))
+    written = save_evaluation(entry, (arrays, facts))
     found = load_evaluation(entry)
     assert found is not None
-    assert found[1] == facts
+    record, (arrays_again, facts_again) = found
+    assert (record, facts_again) == (written, facts)
     for name, array in arrays.items():
-        np.testing.assert_array_equal(found[0][name], array)
+        np.testing.assert_array_equal(arrays_again[name], array)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,24 @@ import pytest
 import ray
 import torch
 
-from raysae.store import tiers
+from raysae.config import load_config
+from raysae.search.run import resolve
+from raysae.search.sizes import corpus_size, store_size
+from raysae.store import mapped, tiers
 from raysae.store.activations import corpus_tokens, local_store
 from raysae.store.batches import ChunkedActivations
 from raysae.store.cache import MANIFEST
+from raysae.store.files import CorruptFileError, map_tensors
 from raysae.store.handle import StoreHandle
 from raysae.store.harvest import Harvest, harvest
+from raysae.store.mapped import MappedFile
 from raysae.training.run import SAERun
+from raysae.unlearning import EvaluationCache
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
 
 pytestmark = pytest.mark.ray
+ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 HOOKS = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
 QUIET = {
     "address": "local",
@@ -114,8 +122,8 @@ import sys
 import ray
 from pathlib import Path
 from raysae.store import harvest as module
-for task in ("_tokenize", "_harvest_piece", "_evaluation_cache"):
-    delattr(module, task)
+for task in ("tokenize", "harvest_piece", "evaluation_cache"):
+    delattr(module.tasks, task)
 ray.init("local", num_cpus=0, object_store_memory=300 << 20, include_dashboard=False)
 hook = "blocks.0.hook_resid_post"
 store = module.harvest(
@@ -234,6 +242,32 @@ def test_nobody_can_write_to_the_chunks_and_training_does_not(
     assert digest(store) == before == [chunk.sha256 for chunk in store.chunks]
 
 
+def test_a_node_that_lacks_a_file_is_sent_it_once_and_whole(
+    first: Harvest, cache: Path, tmp_path: Path, monkeypatch
+):
+    path = files_of(cache, HOOKS[0])[0]
+    with_checksums = {"activations": first.stores[HOOKS[0]].chunks[0].sha256}
+    node = ray.get_runtime_context().get_node_id()
+    file = MappedFile(path, node, with_checksums)
+    wanted = map_tensors(path)
+    # As on another machine: this process does not see the file, the task that reads it does.
+    monkeypatch.setattr(Path, "is_file", lambda self: self != path and self.exists())
+    monkeypatch.setenv("RAYSAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 1 << 20)
+    for name, array in file.open().items():
+        np.testing.assert_array_equal(array, wanted[name])
+    (copy,) = tmp_path.rglob(path.name)
+    assert copy.read_bytes() == path.read_bytes()
+    copied = copy.stat()
+    file.open()
+    assert copy.stat() == copied
+
+    copy.unlink()
+    with pytest.raises(CorruptFileError, match="is not what was written"):
+        replace(file, checksums={"activations": "0"}).open()
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
 @ray.remote(num_cpus=0)
 def _try_to_write(refs: list[ray.ObjectRef]) -> str:
     array = ray.get(refs[0])
@@ -247,3 +281,35 @@ def _try_to_write(refs: list[ray.ObjectRef]) -> str:
 def test_another_process_cannot_write_to_them_either(first: Harvest):
     chunk = first.stores[HOOKS[0]].chunks[0]
     assert "read-only" in ray.get(_try_to_write.remote([chunk.place]))
+
+
+@pytest.mark.slow
+def test_an_evaluation_cache_without_room_is_mapped_from_its_file(tmp_path: Path, monkeypatch):
+    ray.shutdown()
+    ray.init(num_cpus=2, object_store_memory=300 << 20, **QUIET)
+    hook, world = HOOKS[0], load_world("embedded")
+
+    def opened() -> tuple[EvaluationCache, str]:
+        found = harvest("embedded", [hook], "float32", evaluation_cache=True, cache=tmp_path)
+        lines = found.lines + found.finish()
+        (said,) = [line for line in lines if line.startswith("evaluation cache: ")]
+        return found.stores[hook].open_evaluation_cache(), said
+
+    with monkeypatch.context() as no_room:
+        no_room.setattr(tiers, "MEMORY_SHARE", 0.0)
+        computed, said_computed = opened()
+        again, said_again = opened()
+    assert "mapped from disk" in said_computed and "computed in" in said_computed
+    assert "mapped from disk" in said_again and "from the cache" in said_again
+    shared, said_shared = opened()
+    assert "in shared memory" in said_shared
+    (file,) = tmp_path.glob("evaluation/*/*.safetensors")
+    on_disk, in_memory = again.to_plain(), shared.to_plain()
+    assert on_disk[1] == in_memory[1] == computed.to_plain()[1]
+    for name, array in map_tensors(file).items():
+        for cache in (computed, again, shared):
+            np.testing.assert_array_equal(cache.to_plain()[0][name], array)
+        assert not on_disk[0][name].flags.writeable
+    size = store_size(resolve(load_config(ORTH)), world, corpus_size(world))
+    assert size.evaluation == pytest.approx(computed.nbytes, rel=0.05)
+    ray.shutdown()

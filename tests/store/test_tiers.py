@@ -14,7 +14,7 @@ GIB = 1 << 30
         (GIB, True, True, True, "mapped from disk (1.0 GiB, the object store has room for 716.8"),
         (GIB, False, True, False, "spilled to disk by Ray"),
         (GIB, True, False, False, "several nodes"),
-        (3 * GIB, False, False, False, "no cache on disk"),
+        (3 * GIB, False, False, False, "no file on disk"),
     ],
 )
 def test_the_tier_is_chosen_by_size(

@@ -17,7 +17,7 @@ def test_a_cache_from_disk_scores_like_the_one_that_was_written(
     save_evaluation(entry, bench.cache.to_plain())
     found = load_evaluation(entry)
     assert found is not None
-    cache = EvaluationCache.from_plain(*found)
+    cache = EvaluationCache.from_plain(*found[1])
     for part, again in ((bench.cache, cache), (bench.cache.prompts, cache.prompts)):
         for name, value in vars(part).items():
             if isinstance(value, np.ndarray):
