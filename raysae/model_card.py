@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
+from raysae.analysis.describe import describe
 from raysae.analysis.seeds import seed_records
 from raysae.errors import UserError, first_line
 from raysae.journal import ended_trials
 from raysae.pool.folder import TRIAL_FILE
 from raysae.run_files import read_object, read_records, require
-from raysae.search.live import describe
 from raysae.worlds.presets import PRESETS, label_of
 from raysae.worlds.world import SAEBENCH
 

@@ -16,11 +16,11 @@ from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
 from raysae import cli
+from raysae.analysis.confirmation import COLUMNS
 from raysae.errors import UserError
 from raysae.model_card import write_card
 from raysae.push import push_best
 from raysae.search.conclude import copy_best
-from raysae.search.confirm import COLUMNS
 from raysae.unlearning import halve
 
 VERDICTS = (

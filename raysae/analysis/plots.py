@@ -1,6 +1,6 @@
 """A study's figures: a row a run, a dot a seed; and what α schedules look like.
 
-Readable in print and by colour-blind people.
+Of a search a row is a regularizer and a dot a trial. Readable in print and by colour-blind people.
 """
 
 from __future__ import annotations
@@ -34,26 +34,30 @@ CURVES = {
 DPI = 150
 
 
-def plot_study(trials: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+def plot_study(
+    trials: pd.DataFrame, curves: pd.DataFrame, folder: Path, by: str = "run"
+) -> list[Path]:
     """Write a study's figures and return their paths; [] where every trial failed.
 
     Args:
         trials: `raysae.analysis.tables.trials_table`; those without a run's name are left out.
         curves: `raysae.analysis.tables.curves_table`.
         folder: made if it is not there.
+        by: column of `trials` that names the rows: "run", or "regularizer" for a search.
 
-    unlearning_score.png, l2_loss.png, sparsity_loss.png, loss.png: every seed as a dot, the mean as
-    a bar; no sparsity_loss.png where SAEs choose k features and have no such loss.
-    training_curves.png: mean over seeds by step, the range of the seeds shaded.
+    unlearning_score.png, l2_loss.png, sparsity_loss.png, loss.png: every trial as a dot, hollow
+    where it was stopped early, mean and standard deviation of the others as a bar; no
+    sparsity_loss.png where SAEs choose k features and have no such loss. training_curves.png: mean
+    by step of the trials of a row that were trained furthest, their range shaded.
     """
-    trials = trials[(trials["run"] != "") & (trials["state"] != "failed")]
+    trials = trials[(trials[by] != "") & (trials["state"] != "failed")]
     if trials.empty:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"unlearning_score": _scores(trials)}
+    figures = {"unlearning_score": _scores(trials, by)}
     losses = {name: label for name, label in LOSSES.items() if trials[name].any()}
-    figures |= {name: _dots(trials, {name: ""}, label) for name, label in losses.items()}
-    figures["training_curves"] = _curves(trials, curves)
+    figures |= {name: _dots(trials, by, {name: ""}, label) for name, label in losses.items()}
+    figures["training_curves"] = _curves(trials, curves, by)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
@@ -91,39 +95,64 @@ def plot_schedules(
     return figure
 
 
-def _scores(trials: pd.DataFrame) -> Figure:
+def furthest(trials: pd.DataFrame, curves: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The curves of the trials that were trained as far as any of their row, with the row's name:
+    a mean over trials of which some end on the way would jump where they do."""
+    joined = curves.merge(trials[["trial", by]], on="trial")
+    reached = joined.groupby("trial")["step"].transform("max")
+    return joined[reached == reached.groupby(joined[by]).transform("max")]
+
+
+def _scores(trials: pd.DataFrame, by: str) -> Figure:
     return _dots(
         trials,
+        by,
         {"score": "questions searched on", "heldout_score": "held-out questions"},
         "unlearning score",
     )
 
 
-def _dots(trials: pd.DataFrame, columns: dict[str, str], label: str) -> Figure:
-    """A row a run: seeds as dots, their mean as a bar; several columns beside each other."""
-    runs = list(dict.fromkeys(trials["run"]))
+def _dots(trials: pd.DataFrame, by: str, columns: dict[str, str], label: str) -> Figure:
+    """A row a run: seeds as dots, mean ± standard deviation as a bar; columns beside each other."""
+    runs = list(dict.fromkeys(trials[by]))
+    # Those trained to the end, where any was.
+    counted = {"finished"} & set(trials["state"]) or {"stopped"}
     figure, axes = _figure(8.0, 1.2 + 0.38 * len(runs))
     for i, (column, meaning) in enumerate(columns.items()):
         offset = 0.16 * (2 * i - len(columns) + 1)
         for row, run in enumerate(runs):
-            values = trials.loc[trials["run"] == run, column].to_numpy(dtype=float)
-            y = np.full(len(values), row + offset)
-            first = row == 0 and meaning
-            axes.plot(
-                values,
-                y,
-                "os"[i],
-                color=COLOURS[i],
-                markersize=5,
-                alpha=0.75,
-                label=meaning if first else None,
-            )
-            axes.plot([values.mean()], [row + offset], "|", color=COLOURS[i], markersize=14, mew=2)
-        baseline = trials.loc[trials["run"] == runs[0], column].mean()
+            part = trials[trials[by] == run]
+            y = row + offset
+            for stopped, face in ((True, "none"), (False, COLOURS[i])):
+                values = part.loc[(part["state"] == "stopped") == stopped, column]
+                first = row == 0 and not stopped and meaning
+                axes.plot(
+                    values,
+                    np.full(len(values), y),
+                    "os"[i],
+                    color=COLOURS[i],
+                    markerfacecolor=face,
+                    markersize=5,
+                    alpha=0.75,
+                    label=meaning if first else None,
+                )
+            whole = part.loc[part["state"].isin(counted), column]
+            if len(whole):
+                axes.plot([whole.mean()], [y], "|", color=COLOURS[i], markersize=14, mew=2)
+            if len(whole) > 1:
+                ends = [whole.mean() - whole.std(), whole.mean() + whole.std()]
+                axes.plot(ends, [y, y], color=COLOURS[i], linewidth=1.5, alpha=0.6)
+        of_first = (trials[by] == runs[0]) & trials["state"].isin(counted)
+        baseline = trials.loc[of_first, column].mean()
         axes.axvline(baseline, color=COLOURS[i], linewidth=0.8, linestyle=LINE_STYLES[i + 1])
     axes.set_yticks(range(len(runs)), runs)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{label}\ndot: a seed, bar: mean, line: mean of {runs[0]!r}")
+    dot = "a seed" if by == "run" else "a trial"
+    if len(set(trials["state"])) > 1:
+        dot += "; hollow: stopped early, not in the mean"
+    axes.set_xlabel(
+        f"{label}\ndot: {dot}\nbar: mean ± standard deviation, line: mean of {runs[0]!r}"
+    )
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     if any(columns.values()):
@@ -131,30 +160,35 @@ def _dots(trials: pd.DataFrame, columns: dict[str, str], label: str) -> Figure:
     return figure
 
 
-def _curves(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    runs = list(dict.fromkeys(trials["run"]))
-    joined = curves.merge(trials[["trial", "run"]], on="trial")
+def _curves(trials: pd.DataFrame, curves: pd.DataFrame, by: str) -> Figure:
+    runs = list(dict.fromkeys(trials[by]))
+    joined = furthest(trials, curves, by)
     shown = {column: label for column, label in CURVES.items() if joined[column].any()}
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(11, 0.7 + 2.6 * rows), layout="constrained")
     panels: Any = figure.subplots(rows, 2, squeeze=False)
     for panel in panels.flat[len(shown) :]:
         panel.set_visible(False)
+    # One pass over the curves for all panels: of a thousand trials they have tens of thousands.
+    steps = joined.groupby([by, "step"])[list(shown)].agg(["mean", "min", "max"])
     for panel, (column, label) in zip(panels.flat, shown.items(), strict=False):
         for i, run in enumerate(runs):
-            by_step = joined[joined["run"] == run].groupby("step")[column]
-            mean, low, high = by_step.mean(), by_step.min(), by_step.max()
+            if run not in steps.index:
+                continue
+            by_step = steps.loc[run][column]
             colour = COLOURS[i % len(COLOURS)]
             style = LINE_STYLES[i // len(COLOURS) % len(LINE_STYLES)]
             panel.plot(
-                mean.index,
-                mean,
+                by_step.index,
+                by_step["mean"],
                 style,
                 color=colour,
                 linewidth=1.3,
                 label=run if column == "loss" else None,
             )
-            panel.fill_between(mean.index, low, high, color=colour, alpha=0.12, linewidth=0)
+            panel.fill_between(
+                by_step.index, by_step["min"], by_step["max"], color=colour, alpha=0.12, linewidth=0
+            )
         positive = joined[column][joined[column] > 0]
         if column.endswith("loss") and len(positive) and positive.max() > 20 * positive.min():
             panel.set_yscale("log")
@@ -163,7 +197,8 @@ def _curves(trials: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         panel.grid(color="0.92")
         _plain(panel)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("mean over seeds, range shaded")
+    what = "seeds" if by == "run" else "the trials trained furthest of each regularizer"
+    figure.suptitle(f"mean over {what}, range shaded")
     return figure
 
 

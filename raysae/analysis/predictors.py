@@ -86,18 +86,27 @@ def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
         if record["event"] != "rung":
             continue
         trial = record["trial"]
-        for index, seed in enumerate(seed_records(record)):
-            groups = {row["group"]: row for row in seed["conditioning"]}
-            row = groups["all"] | seed["metrics"] | {name: seed[name] for name in SCORES}
-            row |= {"seed": index, "configuration": configurations.get(trial, f"trial {trial}")}
-            for side in ("forget", "retain"):
-                row[f"{side}_condition"] = _against_random(groups[side])
-            rows[trial, index, record["step"]] = row
+        for row in rung_rows(record):
+            row["configuration"] = configurations.get(trial, f"trial {trial}")
+            rows[trial, row["seed"], record["step"]] = row
     return (
         pd.DataFrame(list(rows.values())).sort_values(["step", "trial", "seed"], ignore_index=True)
         if (rows)
         else pd.DataFrame(columns=["trial", "seed", "step", "configuration", OUTCOME, *PREDICTORS])
     )
+
+
+def rung_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of `rungs_table` from one record of a rung, without their configuration."""
+    rows = []
+    for index, seed in enumerate(seed_records(record)):
+        groups = {row["group"]: row for row in seed["conditioning"]}
+        row = groups["all"] | seed["metrics"] | {name: seed[name] for name in SCORES}
+        row |= {"trial": record["trial"], "seed": index}
+        for side in ("forget", "retain"):
+            row[f"{side}_condition"] = _against_random(groups[side])
+        rows.append(row)
+    return rows
 
 
 def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
@@ -154,9 +163,40 @@ def rank_correlations(
     """
     everything = rankdata(np.column_stack([outcome, predictors, covariates]), axis=0)
     everything -= everything.mean(axis=0)
-    ranks, design = np.split(everything, [1 + predictors.shape[1]], axis=1)
+    return _of_ranks(everything, predictors.shape[1])
+
+
+def _of_ranks(everything: np.ndarray, predictors: int) -> tuple[np.ndarray, np.ndarray]:
+    """`rank_correlations` from centred ranks: outcome, predictors, covariates (n, 1 + p + q)."""
+    ranks, design = np.split(everything, [1 + predictors], axis=1)
     fitted = design @ np.linalg.lstsq(design, ranks, rcond=None)[0]
     return _correlations(ranks, ranks), _correlations(ranks - fitted, ranks)
+
+
+class Resampled:
+    """`rank_correlations` of samples in which rows are taken several times or not at all.
+
+    Ranks follow from how often each value is taken, without sorting anything anew.
+    """
+
+    def __init__(self, predictors: np.ndarray, outcome: np.ndarray, covariates: np.ndarray) -> None:
+        """As `rank_correlations`."""
+        columns = np.column_stack([outcome, predictors, covariates]).T
+        self._codes = [np.unique(column, return_inverse=True)[1] for column in columns]
+        self._predictors = predictors.shape[1]
+
+    def correlations(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the sample that takes row i `times[i]` times (n,), in whole numbers."""
+        taken = times > 0
+        weights = times[taken].astype(float)
+        ranks = np.empty((len(weights), len(self._codes)))
+        for column, codes in enumerate(self._codes):
+            mine = codes[taken]
+            counts = np.bincount(mine, weights)
+            # Equal values share the mean of their ranks.
+            ranks[:, column] = (np.cumsum(counts) - (counts - 1) / 2)[mine]
+        ranks -= weights @ ranks / weights.sum()
+        return _of_ranks(ranks * np.sqrt(weights)[:, None], self._predictors)
 
 
 def _correlations(residuals: np.ndarray, ranks: np.ndarray) -> np.ndarray:
@@ -178,15 +218,16 @@ def _associate(
     configurations: np.ndarray,
     comparisons: int,
 ) -> list[dict[str, Any]]:
-    members = [np.flatnonzero(configurations == name) for name in dict.fromkeys(configurations)]
+    names, member = np.unique(configurations, return_inverse=True)
+    sample = Resampled(predictors, outcome, covariates)
     rng = np.random.default_rng(0)
     plain, partial = rank_correlations(predictors, outcome, covariates)
     resampled = []
     with threadpool_limits(limits=1):  # thousands of tiny fits: threads would only wait
         for _ in range(RESAMPLES):
-            chosen = rng.integers(len(members), size=len(members))
-            rows = np.concatenate([members[i] for i in chosen])
-            resampled.append(rank_correlations(predictors[rows], outcome[rows], covariates[rows]))
+            chosen = rng.integers(len(names), size=len(names))
+            times = np.bincount(chosen, minlength=len(names))[member]
+            resampled.append(sample.correlations(times))
     draws = np.array(resampled)  # (resamples, 2, p)
     results = []
     for i in range(len(plain)):

@@ -148,7 +148,7 @@ def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = Non
         ended: the journal's `end` records.
         about: the run's `about.json`, for versions, commit and GPUs; None where there is none.
     """
-    frame = pd.DataFrame([_trial_row(record) | _origin(record, about) for record in ended])
+    frame = pd.DataFrame([trial_row(record) | _origin(record, about) for record in ended])
     return _in_order(frame)
 
 
@@ -166,7 +166,7 @@ def seeds_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = None
             origin["gpu_hours"] /= len(rungs)
         for index, rung in enumerate(rungs):
             seed = spec["seed"] + index * SEED_STRIDE
-            row = _trial_row(record | {"rung": rung, "spec": spec | {"seed": seed}})
+            row = trial_row(record | {"rung": rung, "spec": spec | {"seed": seed}})
             rows.append(row | origin | {"seeds": 1, "seed_index": index})
     return _in_order(pd.DataFrame(rows))
 
@@ -259,7 +259,8 @@ def _status(record: dict[str, Any]) -> str:
     return str(record["rung"]["status"])
 
 
-def _trial_row(record: dict[str, Any]) -> dict[str, Any]:
+def trial_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of `trials_table` from an `end` record, without what `_origin` adds."""
     spec, rung = record["spec"], record["rung"]
     regularizer, schedule = dict(spec["regularizer"]), dict(spec["alpha_schedule"])
     row: dict[str, Any] = {

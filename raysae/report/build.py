@@ -10,7 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from raysae.analysis.tables import rename_score, save_tables
 from raysae.errors import UserError
+from raysae.journal import JOURNAL
 from raysae.report.run import Run, read_run
 from raysae.report.style import NAMES
 from raysae.worlds.presets import label_of
@@ -34,7 +36,8 @@ class Report:
 
 
 def build_report(folder: Path) -> Report:
-    """Write `report.html`, `figures/*.png` and `associations.csv` into a run folder.
+    """Write `report.html`, `figures/*.png` and `associations.csv` into a run folder, and the
+    tables of a run that has none of this state.
 
     The page is made from the journal and from what else is there: it comes for a run that is
     unfinished or has failed trials, and says what it cannot say.
@@ -52,16 +55,42 @@ def build_report(folder: Path) -> Report:
         draft.write_text(html, encoding="utf-8")
         draft.replace(path)
         run.associations.to_csv(folder / "associations.csv", index=False)
+        _write_tables(run)
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written: {error.strerror}") from None
     return Report(path, time.perf_counter() - started, run.gaps)
+
+
+def _write_tables(run: Run) -> None:
+    """What a search writes at its end, for one that was killed before, or has gone on since."""
+    tables = {
+        "trials": rename_score(run.trials, run.about),
+        "seeds": rename_score(run.seeds, run.about),
+        "curves": run.curves,
+        "conditioning": run.conditioning,
+    }
+    paths = [run.folder / f"{name}{end}" for name in tables for end in (".parquet", ".csv")]
+    written = (run.folder / JOURNAL).stat().st_mtime
+    if not all(path.is_file() and path.stat().st_mtime >= written for path in paths):
+        save_tables(run.folder, tables)
+    for name, table in (("confirmation", run.confirmation), ("runs", run.runs)):
+        path = run.folder / f"{name}.csv"
+        if not table.empty and not path.is_file():
+            rename_score(table, run.about).to_csv(path, index=False)
 
 
 def _page(run: Run) -> str:
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    from raysae.report import conditioning_figures, figures, optuna_figures, reproduce, words
+    from raysae.report import (
+        conditioning_figures,
+        figures,
+        optuna_figures,
+        reproduce,
+        study_figures,
+        words,
+    )
 
     folder = run.folder / FIGURES
     study = optuna_figures.load_study(run)
@@ -85,7 +114,7 @@ def _page(run: Run) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = _number
-    environment.filters["spread"] = lambda value: "" if pd.isna(value) else f" ± {value:.3f}"
+    environment.filters["spread"] = _plus_minus
     return environment.get_template(TEMPLATE).render(
         name=run.folder.resolve().name,
         headline=words.headline(run),
@@ -95,8 +124,9 @@ def _page(run: Run) -> str:
         leaderboard=_leaderboard(run),
         score_name=run.about.get("score_name", SAEBENCH),
         trials=len(run.searched),
-        spread=bool(run.searched["seeds"].max() > 1) if len(run.searched) else False,
+        spread=words.spread_note(run),
         study=_study(run),
+        sparsity=bool("sparsity_loss" in run.runs and run.runs["sparsity_loss"].any()),
         interactive=[_embed(plot) for plot in interactive],
         plotly=get_plotlyjs() if interactive else "",
         importances=importances,
@@ -113,7 +143,8 @@ def _page(run: Run) -> str:
             conditioning_figures.over_training(run, folder),
         ),
         stability=words.stability(run),
-        study_figures=_study_figures(run, folder),
+        study_figures=study_figures.figures(run, folder) if len(run.scored) else [],
+        why=words.why(run, importances),
         failures=_failures(run),
         budget=words.budget(run),
         environment=_environment(run),
@@ -154,7 +185,7 @@ def _embed(plot: Any) -> dict[str, str]:
 
 def _leaderboard(run: Run) -> list[dict[str, Any]]:
     """The first rows of the ranking, and the best trial without a regularizer."""
-    from raysae.search.live import describe
+    from raysae.analysis.describe import describe
 
     if not run.runs.empty:
         return []
@@ -174,24 +205,6 @@ def _leaderboard(run: Run) -> list[dict[str, Any]]:
 
 def _study(run: Run) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for _, row in run.runs.iterrows()]
-
-
-def _study_figures(run: Run, folder: Path) -> list[dict[str, str]]:
-    """The figures of a study; [] for a search."""
-    if run.runs.empty:
-        return []
-    from raysae.analysis.plots import plot_study
-    from raysae.report.style import embed_png
-
-    captions = {
-        "unlearning_score": "Unlearning score, a dot a seed, both halves of the questions",
-        "l2_loss": "L2 loss at the end of training",
-        "sparsity_loss": "Sparsity loss at the end of training",
-        "loss": "Total loss at the end of training",
-        "training_curves": "Training curves",
-    }
-    paths = plot_study(run.searched, run.curves, folder)
-    return [{"caption": captions[path.stem], "image": embed_png(path)} for path in paths]
 
 
 def _failures(run: Run) -> list[dict[str, Any]]:
@@ -235,6 +248,11 @@ def _shown(folder: Path) -> str:
     absolute = folder.resolve()
     here = Path.cwd()
     return os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
+
+
+def _plus_minus(value: Any, digits: int = 3) -> str:
+    """A spread behind a mean; empty for what has none."""
+    return "" if pd.isna(value) else f" ± {value:.{digits}f}"
 
 
 def _number(value: Any, digits: int = 3) -> str:

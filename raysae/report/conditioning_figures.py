@@ -19,6 +19,8 @@ from raysae.report.style import BLACK, BLUE, GREY, ORANGE, RC, SKY, Plot, draw, 
 SCATTERED = ("condition_number", "effective_rank", "coherence", "forget_retain_squared_cosine")
 FALLBACK = "forget_retain_overlap"
 """Scattered where a journal is older than the squared cosine."""
+MOST_LINES = 150
+"""Trials of a figure over training."""
 SIDES = {"forget": ORANGE, "retain": BLUE, "shared": GREY}
 
 
@@ -89,11 +91,16 @@ def scatter(run: Run, folder: Path) -> Plot | None:
     with rc_context(RC):
         figure = Figure(figsize=(10.5, 3.0), layout="constrained")
         panels: Any = figure.subplots(1, len(chosen), sharey=True, squeeze=False)
+        clear: list[str] = []
+        measured = 0
         for panel, name in zip(panels.flat, chosen, strict=True):
             marks = panel.scatter(
                 rungs[name], rungs[OUTCOME], c=rungs["l0"], cmap="cividis", s=22, linewidth=0
             )
             rho, low, high = rank_interval(rungs[name], rungs[OUTCOME])
+            if low > 0 or high < 0:
+                clear.append(f"{'higher' if low > 0 else 'lower'} {PREDICTORS[name]}")
+            measured += not np.isnan(low)
             figures = f"ρ = {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
             if np.isnan(low):
                 figures = "constant" if np.isnan(rho) else "too few trials for ρ"
@@ -108,18 +115,20 @@ def scatter(run: Run, folder: Path) -> Plot | None:
         f"All trials scored at step {step}; brightness: L0, which both axes may follow. ρ: rank "
         "correlation with its interval over trials, nothing held fixed."
     )
-    return draw(
-        figure,
-        "conditioning_scatter",
-        "Score against conditioning, trial by trial",
-        caption,
-        folder,
-    )
+    if not measured:
+        title = f"Score against conditioning: too few trials for a trend ({len(rungs)})"
+    elif not clear:
+        title = "By itself none of these figures of conditioning goes with the score"
+    else:
+        title = f"By itself, before anything is held fixed: higher scores with {', '.join(clear)}"
+    return draw(figure, "conditioning_scatter", title, caption, folder)
 
 
 def against_random(run: Run, folder: Path) -> Plot | None:
     """κ and coherence of the groups over the median of random rows of the same size, by step."""
-    table = run.conditioning[run.conditioning["group"].isin(["all", *SIDES])].copy()
+    table = run.conditioning[run.conditioning["group"].isin(["all", *SIDES])]
+    # Where an SAE was not scored there are no random baselines.
+    table = table[table["random_condition_number_p50"].notna()].copy()
     figures = {
         "condition_number": "κ",
         "coherence": "coherence",
@@ -184,36 +193,70 @@ def _legend(figure: Any, panels: Any, handles: Any) -> None:
 
 
 def over_training(run: Run, folder: Path) -> Plot | None:
-    """κ, forget–retain squared cosine (or overlap) and group stability from rung to rung."""
-    if run.rungs.empty:
+    """κ, forget–retain squared cosine (or overlap), group stability and score over training."""
+    whole = run.conditioning[run.conditioning["group"] == "all"].merge(
+        run.trials[["trial", "regularizer"]], on="trial"
+    )
+    if whole.empty:
         return None
-    rungs = run.rungs.merge(run.trials[["trial", "regularizer"]], on="trial")
-    repeated = rungs[rungs.groupby("trial")["step"].transform("nunique") > 1]
+    repeated = whole[whole.groupby(["trial", "seed"])["step"].transform("nunique") > 1]
     if repeated.empty:
         return None
-    angle = "forget_retain_squared_cosine"
-    wanted = {
-        "condition_number": "κ of the decoder",
-        angle if repeated.get(angle, pd.Series(dtype=float)).notna().any() else FALLBACK: "",
-        "saebench_score": "the score on all questions",
-    }
+    lines = sorted(repeated["trial"].unique())
+    every = -(-len(lines) // MOST_LINES)
+    shown = set(lines[::every]) | set(run.trials.loc[run.trials["regularizer"] == "none", "trial"])
+    angle = FALLBACK if repeated["forget_retain_squared_cosine"].isna().all() else SCATTERED[-1]
+    panels_of = [
+        ("condition_number", "κ of the decoder", repeated),
+        (angle, PREDICTORS[angle], repeated),
+        (OUTCOME, "the score on all questions", run.rungs.merge(
+            run.trials[["trial", "regularizer"]], on="trial")),
+    ]  # fmt: skip
+    stable = run.curves.dropna(subset=["group_stability"]).merge(
+        run.trials[["trial", "regularizer"]], on="trial"
+    )
+    if not stable.empty:
+        stable = stable.assign(seed=0)
+        panels_of.insert(2, ("group_stability", "group stability (adjusted Rand)", stable))
     with rc_context(RC):
         figure = Figure(figsize=(10.5, 3.1), layout="constrained")
-        panels: Any = figure.subplots(1, len(wanted), squeeze=False)
-        for panel, (name, label) in zip(panels.flat, wanted.items(), strict=True):
-            for _, trial in repeated.groupby("trial"):
-                none = (trial["regularizer"] == "none").all()
+        panels: Any = figure.subplots(1, len(panels_of), squeeze=False)
+        for panel, (name, label, table) in zip(panels.flat, panels_of, strict=True):
+            part = table[table["trial"].isin(shown)].sort_values("step")
+            part = part.assign(y=pd.to_numeric(part[name], errors="coerce"))
+            for regularizer, mine in part.groupby("regularizer", sort=True):
+                none = regularizer == "none"
+                # One line for all of them, broken between two: an artist a trial takes minutes.
+                x, y = _broken(mine)
                 panel.plot(
-                    trial["step"], trial[name], "s--" if none else "o-", markersize=3.5,
-                    color=BLACK if none else BLUE, alpha=0.8 if none else 0.4, linewidth=1,
+                    x, y, "s--" if none else "o-", markersize=3, color=BLACK if none else BLUE,
+                    alpha=0.8 if none else 0.35, linewidth=1, zorder=3 if none else 2,
                 )  # fmt: skip
-            panel.set_ylabel(label or PREDICTORS[name])
+            panel.set_ylabel(label)
             panel.set_xlabel("training step")
-            panel.set_xticks(sorted(repeated["step"].unique())[:6])
+            panel.set_xlim(0, 1.04 * repeated["step"].max())
+            panel.locator_params(axis="x", nbins=5)
             plain(panel)
-    # One number a trial: how κ moved between its first and its last rung.
-    ends = repeated.sort_values("step").groupby("trial")["condition_number"].agg(["first", "last"])
+    # One number an SAE: how κ moved between its first and its last point.
+    ordered = repeated.assign(κ=pd.to_numeric(repeated["condition_number"])).sort_values("step")
+    ends = ordered.groupby(["trial", "seed"])["κ"].agg(["first", "last"])
     grew = int((ends["last"] > ends["first"]).sum())
-    title = f"κ grows with training in {grew} of {len(ends)} trials that were scored more than once"
-    caption = "A line a trial; black squares: without a regularizer."
+    title = f"κ grows with training in {grew} of {len(ends)} SAEs that were measured more than once"
+    caption = (
+        "A line an SAE (of group stability a trial), measured at the quarters of the training and "
+        "where it was scored; black squares: without a regularizer. Group stability: groups before "
+        "and after a regrouping, 1 the same."
+    )
+    if every > 1:
+        caption += f" {len(shown)} of {len(lines)} trials, evenly taken."
     return draw(figure, "conditioning_training", title, caption, folder)
+
+
+def _broken(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of a line through each SAE's points, with a gap between two SAEs."""
+    pieces = [
+        part[["step", "y"]].to_numpy(dtype=float) for _, part in rows.groupby(["trial", "seed"])
+    ]
+    gap = np.full((1, 2), np.nan)
+    joined = np.concatenate([piece for line in pieces for piece in (line, gap)])
+    return joined[:, 0], joined[:, 1]

@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from raysae.analysis.describe import describe
 from raysae.analysis.plots import COLOURS
 from raysae.analysis.statistics import rank_interval
 from raysae.report.run import Run
 from raysae.report.style import BLACK, BLUE, GREY, NAMES, RC, Plot, draw, log_ticks, plain
-from raysae.search.live import describe
 
 SHOWN_FRONTIERS = 4
 SHOWN_RETAIN = 0.9
@@ -46,23 +46,28 @@ def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
             _method_panel(panel, trials, method, parameter, score)
             _baseline(panel, baseline, is_study)
             if is_study:
-                means = trials[trials["regularizer"] == method].groupby(parameter)[score].mean()
-                panel.plot(means.index, means, color=BLUE, linewidth=1.2, alpha=0.6, zorder=2)
+                seeds = trials[trials["regularizer"] == method].groupby(parameter)[score]
+                panel.errorbar(
+                    seeds.mean().index, seeds.mean(), yerr=seeds.std(), color=BLUE, linewidth=1.2,
+                    elinewidth=0.9, capsize=2.5, alpha=0.6, zorder=2,
+                )  # fmt: skip
         for i in range(len(methods), rows * columns):
             panels.flat[i].set_visible(False)
             panels.flat[i - columns].tick_params(labelbottom=True)
         figure.supxlabel(_axis(parameter))
         figure.supylabel("unlearning score")
     name = NAMES[parameter]
+    spread = trials[f"{score}_std"].notna().any()
     title = f"Score against {name}: {_trend(run, parameter)}"
     caption = "Blue: trials of the panel's regularizer"
     if is_study:
-        caption += ", a dot a seed, the line their mean. "
+        caption += ", a dot a seed, the line their mean ± standard deviation. "
     else:
         caption += (
             ", filled where trained to the end, hollow where stopped early (fewer steps, lower "
-            "scores). "
+            "scores)"
         )
+        caption += ", bars: standard deviation over the trial's seeds. " if spread else ". "
     if len(methods) > 1:
         caption += "Grey: all other trials. "
     if not baseline.empty and is_study:
@@ -90,6 +95,12 @@ def _method_panel(
     panel.scatter(trials[~mine][parameter], trials[~mine][score], s=9, color="0.85", zorder=1)
     for state, filled in (("finished", True), ("stopped", False)):
         part = trials[mine & (trials["state"] == state)]
+        spread = pd.to_numeric(part[f"{score}_std"], errors="coerce")
+        if spread.notna().any():
+            panel.errorbar(
+                part[parameter], part[score], yerr=spread, fmt="none", ecolor=BLUE,
+                elinewidth=0.9, alpha=0.45, zorder=2,
+            )  # fmt: skip
         panel.scatter(
             part[parameter],
             part[score],

@@ -7,6 +7,7 @@ Optuna keeps them apart, which would leave a handful of trials to each.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from raysae.analysis.describe import describe
+from raysae.analysis.statistics import rank_interval
 from raysae.report.run import Run
 from raysae.report.style import BLUE, NAMES, RC, Plot, draw, plain
-from raysae.search.live import describe
 
 if TYPE_CHECKING:
     import optuna
@@ -161,7 +163,7 @@ def parallel(study: optuna.Study) -> Interactive | None:
     figure = visualization.plot_parallel_coordinate(few, params=names, target_name="score")
     figure.update_layout(height=460, margin={"l": 60, "r": 90})
     caption = "A line a trial, darker is better; None: it has no such parameter."
-    return Interactive("parallel", "Which combinations scored", caption, figure)
+    return Interactive("parallel", _best_quarter(study), caption, figure)
 
 
 def slices(study: optuna.Study) -> Interactive | None:
@@ -177,7 +179,7 @@ def slices(study: optuna.Study) -> Interactive | None:
     figure.update_xaxes(tickangle=-60, automargin=True)
     figure.update_layout(height=430, width=None)
     caption = "A dot a trial, the later the darker: what the sampler came to prefer."
-    return Interactive("slice", "Score by parameter", caption, figure)
+    return Interactive("slice", _trends(study, names), caption, figure)
 
 
 def contour(study: optuna.Study) -> Interactive | None:
@@ -203,7 +205,64 @@ def contour(study: optuna.Study) -> Interactive | None:
     caption = "Interpolated between the trials (dots): believe it near dots only. Darker is better."
     if len(trials) > MOST_DOTS:
         caption += f" {len(few.trials)} of {len(trials)} trials, evenly taken."
-    return Interactive("contour", "Score over two parameters at a time", caption, figure)
+    return Interactive("contour", _where_best(study, numeric), caption, figure)
+
+
+def _quarter(study: optuna.Study) -> list[Any]:
+    """The best quarter of the trials, the best first."""
+    ranked = sorted(study.trials, key=lambda t: -(t.value or 0.0))
+    return ranked[: -(-len(ranked) // 4)]
+
+
+def _best_quarter(study: optuna.Study) -> str:
+    """Which regularizer is most frequent among the best, and how frequent it is in all."""
+    best, trials = _quarter(study), study.trials
+    head = f"The best {len(best)} of {len(trials)} trials"
+    found = Counter(t.params["regularizer"] for t in best if "regularizer" in t.params)
+    everywhere = Counter(t.params.get("regularizer") for t in trials)
+    if len(everywhere) < 2 or not found:
+        return f"{head} have scores of {best[-1].value:.3f} to {best[0].value:.3f}"
+    most = max(found.values())
+    names = [name for name in found if found[name] == most]
+    if len(names) > 2:
+        return f"{head} are of {len(found)} regularizers, none of which has more than {most}"
+    counts = " and ".join(f"{most} × {name} (of {everywhere[name]})" for name in names)
+    return f"{head} are most often of one regularizer: {counts}"
+
+
+def _trends(study: optuna.Study, names: list[str]) -> str:
+    """Which numeric parameters the score goes with by themselves, by rank."""
+    clear, unclear = [], []
+    for name in names:
+        pairs = [(t.params[name], t.value) for t in study.trials if name in t.params]
+        if not all(isinstance(value, int | float) for value, _ in pairs):
+            continue
+        values, scores = zip(*pairs, strict=True)
+        rho, low, high = rank_interval(values, scores)
+        shown = NAMES.get(name, name)
+        if low > 0 or high < 0:
+            figures = f"ρ {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+            clear.append(f"{'higher' if low > 0 else 'lower'} {shown} ({figures})")
+        else:
+            unclear.append(shown)
+    if not clear:
+        return (
+            f"By itself none of {', '.join(unclear)} shows a trend" if unclear else "Score by kind"
+        )
+    title = f"Higher scores go with {' and '.join(clear)}"
+    return title + (f"; no clear trend in {', '.join(unclear)}" if unclear else "")
+
+
+def _where_best(study: optuna.Study, names: list[str]) -> str:
+    """Where the best trials lie, of those that have the parameters."""
+    best = [t for t in _quarter(study) if set(names) <= t.params.keys()]
+    if not best:
+        return f"None of the best {len(_quarter(study))} trials has all of these parameters"
+    spans = []
+    for name in names:
+        values = [t.params[name] for t in best]
+        spans.append(f"{NAMES.get(name, name)} {min(values):.3g} to {max(values):.3g}")
+    return f"{len(best)} of the best {len(_quarter(study))} trials lie here: {', '.join(spans)}"
 
 
 def importances(run: Run, study: optuna.Study, folder: Path) -> Plot | None:

@@ -11,13 +11,19 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from raysae.analysis.predictors import associations_table, rungs_table
+from raysae.analysis.confirmation import verdicts
+from raysae.analysis.predictors import associations_table, rung_rows, rungs_table
 from raysae.analysis.runs import runs_table
-from raysae.analysis.tables import conditioning_rows, curves_table, seeds_table, trials_table
+from raysae.analysis.tables import (
+    conditioning_rows,
+    curves_table,
+    seeds_table,
+    trial_row,
+    trials_table,
+)
 from raysae.errors import UserError
 from raysae.journal import JOURNAL, ended_trials
 from raysae.run_files import journal_lines, problem
-from raysae.search.confirm import verdicts
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,9 @@ class Run:
 
     folder: Path
     trials: pd.DataFrame
-    """`raysae.analysis.tables.trials_table`, of the search and its confirmation."""
+    seeds: pd.DataFrame
+    """`raysae.analysis.tables`: `trials_table` and `seeds_table`, of the search and its
+    confirmation."""
     curves: pd.DataFrame
     conditioning: pd.DataFrame
     rungs: pd.DataFrame
@@ -89,11 +97,13 @@ def read_run(folder: Path) -> Run:
     facts = _read(folder / "facts.json", json.loads, gaps)
     if not facts:
         gaps.append("The run has not come to its end: this is what there is so far.")
-    trials = trials_table(ended, about if {"plan", "versions"} <= about.keys() else None)
-    rungs, seeds = rungs_table(records), seeds_table(ended)
+    origin = about if {"plan", "python", "versions", "git_commit"} <= about.keys() else None
+    trials, seeds = trials_table(ended, origin), seeds_table(ended, origin)
+    rungs = rungs_table(records)
     return Run(
         folder=folder,
         trials=trials,
+        seeds=seeds,
         curves=curves_table(ended),
         conditioning=conditioning_rows(records),
         rungs=rungs,
@@ -121,10 +131,11 @@ def _readable(
             continue
         try:
             if record["event"] == "end":
-                trials_table([record])
-                verdicts([record])
-            else:
-                rungs_table([record])
+                trial_row(record)
+                if record["spec"]["stage"] == "confirmation":
+                    verdicts([record])
+            elif record["event"] == "rung":
+                rung_rows(record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
         else:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pandas as pd
 
+from raysae.analysis.describe import describe
 from raysae.analysis.predictors import MIN_TRIALS, PREDICTORS, SENSITIVITY
 from raysae.report.run import Run
-from raysae.search.live import describe
+from raysae.report.style import Plot
 from raysae.worlds.world import SAEBENCH
 
 
@@ -127,6 +128,53 @@ def best_facts(run: Run) -> list[tuple[str, str]]:
     if best["status"] != "ok":
         facts.append(("why it is 0", str(best["cause"])))
     return facts
+
+
+def why(run: Run, importances: Plot | None) -> list[str]:
+    """What the score went with, a line each: the searched parameters, and conditioning."""
+    if run.scored.empty:
+        return []
+    lines = [] if importances is None else [f"{importances.title}."]
+    return [*lines, _conditioning_line(run)]
+
+
+def _conditioning_line(run: Run) -> str:
+    """The paragraph of `prediction` in one line."""
+    table = run.associations
+    table = table[~table["predictor"].isin(SENSITIVITY[1:])]
+    if table.empty or table["rho"].isna().all():
+        return "Whether conditioning predicts the score cannot be said from this run."
+    last = table[table["step"] == table["step"].max()]
+    found = last[last["evidence"]]
+    at = f"at step {last['step'].iloc[0]}, {last['trials'].max()} trials"
+    if found.empty:
+        return (
+            "No figure of conditioning or overlap is shown to predict the score beyond L0, "
+            f"explained variance and dead features ({at})."
+        )
+    return (
+        f"Beyond L0, explained variance and dead features the score goes with "
+        f"{_list(found, 'partial')} ({at})."
+    )
+
+
+def spread_note(run: Run) -> str:
+    """What ± means on the leaderboard, and how far the means without one spread; "" for one seed a
+    trial."""
+    scored = run.scored
+    if scored.empty or scored["seeds"].max() <= 1:
+        return ""
+    note = (
+        "±: standard deviation over the seeds of a trial; counts, status and κ are those of the "
+        "seed with the median score."
+    )
+    spread = scored[["l0_std", "explained_variance_std"]].apply(pd.to_numeric).max()
+    if spread.isna().any():
+        return note
+    return (
+        f"{note} L0 and EV are means over seeds too, which differ by at most "
+        f"± {spread['l0_std']:.2g} and ± {spread['explained_variance_std']:.2g}."
+    )
 
 
 def _seeds(row: pd.Series[Any]) -> str:
@@ -291,18 +339,28 @@ def _s(number: int) -> str:
 
 
 def stability(run: Run) -> str:
-    """How far groups stay the same between the rungs."""
-    column = run.rungs.get("adjusted_rand_index", pd.Series(dtype=float))
-    values = pd.to_numeric(column, errors="coerce").dropna()
-    if values.empty:
+    """How far groups stay the same at a regrouping, early in training and late."""
+    curves = run.curves.dropna(subset=["group_stability"])
+    if curves.empty:
         return (
-            "Group stability: no trial of this run has the groups of two rungs to compare "
-            "(adjusted Rand index)."
+            "Group stability: no trial of this run regrouped its features after the first time, or "
+            "its journal is older than the measure (adjusted Rand index)."
         )
+    curves = curves.merge(run.trials[["trial", "regularizer"]], on="trial")
+    values = curves["group_stability"]
+    by = curves.groupby("regularizer")["group_stability"].median().sort_values()
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in by.items())
+    middle = curves["step"].max() / 2
+    early, late = values[curves["step"] <= middle], values[curves["step"] > middle]
+    course = (
+        f" Up to step {middle:.0f} it is {early.median():.2f}, later {late.median():.2f}."
+        if len(early) and len(late)
+        else ""
+    )
     return (
-        f"Group stability: between two rungs the groups agree with an adjusted Rand index of "
-        f"{values.median():.2f} (median of {len(values)}, {values.min():.2f} to "
-        f"{values.max():.2f}; 1: the same groups, 0: as by chance)."
+        "Group stability: at a regrouping the new groups agree with the old ones with an adjusted "
+        f"Rand index of {values.median():.2f} (median of {len(values)} rows of the curves; 1: the "
+        f"same groups, 0: as by chance; by regularizer: {parts}).{course}"
     )
 
 

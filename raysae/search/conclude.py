@@ -46,6 +46,7 @@ def conclude(
         started: of this session, seconds since the epoch.
         peak_gib: memory of everything together.
     """
+    from raysae.analysis.confirmation import verdicts
     from raysae.analysis.runs import runs_table
     from raysae.analysis.tables import (
         curves_table,
@@ -55,7 +56,6 @@ def conclude(
         write_tables,
     )
     from raysae.model_card import write_card
-    from raysae.search.confirm import verdicts
     from raysae.search.summary import print_summary
     from raysae.search.tensorboard import write_missing
 

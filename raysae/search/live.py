@@ -12,9 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raysae.analysis.describe import describe
 from raysae.search.progress import Standing, is_search, tokens
 
-SPARSITY_FIELDS = ("k", "l1_coefficient", "l0_coefficient")
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red"}
 WIDE, WIDEST = 100, 150
 """Terminals from so many columns on show more of a trial."""
@@ -171,23 +171,6 @@ class LiveDisplay:
         if standing.best is not None:
             line.append(f"; best so far: trial {standing.best['number']}, {_score(standing.best)}")
         self._console.print(line, soft_wrap=True)
-
-
-def describe(spec: dict[str, Any]) -> str:
-    """A trial in a few words: method, its parameters, α and schedule, sparsity."""
-    method = dict(spec["regularizer"])
-    name = method.pop("name")
-    parts = [name]
-    if "group_update_period" in method:
-        parts.append(f"period={method['group_update_period']}")
-    if "n_groups" in method:
-        parts.append(f"groups={method['n_groups']}")
-    if spec["alpha"]:
-        parts.append(f"α={spec['alpha']:.3g} {spec['alpha_schedule']['name']}")
-    sae = spec["sae"]
-    sparsity = next(name for name in SPARSITY_FIELDS if sae[name] is not None)
-    parts.append(f"{sparsity.removesuffix('_coefficient')}={sae[sparsity]:.3g}")
-    return " ".join(parts)
 
 
 def _activity(trial: dict[str, Any]) -> str:

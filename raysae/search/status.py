@@ -19,10 +19,11 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
+from raysae.analysis.describe import describe
 from raysae.errors import UserError, first_line
 from raysae.journal import JOURNAL, ended_trials
 from raysae.run_files import read_object, read_records, require
-from raysae.search.live import View, describe, short_path
+from raysae.search.live import View, short_path
 from raysae.search.progress import ENDED, Expected, Standing, from_journal
 
 STATUS_FILE = "status.json"

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raysae.analysis.describe import describe
 from raysae.analysis.runs import runs_table
-from raysae.search.live import describe
 from raysae.worlds.world import SAEBENCH
 
 SHOWN = 10
@@ -97,12 +97,12 @@ def _print_leaderboard(
             f"{row['trial']}",
             _spread(row, "score", 3),
             _spread(row, "heldout_score", 3),
-            f"{row['saebench_score']:.3f}",
+            _spread(row, "saebench_score", 3),
             _count(row["forget_correct"], row["forget_total"]),
             _count(row["retain_correct"], row["retain_total"]),
             f"{row['l0']:.1f}",
             f"{row['explained_variance']:.3f}",
-            f"{row['dead_features']:.0f}",
+            _spread(row, "dead_features", 0),
             f"{row['condition_number']:.3g}",
             f"{row['training_steps']}",
             Text(words),
@@ -161,8 +161,8 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
         "sparsity": lambda row: _spread(row, "sparsity_loss", 2),
         "loss": lambda row: _spread(row, "loss", 2),
         "L0": lambda row: _spread(row, "l0", 1),
-        "EV": lambda row: f"{row['explained_variance']:.3f}",
-        "dead": lambda row: f"{row['dead_features']:.0f}",
+        "EV": lambda row: _spread(row, "explained_variance", 3),
+        "dead": lambda row: _spread(row, "dead_features", 0),
         "κ": lambda row: f"{row['condition_number']:.3g}",
         "steps": lambda row: f"{row['training_steps']}",
     }

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from torch import Tensor
 
 from raysae.regularizers import Regularizer, State
 from raysae.regularizers.periodic import PeriodicRegularizer
+
+
+def rand_index(before: np.ndarray, after: np.ndarray) -> float:
+    """Adjusted Rand index of two labellings (n,)."""
+    # Imported here: takes seconds, and only methods that group features need it.
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(before, after))
 
 
 class GroupStability:
@@ -34,10 +43,7 @@ class GroupStability:
         regularizer.update(state, statistics, W_dec, step)
         if before is None:
             return
-        # Imported here: takes seconds, and only methods that group features need it.
-        from sklearn.metrics import adjusted_rand_score
-
-        self._found.append(float(adjusted_rand_score(before, state["groups"].cpu().numpy())))
+        self._found.append(rand_index(before, state["groups"].cpu().numpy()))
 
     def take(self) -> float | None:
         """The mean since the last call; None where no update has been between."""

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from raysae.analysis import plots
-from raysae.analysis.plots import plot_schedules, plot_study
+from raysae.analysis.plots import furthest, plot_schedules, plot_study
 
 NAMES = ["unlearning_score", "l2_loss", "sparsity_loss", "loss", "training_curves"]
 FIGURES = ("loss", "l2_loss", "sparsity_loss", "l0", "explained_variance", "penalty")
@@ -96,3 +96,25 @@ def test_schedules_are_drawn_as_they_are_given_a_line_each():
     overlap, target = lower.lines
     assert overlap.get_ydata().tolist() == [0.6, 0.4, 0.2]
     assert list(target.get_ydata()) == [0.3, 0.3]
+
+
+def test_of_a_search_a_row_is_a_regularizer_and_what_was_stopped_is_no_part_of_its_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    trials, curves = study(2, 3)
+    trials = trials.assign(run="", regularizer=["none", "grouped"] * 3)
+    trials.loc[5, "state"] = "stopped"
+    curves = curves[(curves["trial"] != 5) | (curves["step"] < 20)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_figure", lambda *_: drawn.append(original(*_)) or drawn[-1])
+    assert_drawn(plot_study(trials, curves, tmp_path, "regularizer"), tmp_path)
+    _, axes = drawn[1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "grouped"]
+    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "|"]
+    done = trials[trials["state"] == "finished"].groupby("regularizer")["l2_loss"].mean()
+    assert means == pytest.approx([done["none"], done["grouped"]])
+    kept = furthest(trials, curves, "regularizer")
+    assert set(kept["trial"]) == {0, 1, 2, 3, 4}
+
+
+original = plots._figure

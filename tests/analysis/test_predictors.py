@@ -18,6 +18,7 @@ from raysae.analysis.predictors import (
     OUTCOME,
     PREDICTORS,
     SENSITIVITY,
+    Resampled,
     associations_table,
     rank_correlations,
     rungs_table,
@@ -72,6 +73,21 @@ def test_constant_columns_have_no_correlation_and_constant_covariates_change_not
     _, before = rank_correlations(x, y, covariates)
     np.testing.assert_allclose(same, before)
     assert np.isnan(rank_correlations(x, np.ones(len(y)), covariates)[0]).all()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_resample_has_the_correlations_of_the_rows_it_repeats(ties: bool):
+    rng = np.random.default_rng(3)
+    x, y, covariates = rng.normal(size=(40, 4)), rng.normal(size=40), rng.normal(size=(40, 2))
+    if ties:
+        x, y = x.round(0), y.round(0)
+    sample = Resampled(x, y, covariates)
+    for _ in range(5):
+        times = rng.multinomial(40, np.full(40, 1 / 40))
+        rows = np.repeat(np.arange(40), times)
+        expected = rank_correlations(x[rows], y[rows], covariates[rows])
+        for found, wanted in zip(sample.correlations(times), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-10)
 
 
 def test_rank_interval_is_scipys_correlation_and_about_its_bootstrap():

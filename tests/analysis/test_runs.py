@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from raysae.analysis.runs import FIGURES, runs_table
+from raysae.analysis.runs import FIGURES, RUN_COLUMNS, runs_table
 
 
 def trial(number: int, run: str, seed: int, score: float, **changes: Any) -> dict[str, Any]:
@@ -37,6 +37,11 @@ def failed(number: int, run: str, seed: int) -> dict[str, Any]:
 
 def table(*rows: dict[str, Any]) -> pd.DataFrame:
     return runs_table(pd.DataFrame(list(rows))).set_index("run")
+
+
+def test_every_column_is_documented():
+    runs = table(trial(0, "base", 0, 0.2), trial(1, "strong", 0, 0.5)).reset_index()
+    assert set(runs.columns) == set(RUN_COLUMNS)
 
 
 def test_means_and_spreads_are_those_of_the_seeds():

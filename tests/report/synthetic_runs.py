@@ -175,18 +175,28 @@ def trial_records(
         last = tokens == spec.rungs[-1]
         share = 1.0 if constant else tokens / spec.rungs[-1]
         arguments = (spec, rng, tokens // batch, tokens, quality * (0.6 + 0.4 * share), last)
-        rung = over_seeds([_rung(*arguments) for _ in range(spec.seeds)])
+        rung = over_seeds([_rung(*arguments, seed) for seed in range(spec.seeds)])
         records.append({"event": "rung", "trial": spec.number, "time": 1.0, **rung})
         if stops and not last and spec.stage == "search" and spec.number and rng.random() < 0.6:
             break
     state = "finished" if last else "stopped"
     steps = range(1, rung["step"] + 1, max(1, spec.training.steps // 64))
     curve = [{"step": s, "tokens": s * batch, **_metrics(spec, s)} for s in steps]
+    if hasattr(spec.regularizer, "n_groups"):
+        stability = np.random.default_rng(spec.number)
+        for row in curve[5::5]:
+            row["group_stability"] = float(stability.uniform(0.2, 1.0))
     return [*records, end | {"state": state, "rung": rung, "curve": curve}]
 
 
 def _rung(
-    spec: TrialSpec, rng: np.random.Generator, step: int, tokens: int, quality: float, last: bool
+    spec: TrialSpec,
+    rng: np.random.Generator,
+    step: int,
+    tokens: int,
+    quality: float,
+    last: bool,
+    seed: int,
 ) -> Record:
     decoder = rng.standard_normal((D_SAE, D_IN))
     rates = np.r_[np.ones(6), np.zeros(6), np.ones(12)], np.r_[np.zeros(6), np.ones(18)]
@@ -194,8 +204,16 @@ def _rung(
     if hasattr(spec.regularizer, "n_groups"):
         groups = rng.integers(0, 3, D_SAE), rng.integers(0, 3, D_SAE) if last else None
     table = conditioning_table(
-        decoder, *rates, *(groups or ()), trial=spec.number, step=step, baseline_draws=2
+        decoder, *rates, *(groups or ()), trial=spec.number, step=step, seed=seed, baseline_draws=2
     )
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    way = (0.5, 0.75) if last and len(spec.rungs) > 1 else ()
+    measured = [
+        {name: None if name.startswith("random_") else value for name, value in row.items()}
+        | {"step": round(share * step)}
+        for share in way
+        for row in rows[:4]
+    ]
     result = _result(rng, quality)
     halves = halve(result, 0)
     return {
@@ -213,7 +231,8 @@ def _rung(
         "sparse_probing": None,
         "metrics": _metrics(spec, step),
         "dense_features": 3,
-        "conditioning": table.astype(object).where(table.notna(), None).to_dict("records"),
+        "conditioning": rows,
+        "measured": measured,
         "train_seconds": 10.0,
         "score_seconds": 3.0,
     }

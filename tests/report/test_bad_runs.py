@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from synthetic_runs import write_search
 
@@ -42,6 +43,30 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes(copied):
     assert "has not come to its end" in page
     assert "had a score but had not ended" in page
     assert "9: " in page
+
+
+def test_the_report_writes_the_tables_of_a_run_that_was_killed_before_its_end(copied):
+    folder = copied()
+    names = ("trials", "seeds", "curves", "conditioning")
+    whole = {name: pd.read_parquet(folder / f"{name}.parquet") for name in names}
+    for name in names:
+        (folder / f"{name}.parquet").unlink()
+        (folder / f"{name}.csv").unlink()
+    for name in ("facts.json", "confirmation.csv"):
+        (folder / name).unlink(missing_ok=True)
+    built(folder)
+    for name, table in whole.items():
+        written = pd.read_parquet(folder / f"{name}.parquet")
+        pd.testing.assert_frame_equal(written, table, check_dtype=False)
+        assert len(pd.read_csv(folder / f"{name}.csv")) == len(table)
+    assert (pd.read_csv(folder / "confirmation.csv")["seeds"] > 0).all()
+
+
+def test_tables_older_than_the_journal_are_written_anew(copied):
+    folder = copied()
+    rewrite(folder, lambda records: [r for r in records if r["trial"] < 5])
+    built(folder)
+    assert set(pd.read_parquet(folder / "trials.parquet")["trial"]) == set(range(5))
 
 
 def test_a_half_written_folder_says_what_it_lacks(copied):

@@ -9,16 +9,17 @@ import pandas as pd
 import pytest
 
 from raysae import cli
+from raysae.analysis.describe import describe
 from raysae.config import load_config
 from raysae.report.build import FIGURES, REPORT_FILE, build_report
 from raysae.report.run import read_run
-from raysae.search.live import describe
 from raysae.training.spec import config_hash
 
 PNGS = {
     "score_against_alpha", "score_against_group_update_period", "frontier", "importances",
     "conditioning_predictors", "conditioning_scatter", "conditioning_random",
-    "conditioning_training",
+    "conditioning_training", "unlearning_score", "l2_loss", "sparsity_loss", "loss",
+    "training_curves",
 }  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_everything_is_in_one_file_of_bounded_size(search: Path):
 
 def test_leaderboard_failures_budget_and_environment_are_there(search: Path):
     page, run = text(search), read_run(search)
-    assert "Group stability: between two rungs" in page
+    assert "Group stability: at a regrouping the new groups agree" in page
     failed = run.trials[run.trials["state"] == "failed"]
     assert len(failed)
     for error in failed["error"].unique():
@@ -64,6 +65,39 @@ def test_leaderboard_failures_budget_and_environment_are_there(search: Path):
         assert words in page
     shown = page.count('class="words">') - page.count('<th class="words">')
     assert shown >= 20
+
+
+def test_the_answer_says_why(search: Path):
+    """The importances' finding and that of the conditioning, each in a line of the first box."""
+    page, run = text(search), read_run(search)
+    box = re.search(r'id="answer">(.*?)</section>', page, flags=re.S).group(1)
+    lines = re.findall(r"<li>(.*?)</li>", box.split("Why?")[1].split("</ul>")[0])
+    assert len(lines) == 2
+    assert lines[0].startswith(("What the score hung on", "No parameter is more important"))
+    last = run.associations[run.associations["step"] == run.associations["step"].max()]
+    assert ("No figure of conditioning" in lines[1]) == (not last["evidence"].any())
+
+
+def test_every_mean_on_the_leaderboard_has_its_spread(search: Path):
+    page, run = text(search), read_run(search)
+    best = run.finished.iloc[0]
+    for name in ("score", "heldout_score", "saebench_score"):
+        assert f"<td>{best[name]:.3f} ± {best[f'{name}_std']:.3f}</td>" in page
+    assert f"which differ by at most ± {run.scored['l0_std'].max():.2g} and" in page
+
+
+def test_a_search_has_the_studys_five_figures_by_regularizer(search: Path):
+    page, run = text(search), read_run(search)
+    assert "Scores and losses by regularizer" in page
+    done = run.scored[run.scored["state"] == "finished"]
+    best = done.groupby("regularizer")["heldout_score"].mean()
+    assert f"Held-out score: highest mean for {best.idxmax()}, {best.max():.3g}" in page
+
+
+def test_over_training_shows_more_than_the_scored_steps(search: Path):
+    run = read_run(search)
+    steps = run.conditioning.loc[run.conditioning["group"] == "all", "step"]
+    assert len(set(steps)) > run.rungs["step"].nunique()
 
 
 def test_the_commands_train_the_best_trial_again(search: Path):
@@ -90,7 +124,10 @@ def test_a_study_shows_its_runs_and_its_five_figures(study: Path):
     assert {f"{name}.png" for name in names} <= {p.name for p in (study / FIGURES).iterdir()}
     assert "Plotly" not in (study / REPORT_FILE).read_text(encoding="utf-8")
     assert "needs 12 trials" in page
-    assert "a dot a seed, the line their mean. Dashed: mean of the seeds without" in page
+    assert (
+        "a dot a seed, the line their mean ± standard deviation. Dashed: mean of the seeds without"
+        in page
+    )
 
 
 def test_the_command_says_where_the_report_is(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raysae.analysis.confirmation import COLUMNS, bootstrap_interval, verdicts
 from raysae.config import RunConfig
-from raysae.search.confirm import COLUMNS, bootstrap_interval, confirmation_trials, verdicts
+from raysae.search.confirm import confirmation_trials
 from raysae.training.spec import TrialSpec
 
 Record = dict[str, Any]

@@ -10,7 +10,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from raysae.search.live import LiveDisplay, View, describe
+from raysae.analysis.describe import describe
+from raysae.search.live import LiveDisplay, View
 from raysae.search.progress import Expected, Standing
 
 Trial = Callable[..., dict[str, Any]]

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from raysae.analysis.confirmation import COLUMNS
 from raysae.analysis.runs import FIGURES
-from raysae.search.confirm import COLUMNS
 from raysae.search.summary import SHOWN, print_summary
 from raysae.training.spec import TrialSpec
 
@@ -45,6 +45,8 @@ class Ended:
             "seeds": spec.seeds,
             "score_std": np.nan,
             "heldout_score_std": np.nan,
+            "saebench_score_std": np.nan,
+            "dead_features_std": np.nan,
             "regularizer": spec.regularizer.name,
             "status": "ok",
             "error": "",
