@@ -16,7 +16,6 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars
 from datasets import Sequence as ListOf
 from huggingface_hub._local_folder import write_download_metadata
-from safetensors.torch import load_file, save_file
 from tiny_models import gpt_neox, llama
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -132,11 +131,8 @@ def _fast(
     return tokenizer
 
 
-def write_gemma(folder: Path, noise: float = 0.0) -> Path:
-    """The embedded world's model, which knows its questions, with gemma's chat template.
-
-    With `noise`, in standard deviations of each weight matrix, it is another one of that shape.
-    """
+def write_gemma(folder: Path) -> Path:
+    """The embedded world's model, which knows its questions, with gemma's chat template."""
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         if (DATA / name).exists():
@@ -144,13 +140,6 @@ def write_gemma(folder: Path, noise: float = 0.0) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(DATA)
     tokenizer.chat_template = GEMMA_TEMPLATE
     tokenizer.save_pretrained(folder)
-    if noise:
-        generator = torch.Generator().manual_seed(0)
-        weights = load_file(folder / "model.safetensors")
-        for weight in (weight for weight in weights.values() if weight.ndim > 1):
-            drawn = torch.randn(weight.shape, generator=generator)
-            weight += (noise * weight.float().std() * drawn).to(weight.dtype)
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -23,7 +23,7 @@ from test_tensorboard import scalars
 from raysae.search.status import STATUS_FILE, read_status
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 400
+DEADLINE = 900
 """Seconds, after which the search hangs."""
 LISTEN_SECONDS = 5.0
 
