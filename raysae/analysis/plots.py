@@ -98,6 +98,8 @@ def plot_schedules(
 def furthest(trials: pd.DataFrame, curves: pd.DataFrame, by: str) -> pd.DataFrame:
     """The curves of the trials that were trained as far as any of their row, with the row's name:
     a mean over trials of which some end on the way would jump where they do."""
+    if trials.empty or curves.empty:
+        return curves.head(0).assign(**{by: ""})
     joined = curves.merge(trials[["trial", by]], on="trial")
     reached = joined.groupby("trial")["step"].transform("max")
     return joined[reached == reached.groupby(joined[by]).transform("max")]

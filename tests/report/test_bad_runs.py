@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from synthetic_runs import write_search
 
 from raysae import cli
+from raysae.config import find_space
 from raysae.journal import JOURNAL
 from raysae.report.build import REPORT_FILE, build_report
 from raysae.search import conclude
@@ -216,7 +218,7 @@ def test_what_is_no_run_folder_is_neither_gone_on_with_nor_pushed(
     if has_journal:
         about = {"sessions": [], "started": "", "world_fingerprint": "", "versions": {}}
         (folder / "about.json").write_text(json.dumps(about))
-        (folder / "config.yaml").write_text("space: {}\n")
+        shutil.copy(find_space("orth.yaml"), folder / "config.yaml")
         (folder / "best").mkdir()
         (folder / "best" / "cfg.json").write_text('{"d_in": 4, "d_sae": 8}')
         spec = {"number": 0, "run": ""}
