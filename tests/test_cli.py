@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -465,7 +466,8 @@ def test_a_resumed_search_keeps_its_settings(tmp_path: Path, command):
 def test_a_world_that_has_changed_is_not_gone_on_with(tmp_path: Path, command):
     config = run.resolve(load_config(ORTH)).model_dump(mode="json", by_alias=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "about.json").write_text('{"world_fingerprint": "another", "sessions": []}')
+    about = {"world_fingerprint": "another", "sessions": [], "started": "", "versions": {}}
+    (tmp_path / "about.json").write_text(json.dumps(about))
     ended = command("--resume", str(tmp_path))
     assert ended.code == 2
     assert "is not the one of that search any more" in ended.err

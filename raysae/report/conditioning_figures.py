@@ -194,11 +194,10 @@ def _legend(figure: Any, panels: Any, handles: Any) -> None:
 
 def over_training(run: Run, folder: Path) -> Plot | None:
     """κ, forget–retain squared cosine (or overlap), group stability and score over training."""
-    whole = run.conditioning[run.conditioning["group"] == "all"].merge(
-        run.trials[["trial", "regularizer"]], on="trial"
-    )
-    if whole.empty:
+    whole = run.conditioning[run.conditioning["group"] == "all"]
+    if whole.empty or run.trials.empty:
         return None
+    whole = whole.merge(run.trials[["trial", "regularizer"]], on="trial")
     repeated = whole[whole.groupby(["trial", "seed"])["step"].transform("nunique") > 1]
     if repeated.empty:
         return None
