@@ -236,7 +236,7 @@ def test_options_override_set_which_overrides_smoke_which_overrides_the_file(com
     assert (by_set.search.num_samples, by_set.search.seed) == (5, 7)
     assert (by_option.search.num_samples, by_option.search.seed) == (6, 8)
     assert (plain.resources.workers, plain.search.max_concurrent) == (2, 1)
-    assert plain.training.tokens == 393_216
+    assert plain.training.tokens == 262_144
 
 
 def test_a_search_in_which_every_trial_failed_ends_with_1_and_the_first_reason(

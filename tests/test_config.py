@@ -59,7 +59,7 @@ def test_the_default_space_has_enough_trials_and_every_method():
     assert config.objective.baseline == "none"
     assert config.space.regularizer.keys() == REGISTRY.keys()
     assert (config.world, config.objective.metric) == ("embedded", "unlearning_score")
-    assert config.training.steps == 384
+    assert config.training.steps == 256
 
 
 def test_every_sample_of_the_default_space_is_a_trial():
@@ -209,7 +209,7 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
                 "regularizer.grouped.group_update_period:",
                 "group_update_period 5000",
                 "longer than the run",
-                "384 steps",
+                "256 steps",
             ],
         ),
         (
@@ -222,8 +222,8 @@ def test_tokens_that_are_no_whole_batch_are_not_trained_on():
             ["space.regularizer.grouped.n_groups: ", "n_groups 513", "d_sae 512"],
         ),
         (
-            {"space.alpha_schedule": {"dynamic": {"every": {"int": [20, 384]}}}},
-            ["space.alpha_schedule.dynamic.every: ", "every 384", "384 steps"],
+            {"space.alpha_schedule": {"dynamic": {"every": {"int": [20, 256]}}}},
+            ["space.alpha_schedule.dynamic.every: ", "every 256", "256 steps"],
         ),
         ({"space.sae.k": 3.5}, ["space.sae.k:", "k 3.5", "whole", "'topk'"]),
         ({"sae.l1_coefficient": 5}, ["sae.l1_coefficient: ", "'topk' has no", "it has 'k'"]),
