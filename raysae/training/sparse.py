@@ -85,7 +85,7 @@ class Support:
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transposed pattern: entries in order of their feature, their rows, and the first
         entry of each feature (m · d_sae,)."""
-        order = torch.argsort(self.features)
+        order = torch.argsort(self.features, stable=True)
         counts = _count(self.features, self.members * self.d_sae)
         return order, self.rows[order], counts.cumsum(0) - counts
 
@@ -223,7 +223,8 @@ class _EncodeAt(torch.autograd.Function):
         grad_W = support.sum_by_feature(grad, centred.flatten(0, 1))
         grad_b = support.count_by_feature(grad)
         # b_dec is subtracted from every token alike: what reaches it is summed over tokens first.
-        grad_b_dec = -(W_enc @ grad_b[:, :, None])[:, :, 0]
+        # Member by member: a batched product of such a shape rounds by the number of members.
+        grad_b_dec = -torch.stack([W @ g for W, g in zip(W_enc, grad_b, strict=True)])
         return None, None, None, grad_W.view_as(W_enc.mT).mT, grad_b, grad_b_dec
 
 
