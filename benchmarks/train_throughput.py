@@ -2,13 +2,15 @@
 
     python benchmarks/train_throughput.py [--sizes small medium large] [--architectures topk …]
         [--members 1 4 16] [--regularizer none|NAME|all] [--threads 1] [--device cpu|cuda]
+        [--dtype float32|bfloat16] [--tf32]
 
 The peers are optional, and left out with a word where they do not import:
 
     pip install dictionary-learning==0.1.0 eai-sparsify==1.3.3
 
 All contestants train on the same activations (synthetic sparse sums, in memory), batch size, dtype
-(float32) and number of threads, with Adam, in one process that keeps its freed memory as the
+(float32, with or without TF32; or bfloat16, which is PyTorch's autocast around each one's float32
+parameters) and number of threads, with Adam, in one process that keeps its freed memory as the
 workers do. They take turns: `--turns` times, each takes steps for `--turn-seconds`. Of the turns it
 prints the median and range of the time a step takes, and the median of the CPU time, which other
 work on the machine disturbs less; tokens a second follow from the CPU time on a CPU (with several
@@ -73,6 +75,12 @@ class Setting:
     batches: list[Tensor]
     is_forget: Tensor
     device: str
+    dtype: str
+    tf32: bool
+
+    @property
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     @property
     def spec(self) -> SAESpec:
@@ -110,7 +118,14 @@ def raysae(setting: Setting, members: int, regularizer: str) -> Step:
         seeds=members,
         sae=setting.spec,
         training=TrainingSpec(
-            tokens=STEPS * rows, batch_size=rows, lr=LR, lr_warmup=0, lr_decay=0, dead_after=STEPS
+            tokens=STEPS * rows,
+            batch_size=rows,
+            lr=LR,
+            lr_warmup=0,
+            lr_decay=0,
+            dead_after=STEPS,
+            autocast="bfloat16" if setting.dtype == "bfloat16" else "off",
+            tf32=setting.tf32,
         ),
         regularizer=REGISTRY[regularizer](),
         alpha=1.0 if REGISTRY[regularizer].uses_alpha else 0.0,
@@ -132,6 +147,7 @@ def _saelens_config(setting: Setting) -> Any:
         device=setting.device,
         dead_feature_window=STEPS,
         feature_sampling_window=STEPS,
+        autocast=setting.dtype == "bfloat16",
     )
 
 
@@ -192,7 +208,12 @@ def dictionary_learning(setting: Setting) -> Step:
         **own,
     )
     provider, count = setting.provider(), itertools.count()
-    return lambda: trainer.update(next(count), next(provider))
+
+    def step() -> None:
+        with setting.autocast:
+            trainer.update(next(count), next(provider))
+
+    return step
 
 
 def sparsify(setting: Setting) -> Step:
@@ -210,7 +231,8 @@ def sparsify(setting: Setting) -> Step:
         batch = next(provider)
         coder.set_decoder_norm_to_unit_norm()
         variance = (batch - batch.mean(0)).pow(2).sum()
-        out = coder(x=batch, y=batch, dead_mask=None, total_variance=variance)
+        with setting.autocast:
+            out = coder(x=batch, y=batch, dead_mask=None, total_variance=variance)
         did_fire[out.latent_indices.flatten()] = True
         float(out.fvu.detach())
         (out.fvu + out.multi_topk_fvu / 8).backward()
@@ -226,7 +248,9 @@ def sparsify(setting: Setting) -> Step:
 
 
 def bare_product(setting: Setting) -> Step:
-    batches, W = setting.provider(), torch.randn(setting.d_in, setting.d_sae, device=setting.device)
+    dtype = getattr(torch, setting.dtype)
+    batches = itertools.cycle([batch.to(dtype) for batch in setting.batches])
+    W = torch.randn(setting.d_in, setting.d_sae, device=setting.device, dtype=dtype)
     return lambda: torch.mm(next(batches), W)
 
 
@@ -244,13 +268,14 @@ class Contestant:
             if device == "cuda":
                 torch.cuda.synchronize()
 
+        # A GPU is waited for at the end only: nobody's step is to be slowed down by the clock.
         steps = 0
         wait()
         wall, cpu = time.perf_counter(), time.process_time()
         while steps == 0 or time.perf_counter() - wall < seconds:
             self.step()
             steps += 1
-            wait()
+        wait()
         self.wall.append((time.perf_counter() - wall) / steps)
         self.cpu.append((time.process_time() - cpu) / steps)
 
@@ -297,7 +322,8 @@ def sparse_sums(size: str, rows: int, device: str) -> tuple[list[Tensor], Tensor
 def measure(size: str, architecture: str, options: argparse.Namespace) -> None:
     d_in, d_sae, k = SIZES[size]
     batches, is_forget = sparse_sums(size, options.rows, options.device)
-    setting = Setting(architecture, d_in, d_sae, k, batches, is_forget, options.device)
+    units = (options.device, options.dtype, options.tf32)
+    setting = Setting(architecture, d_in, d_sae, k, batches, is_forget, *units)
     print(f"\n{architecture}, {d_in} → {d_sae}, k {k}, {options.rows} rows a step", flush=True)
     found = contestants(setting, options)
     l0 = {}
@@ -328,8 +354,8 @@ def measure(size: str, architecture: str, options: argparse.Namespace) -> None:
         wall = [1e3 * w for w in one.wall]
         share = one.members * needed / seconds(one) / rate
         print(
-            f"| {one.name} | {one.members} | {median(wall):.1f} ({min(wall):.1f} to "
-            f"{max(wall):.1f}) | {1e3 * median(one.cpu):.1f} | {tokens:.0f} | "
+            f"| {one.name} | {one.members} | {median(wall):.2f} ({min(wall):.2f} to "
+            f"{max(wall):.2f}) | {1e3 * median(one.cpu):.1f} | {tokens:.0f} | "
             f"{tokens * one.members:.0f} | {share:.0%} |",
             flush=True,
         )
@@ -350,6 +376,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="tokens a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tf32", action="store_true", help="for float32 products on a GPU")
     parser.add_argument("--warm-up", type=int, default=50, help="steps before the first turn")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--turn-seconds", type=float, default=0.5)
@@ -360,11 +388,12 @@ def main() -> None:
     if options.device == "cpu":
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
         f"torch {version('torch')}, sae-lens {version('sae-lens')}, python "
         f"{platform.python_version()}, {where}, {options.threads} threads, load average "
-        f"{os.getloadavg()[0]:.0f}"
+        f"{os.getloadavg()[0]:.0f}; {options.dtype}, {'with' if options.tf32 else 'without'} TF32"
     )
     for size, architecture in itertools.product(options.sizes, options.architectures):
         measure(size, architecture, options)

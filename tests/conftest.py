@@ -90,7 +90,9 @@ def make_store(sparse_rows: Callable[..., np.ndarray]) -> Callable[..., ChunkedA
     Every third row is labelled as forget. Scale, mean and variance are those of the rows.
     """
 
-    def make(rows: np.ndarray | None = None, **kwargs: Any) -> ChunkedActivations:
+    def make(
+        rows: np.ndarray | None = None, device: str = "cpu", **kwargs: Any
+    ) -> ChunkedActivations:
         rows = sparse_rows(**kwargs) if rows is None else rows
         n_rows, d_in = rows.shape
         mean = rows.astype(np.float64).mean(0)
@@ -101,6 +103,8 @@ def make_store(sparse_rows: Callable[..., np.ndarray]) -> Callable[..., ChunkedA
             scale=float(np.sqrt(d_in) / np.linalg.norm(rows, axis=1).mean()),
             mean=mean.astype(np.float32),
             variance=float(((rows - mean) ** 2).sum(1).mean()),
+            device=device,
+            resident=device != "cpu",
         )
 
     return make

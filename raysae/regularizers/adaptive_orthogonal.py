@@ -17,6 +17,7 @@ from raysae.regularizers.cofiring import (
     normalised_cofiring,
 )
 from raysae.regularizers.gram import unit_rows
+from raysae.regularizers.layout import layout
 from raysae.regularizers.periodic import PeriodicRegularizer
 
 
@@ -52,6 +53,11 @@ class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
             "allowance": torch.zeros(count, size, size, device=device),
         }
 
+    def kind(self, step: int) -> str | None:
+        if self.is_update(step):
+            return None
+        return "observed" if is_observed(step, self.group_update_period) else "plain"
+
     def statistics(self, view: StepView, state: State, step: int) -> State:
         if not is_observed(step, self.group_update_period):
             return {}
@@ -78,8 +84,7 @@ class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
             state["allowance"].copy_(normalised_cofiring(state["cofiring"]))
 
     def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
-        sizes = torch.bincount(state["chunks"])
-        pairs = (sizes * (sizes - 1)).sum().clamp_min(1)
+        pairs = max(1, layout(state["chunks"]).pairs_within)
         U = by_chunk(unit_rows(W_dec), state["chunks"])
         total: Tensor = _SquaredExcess.apply(U, state["allowance"])
         return total * W_dec.shape[1] / pairs

@@ -79,6 +79,15 @@ class Regularizer(BaseModel):
         """The state before the first step."""
         return {}
 
+    def kind(self, step: int) -> str | None:
+        """What this method does at that step, by a name of its own.
+
+        At steps of one kind it asks the same operations of the device, whatever the numbers, so
+        that they can be recorded once and replayed. None: the host takes part (an update of
+        groups), and what was recorded before holds no longer.
+        """
+        return "plain"
+
     def statistics(self, view: StepView, state: State, step: int) -> State:
         """Sums over the batch that `update` needs at this step; {} when it needs none.
 

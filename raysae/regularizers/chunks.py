@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raysae.regularizers.layout import layout
+
 
 def draw_chunks(d_sae: int, chunk_size: int, seed: int) -> Tensor:
     """Chunk label (d_sae,) of every feature: a seeded shuffle, cut into chunks of equal size.
@@ -22,11 +24,10 @@ def draw_chunks(d_sae: int, chunk_size: int, seed: int) -> Tensor:
 
 
 def by_chunk(rows: Tensor, chunks: Tensor) -> Tensor:
-    """Rows (d_sae, …) → (chunks, largest chunk, …); smaller chunks are filled up with zeros.
+    """Rows (d_sae, d) → (chunks, largest chunk, d); smaller chunks are filled up with zeros.
 
     Within a chunk features keep their order.
     """
-    sizes = torch.bincount(chunks)
-    order = torch.argsort(chunks, stable=True)
-    parts = rows[order].split(sizes.tolist())
-    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+    places, there = layout(chunks).padded
+    laid_out = rows.index_select(0, places.flatten()).view(*places.shape, -1)
+    return laid_out if there is None else laid_out.where(there, 0)

@@ -54,6 +54,9 @@ class GradientDisentangled(OrthogonalityRegularizer):
             "observations": torch.zeros((), dtype=torch.long, device=device),
         }
 
+    def kind(self, step: int) -> str | None:
+        return "plain" if step % self.observe_every else "observed"
+
     def statistics(self, view: StepView, state: State, step: int) -> State:
         if step % self.observe_every:
             return {}

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raysae.regularizers.layout import layout
+
 
 def unit_rows(W: Tensor) -> Tensor:
     """Rows of `W` (n, d_in) scaled to norm 1; a zero row stays zero."""
@@ -40,9 +42,8 @@ def sum_squared_cosines_within(U: Tensor, groups: Tensor) -> Tensor:
         U: unit rows (n, d_in).
         groups: integer labels (n,).
     """
-    order = torch.argsort(groups, stable=True)
-    sizes = torch.bincount(groups).tolist()
-    total: Tensor = _SquaredGrams.apply(U.index_select(0, order), sizes)
+    by_group = layout(groups)
+    total: Tensor = _SquaredGrams.apply(U.index_select(0, by_group.order), by_group.sizes)
     return total
 
 
@@ -56,18 +57,14 @@ def mean_squared_cosine(U: Tensor) -> Tensor:
 
 def mean_squared_cosine_within(U: Tensor, groups: Tensor) -> Tensor:
     """The same over pairs i ≠ j with equal label; 0 without any."""
-    sizes = torch.bincount(groups).to(U.dtype)
-    pairs = (sizes * (sizes - 1)).sum()
     total = sum_squared_cosines_within(U, groups) - len(U)
-    return _ratio(total * U.shape[1], pairs)
+    return _ratio(total * U.shape[1], layout(groups).pairs_within)
 
 
 def mean_squared_cosine_between(U: Tensor, groups: Tensor) -> Tensor:
     """The same over pairs with different labels; 0 without any."""
-    sizes = torch.bincount(groups).to(U.dtype)
-    pairs = len(U) ** 2 - (sizes * sizes).sum()
     total = sum_squared_cosines(U) - sum_squared_cosines_within(U, groups)
-    return _ratio(total * U.shape[1], pairs)
+    return _ratio(total * U.shape[1], layout(groups).pairs_between)
 
 
 def weighted_mean_squared_cosine(U: Tensor, weights: Tensor) -> Tensor:
@@ -84,8 +81,8 @@ def weighted_mean_squared_cosine(U: Tensor, weights: Tensor) -> Tensor:
     return total * (d_in / (n * (n - 1)))
 
 
-def _ratio(total: Tensor, count: Tensor) -> Tensor:
-    return torch.where(count > 0, total / count.clamp_min(1), total * 0)
+def _ratio(total: Tensor, count: int) -> Tensor:
+    return total / count if count else total * 0
 
 
 class _SquaredGram(torch.autograd.Function):
@@ -114,9 +111,10 @@ class _SquaredGrams(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, U: Tensor, sizes: list[int]) -> Tensor:
+    def forward(ctx: Any, U: Tensor, sizes: tuple[int, ...]) -> Tensor:
         grams = [
-            part.T @ part if len(part) > part.shape[1] else part @ part.T for part in U.split(sizes)
+            part.T @ part if len(part) > part.shape[1] else part @ part.T
+            for part in U.split(list(sizes))
         ]
         ctx.save_for_backward(U, *grams)
         ctx.sizes = sizes
@@ -128,7 +126,7 @@ class _SquaredGrams(torch.autograd.Function):
         U, *grams = ctx.saved_tensors
         gradient = torch.empty_like(U)
         for part, gram, out in zip(
-            U.split(ctx.sizes), grams, gradient.split(ctx.sizes), strict=True
+            U.split(list(ctx.sizes)), grams, gradient.split(list(ctx.sizes)), strict=True
         ):
             wide = len(part) > part.shape[1]
             torch.mm(*((part, gram) if wide else (gram, part)), out=out)

@@ -51,6 +51,11 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
             "centroids": torch.zeros(self.n_groups, columns, device=device),
         }
 
+    def kind(self, step: int) -> str | None:
+        if self.is_update(step):
+            return None
+        return "observed" if is_observed(step, self.group_update_period) else "plain"
+
     def statistics(self, view: StepView, state: State, step: int) -> State:
         if not is_observed(step, self.group_update_period):
             return {}

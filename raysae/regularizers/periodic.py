@@ -25,6 +25,9 @@ class PeriodicRegularizer(Regularizer):
                 f"({total_steps} steps): nothing would ever be updated",
             )
 
+    def kind(self, step: int) -> str | None:
+        return None if self.is_update(step) else "plain"
+
     def is_update(self, step: int) -> bool:
         """Whether step `step` is one of the updates; step 0 is."""
         return step % self.group_update_period == 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from raysae.regularizers.base import State
 from raysae.regularizers.gram import unit_rows
 from raysae.regularizers.hierarchical import Hierarchical
+from raysae.regularizers.layout import layout
 
 
 class SubspaceClustered(Hierarchical):
@@ -58,10 +59,9 @@ class SubspaceClustered(Hierarchical):
         U, ranks = unit_rows(W_dec), dimensions(bases)
         projected = (U @ bases.flatten(0, 1).T).pow(2).view(len(U), *bases.shape[:2]).sum(2)
         energy = projected / ranks.clamp_min(1)
-        sizes = torch.bincount(groups, minlength=self.n_groups).clamp_min(1)
         exists = ranks > 0
         pairs = (exists.sum() * (exists.sum() - 1)).clamp_min(1)
-        weights = state["strength"].to(W_dec.dtype)[groups] / sizes[groups][:, None]
+        weights = state["strength"].to(W_dec.dtype)[groups] / layout(groups).own_size[:, None]
         subspace = (weights * energy).sum() * W_dec.shape[1] / pairs
         total: Tensor = 0.5 * subspace + 0.5 * super().decoder_penalty(W_dec, state)
         return total

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raysae.regularizers.base import State, StepView
 from raysae.regularizers.gram import sum_squared_cosines_between, unit_rows
+from raysae.regularizers.layout import while_unchanged
 from raysae.regularizers.periodic import PeriodicRegularizer
 from raysae.regularizers.tasks import (
     init_task_rates,
@@ -62,10 +63,10 @@ class TaskMasked(PeriodicRegularizer):
             state["groups"][s < -self.threshold] = RETAIN
 
     def penalty(self, view: StepView, state: State) -> Tensor:
-        forget, retain = state["groups"] == FORGET, state["groups"] == RETAIN
+        forget, retain = while_unchanged(state["groups"], _of_tasks)
         U = unit_rows(view.W_dec)
-        pairs = (forget.sum() * retain.sum()).clamp_min(1)
-        overlap = sum_squared_cosines_between(U[forget], U[retain])
+        pairs = max(1, len(forget) * len(retain))
+        overlap = sum_squared_cosines_between(U.index_select(0, forget), U.index_select(0, retain))
         return overlap * U.shape[1] / pairs + self.leak_weight * self._leak(
             view, state, forget, retain
         )
@@ -76,8 +77,17 @@ class TaskMasked(PeriodicRegularizer):
         own_forget, own_retain = state["activation"].to(values.dtype)
         leaks = torch.cat(
             [
-                on_retain[forget] / own_forget[forget].clamp_min(1e-6),
-                on_forget[retain] / own_retain[retain].clamp_min(1e-6),
+                on_other.index_select(0, features) / own.index_select(0, features).clamp_min(1e-6)
+                for on_other, own, features in (
+                    (on_retain, own_forget, forget),
+                    (on_forget, own_retain, retain),
+                )
             ]
         )
         return leaks.sum() / max(1, len(leaks))
+
+
+def _of_tasks(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Features assigned to forget, and to retain."""
+    forget, retain = ((groups == task).nonzero()[:, 0] for task in (FORGET, RETAIN))
+    return forget, retain

@@ -126,8 +126,11 @@ def train(
                 return
         if step == total:
             return
-        for name, value in advance().items():
-            sums[name] = sums[name] + value if name in sums else value
+        losses = advance()
+        if sums:
+            torch._foreach_add_(list(sums.values()), [losses[name] for name in sums])
+        else:
+            sums = losses
         since += 1
         step += 1
         # Before rates are counted anew: it looks at them.

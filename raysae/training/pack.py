@@ -21,15 +21,17 @@ from torch import Tensor
 
 from raysae.regularizers import StepView
 from raysae.training.precision import tf32
+from raysae.training.replay import Replay
 from raysae.training.run import SAERun
 from raysae.training.stacked import (
     FORWARD,
+    REVIVING,
+    SPARSITY_TERMS,
     DenseActs,
     Forward,
     Parameters,
     Settings,
     SparseActs,
-    on_device,
 )
 from raysae.training.updates import JointAdam, clip_
 
@@ -65,19 +67,60 @@ class Pack:
         stacks = math.ceil(len(runs) / _members_at_once(runs[0]))
         bounds = [len(runs) * i // stacks for i in range(stacks + 1)]
         self._stacks = [_Stack(self.runs[low:high]) for low, high in pairwise(bounds)]
-        self._adam = JointAdam(self.runs)
+        self._adam, self._replay = JointAdam(self.runs), Replay()
         first = runs[0].spec
         same = (first.batches, first.training.forget_share)
         self._one_batch = all((r.spec.batches, r.spec.training.forget_share) == same for r in runs)
 
     def advance(self) -> dict[str, Tensor]:
         """One training step of all members; their losses by name, (m,), unsynchronised."""
-        shared = self.runs[0].next_batch() if self._one_batch else None
-        with tf32(self.runs[0].spec.training.tf32):
-            losses = [stack.pull(shared) for stack in self._stacks]
-        self._adam.step()
-        for run in self.runs:
+        runs = self.runs
+        shared = runs[0].next_batch() if self._one_batch else None
+        batches = [x for stack in self._stacks for x in stack.batches(shared)]
+        numbers = (
+            [run.next_alpha() for run in runs],
+            [_coefficient(run) for run in runs],
+            self._adam.rates,
+        )
+        for stack in self._stacks:
+            stack.look_for_dead()
+        with tf32(runs[0].spec.training.tf32):
+            if runs[0].device.type == "cuda":
+                losses = self._on_gpu(numbers, batches)
+            else:
+                alphas, coefficients, rates = numbers
+                one = batches[0]
+                losses = self._step(
+                    one.new_tensor(alphas), one.new_tensor(coefficients), rates, *batches
+                )
+        for run in runs:
             run.schedules_step()
+        return losses
+
+    def _on_gpu(self, numbers: tuple[list[float], ...], batches: list[Tensor]) -> dict[str, Tensor]:
+        """The step, recorded where it can be."""
+        arguments = [*_on_device(numbers, batches[0].device), *batches]
+        kinds = tuple(run.spec.regularizer.kind(run.step) for run in self.runs)
+        if None in kinds:
+            self._replay.forget()
+        replayable = None not in kinds and all(stack.alive for stack in self._stacks)
+        return self._replay(kinds if replayable else None, self._step, arguments)
+
+    def _step(
+        self,
+        alphas: Tensor,
+        coefficients: Tensor,
+        rates: Sequence[float] | Tensor,
+        *batches: Tensor,
+    ) -> dict[str, Tensor]:
+        """What the device does in a step."""
+        losses, start = [], 0
+        for stack, batch, is_forget in zip(self._stacks, batches[::2], batches[1::2], strict=True):
+            of_stack = slice(start, start + len(stack.runs))
+            of_members = (alphas[of_stack], coefficients[of_stack])
+            losses.append(stack.pull(batch, is_forget, *(x.to(batch.dtype) for x in of_members)))
+            start = of_stack.stop
+        self._adam.step(rates)
         for stack in self._stacks:
             stack.normalise()
         names = dict.fromkeys(name for found in losses for name in found)
@@ -104,6 +147,7 @@ class _Stack:
     def __init__(self, runs: Sequence[SAERun]) -> None:
         self.runs = list(runs)
         self._forward = FORWARD[runs[0].spec.sae.architecture]
+        self._dead: list[Tensor | None] = [None] * len(runs)
         self._none_dead_before = [0] * len(runs)
         """Step of each member before which no feature can have died."""
         self._stack: Parameters = {}
@@ -113,35 +157,62 @@ class _Stack:
             for part, view in zip(parts, stack.unbind(), strict=True):
                 part.data = view
             self._stack[name] = stack.requires_grad_()
+        self._limits = stack.new_tensor([run.spec.training.grad_clip for run in runs])
 
-    def pull(self, shared: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    def batches(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Batches and labels of this step: all members' (n, d_in) and (n,), or each one's own
+        (m, n, d_in) and (m, n).
+
+        Args:
+            shared: those of all members; None: each has its own.
+        """
+        if shared is not None:
+            return shared
+        batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
+        return torch.stack(batches), torch.stack(labels)
+
+    def look_for_dead(self) -> None:
+        """Find the features that count as dead at this step."""
+        if self.runs[0].spec.sae.architecture in REVIVING:
+            self._dead = [self._dead_of(i) for i in range(len(self.runs))]
+
+    @property
+    def alive(self) -> bool:
+        """Whether no feature counts as dead that the step would have to revive."""
+        return all(dead is None for dead in self._dead)
+
+    def pull(
+        self, batch: Tensor, is_forget: Tensor, alphas: Tensor, coefficients: Tensor
+    ) -> dict[str, Tensor]:
         """Losses by name, (m,), and their clipped gradients, on the members' parameters.
 
         Args:
-            shared: batch (n, d_in) and labels (n,) of all members; None: each has its own.
+            batch, is_forget: see `batches`.
+            alphas, coefficients: of the penalty and of the sparsity term, (m,).
         """
-        runs = self.runs
-        batch, is_forget = self._batches(shared)
-        alphas = on_device([run.next_alpha() for run in runs], batch)
-        for stack in self._stack.values():
-            stack.grad = None
-        settings = [_settings(run, self._dead(i)) for i, run in enumerate(runs)]
+        runs, members = self.runs, len(self.runs)
+        if batch.ndim == 2:
+            batch, is_forget = batch.expand(members, -1, -1), is_forget.expand(members, -1)
+        settings = [_settings(run, dead) for run, dead in zip(runs, self._dead, strict=True)]
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=runs[0].autocast):
             forward = self._forward(self._stack, batch, settings)
         with torch.no_grad():
             fired = forward.acts.fired(is_forget)
         penalties = self._penalties(forward, is_forget, fired)
-        losses = dict(forward.losses)
+        losses = {
+            name: coefficients * value if name in SPARSITY_TERMS else value
+            for name, value in forward.losses.items()
+        }
         loss = torch.stack(list(losses.values())).sum(0)
         if penalties is not None:
             loss = loss + alphas * penalties
             losses["penalty"] = penalties
-        loss.sum().backward()
-        gradients = {name: stack.grad for name, stack in self._stack.items()}
-        limits = on_device([run.spec.training.grad_clip for run in runs], batch)
-        clip_([g for g in gradients.values() if g is not None], limits)
-        for name, gradient in gradients.items():
-            assert gradient is not None
+        gradients = [
+            gradient.contiguous()  # as the parameters are, which a fused optimiser relies on
+            for gradient in torch.autograd.grad(loss.sum(), list(self._stack.values()))
+        ]
+        clip_(gradients, self._limits)
+        for name, gradient in zip(self._stack, gradients, strict=True):
             for run, of_run in zip(runs, gradient.unbind(), strict=True):
                 run.sae.get_parameter(name).grad = of_run
         with torch.no_grad():
@@ -156,14 +227,6 @@ class _Stack:
         """Decoder rows of unit norm again, after the optimiser's step."""
         W_dec = self._stack["W_dec"]
         W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
-
-    def _batches(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Every member's batch (m, n, d_in) and labels (m, n)."""
-        if shared is not None:
-            members = len(self.runs)
-            return shared[0].expand(members, -1, -1), shared[1].expand(members, -1)
-        batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
-        return torch.stack(batches), torch.stack(labels)
 
     def _penalties(self, forward: Forward, is_forget: Tensor, fired: Tensor) -> Tensor | None:
         """(m,) penalties after their states have been updated; None if no member has one."""
@@ -186,7 +249,7 @@ class _Stack:
         zero = fired.new_zeros(())
         return torch.stack([zero if penalty is None else penalty for penalty in penalties])
 
-    def _dead(self, i: int) -> Tensor | None:
+    def _dead_of(self, i: int) -> Tensor | None:
         """(d_sae,) features of a member that count as dead; None if there are none.
 
         To know it waits for the device, so it is asked no sooner than one can have died.
@@ -211,14 +274,25 @@ class _Stack:
             threshold, rate = run.sae.topk_threshold, run.sae.cfg.topk_threshold_lr
             smallest = values.where(values > 0, torch.inf).amin().to(threshold.dtype)
             followed = (1 - rate) * threshold + rate * smallest
-            run.sae.topk_threshold = torch.where(smallest.isfinite(), followed, threshold)
+            threshold.copy_(torch.where(smallest.isfinite(), followed, threshold))
+
+
+def _coefficient(run: SAERun) -> float:
+    """Of the sparsity term at this step; 0 where the architecture has none."""
+    coefficients = list(run.coefficients.values())
+    return float(coefficients[0].value) if coefficients else 0.0
+
+
+def _on_device(numbers: Sequence[list[float]], device: torch.device) -> list[Tensor]:
+    """Each list as float32 on a GPU, in one copy that is not waited for."""
+    flat = torch.tensor([x for of_one in numbers for x in of_one], pin_memory=True)
+    sent = flat.to(device, non_blocking=True)
+    return list(torch.split(sent, [len(of_one) for of_one in numbers]))
 
 
 def _settings(run: SAERun, dead: Tensor | None) -> Settings:
     spec = run.spec.sae
-    coefficients = list(run.coefficients.values())
     return Settings(
-        coefficient=coefficients[0].value if coefficients else 0.0,
         k=spec.k or 0,
         dead=dead,
         widths=tuple(getattr(run.sae.cfg, "matryoshka_widths", ())),

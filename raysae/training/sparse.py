@@ -61,7 +61,7 @@ class Support:
         device = indices.device
         first = torch.arange(members, device=device)[:, None, None] * d_sae
         offsets = torch.arange(0, members * n * k, k, device=device)
-        rows = torch.arange(members * n, device=device).repeat_interleave(k)
+        rows = torch.arange(members * n, device=device)[:, None].expand(-1, k).flatten()
         features = (indices + first).flatten()
         return cls(members, n, d_sae, features, rows, offsets, (n * k,) * members)
 

@@ -33,8 +33,6 @@ Parameters = dict[str, Tensor]
 class Settings:
     """What differs between the members of a stack, beside their parameters."""
 
-    coefficient: float
-    """Of the sparsity term at this step; 0 where the architecture has none."""
     k: float
     dead: Tensor | None
     """(d_sae,) bool; None: no feature is."""
@@ -88,26 +86,25 @@ class Forward:
     error: Tensor  # reconstruction − batch (m, n, d_in)
     acts: DenseActs | SparseActs
     losses: dict[str, Tensor]
-    """SAELens' loss terms by name, (m,) each; their sum is a member's own loss."""
+    """SAELens' loss terms by name, (m,) each; the term of `SPARSITY_TERMS` without its coefficient.
+    Their sum with it is a member's own loss."""
 
 
-def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # noqa: ARG001
     """ReLU and an L1 term weighted by decoder norms."""
     pre = _pre_activations(p, batch, p["b_enc"])
     fires = pre.detach() > 0
     # Waiting for the count costs a GPU more than it saves.
     if not batch.is_cuda and int(fires.count_nonzero()) < SPARSE * fires.numel():
-        return _standard_where(fires, pre.detach(), p, batch, members)
+        return _standard_where(fires, pre.detach(), p, batch)
     acts = pre.relu()
     error = _error(acts @ p["W_dec"], p, batch)
     l1 = _weighted_l1(acts, p["W_dec"])
-    losses = {"mse_loss": _mse(error), "l1_loss": _coefficients(members, l1) * l1}
+    losses = {"mse_loss": _mse(error), "l1_loss": l1}
     return Forward(error, DenseActs(acts), losses)
 
 
-def _standard_where(
-    fires: Tensor, pre: Tensor, p: Parameters, batch: Tensor, members: list[Settings]
-) -> Forward:
+def _standard_where(fires: Tensor, pre: Tensor, p: Parameters, batch: Tensor) -> Forward:
     """The same from what fires alone: a ReLU passes no gradient elsewhere."""
     at, sizes = fires.flatten().nonzero()[:, 0], fires.flatten(1).sum(1).tolist()
     support = Support.from_flat(at, tuple(sizes), *pre.shape)
@@ -116,15 +113,13 @@ def _standard_where(
     values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"])
     error = _error(decode(support, values, p["W_dec"]), p, batch)
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
-    of_member = values.new_zeros(len(members)).index_add(
-        0, support.rows // support.n, values * norms
-    )
+    of_member = values.new_zeros(len(sizes)).index_add(0, support.rows // support.n, values * norms)
     l1 = of_member / support.n
-    losses = {"mse_loss": _mse(error), "l1_loss": _coefficients(members, l1) * l1}
+    losses = {"mse_loss": _mse(error), "l1_loss": l1}
     return Forward(error, SparseActs(support, values), losses)
 
 
-def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
+def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # noqa: ARG001
     """A gate that decides what fires, a magnitude that shares its weights, and the gate's own L1
     and reconstruction terms."""
     pre = _pre_activations(p, batch, None)
@@ -136,7 +131,7 @@ def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     l1 = _weighted_l1(gate, p["W_dec"])
     losses = {
         "mse_loss": _mse(error),
-        "l1_loss": _coefficients(members, l1) * l1,
+        "l1_loss": l1,
         "auxiliary_reconstruction_loss": _mse(_error(gate @ p["W_dec"], p, batch)),
     }
     return Forward(error, DenseActs(acts), losses)
@@ -149,7 +144,7 @@ def jumprelu(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     acts = JumpReLU.apply(pre, threshold, bandwidth, False).transpose(0, 1)
     error = _error(acts @ p["W_dec"], p, batch)
     l0 = Step.apply(pre, threshold, bandwidth, False).sum(-1).mean(0)
-    losses = {"mse_loss": _mse(error), "l0_loss": _coefficients(members, l0) * l0}
+    losses = {"mse_loss": _mse(error), "l0_loss": l0}
     return Forward(error, DenseActs(acts), losses)
 
 
@@ -177,6 +172,11 @@ FORWARD: dict[str, Callable[[Parameters, Tensor, list[Settings]], Forward]] = {
     f.__name__: f for f in (standard, gated, jumprelu, topk, batchtopk, matryoshka_batchtopk)
 }
 
+SPARSITY_TERMS = ("l1_loss", "l0_loss")
+
+REVIVING = ("topk", "batchtopk", "matryoshka_batchtopk")
+"""Architectures with an auxiliary loss that brings dead features back."""
+
 
 def _pre_activations(p: Parameters, batch: Tensor, bias: Tensor | None) -> Tensor:
     """(batch − b_dec) · W_enc + bias, (m, n, d_sae)."""
@@ -198,16 +198,6 @@ def _error(decoded: Tensor, p: Parameters, batch: Tensor) -> Tensor:
 def _mse(error: Tensor) -> Tensor:
     """(m,) squared error of a token, mean over the batch."""
     return error.pow(2).sum((1, 2)) / error.shape[1]
-
-
-def on_device(values: list[float], like: Tensor) -> Tensor:
-    """`values` as a tensor of the dtype and device of `like`; a GPU is not waited for."""
-    made = torch.tensor(values, dtype=like.dtype, pin_memory=like.is_cuda)
-    return made.to(like.device, non_blocking=True)
-
-
-def _coefficients(members: list[Settings], like: Tensor) -> Tensor:
-    return on_device([member.coefficient for member in members], like)
 
 
 def _picked(

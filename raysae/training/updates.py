@@ -49,12 +49,22 @@ class JointAdam:
                 for group in self._alike
             ],
             fused=True,
+            capturable=runs[0].device.type == "cuda",
         )
 
-    def step(self) -> None:
-        """Move the parameters of all runs by their gradients."""
-        for group, runs in zip(self._adam.param_groups, self._alike, strict=True):
-            group["lr"] = runs[0].optimizer.param_groups[0]["lr"]
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group of runs, by their schedules."""
+        return [float(runs[0].optimizer.param_groups[0]["lr"]) for runs in self._alike]
+
+    def step(self, rates: Sequence[float] | Tensor) -> None:
+        """Move the parameters of all runs by their gradients.
+
+        Args:
+            rates: one a group, see `rates`; may lie on the device.
+        """
+        for group, rate, runs in zip(self._adam.param_groups, rates, self._alike, strict=True):
+            group["lr"] = rate
             for run in runs:
                 for parameter in _parameters(run):
                     self._adam.state[parameter] = run.optimizer.state[parameter]

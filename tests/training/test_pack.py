@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from training_bench import ARCHITECTURES, METHODS, REFUSED, every_architecture, small
+from training_bench import PAIRS, doubled, every_architecture, small
 
 from raysae.training import pack as pack_module
 from raysae.training.loop import stepper, train, train_one
@@ -16,37 +16,6 @@ from raysae.training.precision import tf32
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
-
-PAIRS = [
-    (regularizer, architecture)
-    for regularizer in METHODS
-    for architecture in ARCHITECTURES
-    if (regularizer, architecture) not in REFUSED
-]
-
-
-def doubled(run: SAERun) -> SAERun:
-    """The run in float64, in which rounding stays out of the way over a whole training."""
-    run.sae.double()
-    run.sae.cfg.dtype = "float64"
-    run.sae.dtype = torch.float64
-    for name, tensor in run.regularizer_state.items():
-        if tensor.is_floating_point():
-            run.regularizer_state[name] = tensor.double()
-    for name, tensor in vars(run.firing).items():
-        setattr(run.firing, name, tensor.double())
-    batch = run.source.batch
-
-    class Source:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(run_source, name)
-
-        def batch(self, *args: Any) -> Any:
-            rows, labels = batch(*args)
-            return rows.double(), labels
-
-    run_source, run.source = run.source, Source()
-    return run
 
 
 def alone(spec: TrialSpec, store: Any, steps: int) -> tuple[SAERun, list[dict[str, float]]]:
@@ -335,7 +304,7 @@ def test_dead_features_are_looked_for_no_later_than_one_can_have_died(make_spec,
     for _ in range(24):
         dead = run.firing.steps_since_fired > 4
         looks.append(stack._none_dead_before[0] <= run.step)
-        found = stack._dead(0)
+        found = stack._dead_of(0)
         assert torch.equal(torch.zeros_like(dead) if found is None else found, dead)
         pack.advance()
     assert dead.any()

@@ -37,10 +37,7 @@ def test_a_standard_sae_has_the_same_gradients_from_what_fires_alone(monkeypatch
         "b_dec": draw(2, 8),
     }
     batch, is_forget = draw(2, 40, 8), torch.arange(80).view(2, 40) % 3 == 0
-    members = [
-        stacked.Settings(coefficient, 0, torch.zeros(24, dtype=torch.bool), (), 0.0)
-        for coefficient in (0.5, 2.0)
-    ]
+    members = [stacked.Settings(0, torch.zeros(24, dtype=torch.bool), (), 0.0)] * 2
     found = []
     for share, kind in ((0.0, stacked.DenseActs), (1.1, stacked.SparseActs)):
         monkeypatch.setattr(stacked, "SPARSE", share)
@@ -65,7 +62,7 @@ def test_picks_from_pieces_are_those_from_the_whole(architecture, ks, monkeypatc
     shapes = {"W_enc": (8, 24), "W_dec": (24, 8), "b_enc": (24,), "b_dec": (8,)}
     p = {name: torch.randn(2, *shape, generator=generator) for name, shape in shapes.items()}
     batch = torch.randn(2, 40, 8, generator=generator)
-    members = [stacked.Settings(0.0, k, None, (12, 24), 0.0) for k in ks]
+    members = [stacked.Settings(k, None, (12, 24), 0.0) for k in ks]
     whole = stacked.FORWARD[architecture](p, batch, members)
     monkeypatch.setattr(stacked, "PICKED_FROM", 4 * 2 * 24 * 7)
     pieces = stacked.FORWARD[architecture](p, batch, members)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from raysae.regularizers import REGISTRY
 from raysae.training.loop import train_one
@@ -16,6 +17,14 @@ ARCHITECTURES = sorted(SPARSITY_FIELD)
 METHODS = sorted(REGISTRY)
 REFUSED = {("gradient_disentangled", "matryoshka_batchtopk")}
 """(regularizer, architecture) pairs that `check` refuses."""
+
+PAIRS = [
+    (regularizer, architecture)
+    for regularizer in METHODS
+    for architecture in ARCHITECTURES
+    if (regularizer, architecture) not in REFUSED
+]
+"""(regularizer, architecture) pairs that it accepts."""
 
 PICKS_OVER_A_BATCH = {"batchtopk", "matryoshka_batchtopk"}
 """Architectures whose active features depend on the rest of the batch in training."""
@@ -64,3 +73,27 @@ def progress(events: list[Progress | Rung]) -> list[Progress]:
 
 def rungs(events: list[Progress | Rung]) -> list[Rung]:
     return [event for event in events if isinstance(event, Rung)]
+
+
+def doubled(run: SAERun) -> SAERun:
+    """The run in float64, in which rounding stays out of the way over a whole training."""
+    run.sae.double()
+    run.sae.cfg.dtype = "float64"
+    run.sae.dtype = torch.float64
+    for name, tensor in run.regularizer_state.items():
+        if tensor.is_floating_point():
+            run.regularizer_state[name] = tensor.double()
+    for name, tensor in vars(run.firing).items():
+        setattr(run.firing, name, tensor.double())
+    batch = run.source.batch
+
+    class Source:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(run_source, name)
+
+        def batch(self, *args: Any) -> Any:
+            rows, labels = batch(*args)
+            return rows.double(), labels
+
+    run_source, run.source = run.source, Source()
+    return run
