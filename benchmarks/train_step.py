@@ -33,7 +33,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -121,6 +121,12 @@ class Source:
         self, seed: int, step: int, batch_size: int, rank: int = 0, size: int = 1
     ) -> tuple[Tensor, Tensor]:
         return self._rows[(seed + step) % BATCHES], self._is_forget
+
+    def batches(
+        self, seeds: Sequence[int], step: int, batch_size: int, rank: int = 0, size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        batches, labels = zip(*(self.batch(s, step, batch_size) for s in seeds), strict=True)
+        return torch.stack(batches), torch.stack(labels)
 
     def with_forget_share(self, forget_share: float) -> Source:
         raise ValueError("the benchmark's batches have a share of their own")

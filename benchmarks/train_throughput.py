@@ -40,7 +40,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -105,6 +105,12 @@ class Source:
         self, seed: int, step: int, batch_size: int, rank: int = 0, size: int = 1
     ) -> tuple[Tensor, Tensor]:
         return self._batches[step % len(self._batches)], self._is_forget
+
+    def batches(
+        self, seeds: Sequence[int], step: int, batch_size: int, rank: int = 0, size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        batches, labels = zip(*(self.batch(s, step, batch_size) for s in seeds), strict=True)
+        return torch.stack(batches), torch.stack(labels)
 
     def with_forget_share(self, forget_share: float) -> Source:
         raise ValueError("the benchmark's batches have a share of their own")

@@ -7,6 +7,7 @@ figures of their features by `of_feature`, and sums by `sum_by_task` and `transp
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -61,14 +62,26 @@ class Activations(Protocol):
 
 
 class DenseActivations:
-    """All of them, as a tensor (n, d_sae)."""
+    """All of them, as a tensor (n, d_sae).
+
+    In float32 at least, since counts over a batch do not fit less; widened where somebody looks.
+    """
 
     def __init__(self, acts: Tensor) -> None:
-        self.values = self.dense = acts
+        self._acts = acts
         self.n, self.d_sae = acts.shape
 
+    @cached_property
+    def values(self) -> Tensor:
+        with torch.enable_grad():  # whoever looks first, a penalty must find a gradient
+            return self._acts.to(torch.promote_types(self._acts.dtype, torch.float32))
+
+    @property
+    def dense(self) -> Tensor:
+        return self.values
+
     def detach(self) -> DenseActivations:
-        return DenseActivations(self.values.detach())
+        return DenseActivations(self._acts.detach())
 
     def of_feature(self, figures: Tensor) -> Tensor:
         return figures

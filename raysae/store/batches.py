@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,6 +126,7 @@ class ChunkedActivations:
         self.n_rows, self.d_in = rows.n_rows, rows.d_in
         self._set_units(scale, mean, variance)
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
+        self._mixtures: dict[float, ChunkedActivations] = {}
         self._thread = ThreadPoolExecutor(1, "prefetch") if prefetch else None
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if prefetch and on_gpu else None
@@ -165,6 +166,8 @@ class ChunkedActivations:
         """
         if self._moments is None:
             raise ValueError("a forget_share needs the moments of both corpora")
+        if forget_share in self._mixtures:
+            return self._mixtures[forget_share]
         other: ChunkedActivations = object.__new__(type(self))
         vars(other).update(vars(self))
         forget, retain = (
@@ -175,6 +178,7 @@ class ChunkedActivations:
             1 - forget_share
         )
         other._set_units(mixture.scale, mixture.mean, mixture.variance)
+        self._mixtures[forget_share] = other
         return other
 
     def _set_units(self, scale: float, mean: np.ndarray, variance: float) -> None:
@@ -197,13 +201,29 @@ class ChunkedActivations:
         self._ahead[following] = self._thread.submit(self._make_ahead, *following)
         return made
 
+    def batches(
+        self, seeds: Sequence[int], step: int, batch_size: int, rank: int = 0, size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """`batch` of each seed, one after the other: (seeds, rows, d_in) and (seeds, rows)."""
+        if self._thread is not None:
+            made = [self.batch(seed, step, batch_size, rank, size) for seed in seeds]
+            acts, labels = zip(*made, strict=True)
+            return torch.stack(acts), torch.stack(labels)
+        rows = np.stack([self._rows_of(seed, step, batch_size, rank, size) for seed in seeds])
+        flat, of_flat = self._take(rows.ravel())
+        return flat.view(*rows.shape, -1), of_flat.view(rows.shape)
+
     def _make(
         self, seed: int, step: int, batch_size: int, rank: int, size: int
     ) -> tuple[Tensor, Tensor]:
+        return self._take(self._rows_of(seed, step, batch_size, rank, size))
+
+    def _rows_of(self, seed: int, step: int, batch_size: int, rank: int, size: int) -> np.ndarray:
         if self._mixed is None:
-            rows = batch_rows(self.n_rows, seed, step, batch_size, rank, size)
-        else:
-            rows = mixed_batch_rows(*self._mixed, seed, step, batch_size, rank, size)
+            return batch_rows(self.n_rows, seed, step, batch_size, rank, size)
+        return mixed_batch_rows(*self._mixed, seed, step, batch_size, rank, size)
+
+    def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(self._is_forget[rows])
         return self._rows.take(rows, self.scale), _send(labels, self._device)
 

@@ -168,6 +168,15 @@ class _Stack:
         """
         if shared is not None:
             return shared
+        first, collective = self.runs[0], self.runs[0].collective
+        if all(run.source is first.source for run in self.runs):
+            return first.source.batches(
+                [run.spec.batches for run in self.runs],
+                first.step,
+                first.spec.training.batch_size,
+                collective.rank,
+                collective.size,
+            )
         batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
         return torch.stack(batches), torch.stack(labels)
 
@@ -269,10 +278,11 @@ class _Stack:
             self.runs[0].sae.named_buffers()
         ):
             return
-        of_members = acts.values.split(acts.support.sizes)
+        positive = acts.values.where(acts.values > 0, torch.inf)
+        of_members = positive.split(acts.support.sizes)
         for run, values in zip(self.runs, of_members, strict=True):
             threshold, rate = run.sae.topk_threshold, run.sae.cfg.topk_threshold_lr
-            smallest = values.where(values > 0, torch.inf).amin().to(threshold.dtype)
+            smallest = values.amin().to(threshold.dtype)
             followed = (1 - rate) * threshold + rate * smallest
             threshold.copy_(torch.where(smallest.isfinite(), followed, threshold))
 

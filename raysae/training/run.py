@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,6 +55,12 @@ class ActivationSource(Protocol):
         self, seed: int, step: int, batch_size: int, rank: int = 0, size: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Rows `rank::size` of the batch of that step: activations and is_forget."""
+        ...
+
+    def batches(
+        self, seeds: Sequence[int], step: int, batch_size: int, rank: int = 0, size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """`batch` of each seed: (seeds, rows, d_in) and (seeds, rows)."""
         ...
 
     def with_forget_share(self, forget_share: float) -> ActivationSource:

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from raysae.training.dense import product
+
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ class Support:
         flat = values.new_zeros(self.members * self.n * self.d_sae)
         return flat.scatter(0, self._flat, values).view(self.members, self.n, self.d_sae)
 
+    def at(self, dense: Tensor) -> Tensor:
+        """(entries,) of activations laid out as (m, n, d_sae)."""
+        return dense.flatten().index_select(0, self._flat)
+
     @cached_property
     def _flat(self) -> Tensor:
         return self.rows * self.d_sae + self.features % self.d_sae
@@ -180,7 +187,14 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 def encode_at(
-    support: Support, values: Tensor, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor
+    support: Support,
+    values: Tensor,
+    centred: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    *,
+    laid_out: torch.dtype | None = None,
 ) -> Tensor:
     """Pre-activations (entries,) at the support, differentiable in the parameters.
 
@@ -189,15 +203,18 @@ def encode_at(
         values: centred · W_enc + b_enc at the support, (entries,), without gradient.
         centred: batch − b_dec, (m, n, d_in), without gradient.
         W_enc, b_enc, b_dec: (m, d_in, d_sae), (m, d_sae), (m, d_in).
+        laid_out: make dense products instead of sums over the support, in this dtype.
     """
-    encoded: Tensor = _EncodeAt.apply(support, values, centred, W_enc, b_enc, b_dec)
+    encoded: Tensor = _EncodeAt.apply(support, values, centred, W_enc, b_enc, b_dec, laid_out)
     return encoded
 
 
-def decode(support: Support, values: Tensor, W_dec: Tensor) -> Tensor:
+def decode(
+    support: Support, values: Tensor, W_dec: Tensor, *, laid_out: torch.dtype | None = None
+) -> Tensor:
     """activations · W_dec, (m, n, d_in), for activations with `values` (entries,) at the support
-    and `W_dec` (m, d_sae, d_in)."""
-    decoded: Tensor = _Decode.apply(support, values, W_dec)
+    and `W_dec` (m, d_sae, d_in); `laid_out` as above."""
+    decoded: Tensor = _Decode.apply(support, values, W_dec, laid_out)
     return decoded
 
 
@@ -211,8 +228,9 @@ class _EncodeAt(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,  # noqa: ARG004 - its gradient is returned
         b_dec: Tensor,  # noqa: ARG004
+        laid_out: torch.dtype | None,
     ) -> Tensor:
-        ctx.support = support
+        ctx.support, ctx.laid_out = support, laid_out
         ctx.save_for_backward(centred, W_enc)
         return values.view_as(values)
 
@@ -220,18 +238,29 @@ class _EncodeAt(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), support = grads, ctx.support
         centred, W_enc = ctx.saved_tensors
-        grad_W = support.sum_by_feature(grad, centred.flatten(0, 1))
+        if ctx.laid_out is None:
+            sums = support.sum_by_feature(grad, centred.flatten(0, 1))
+            grad_W = sums.view_as(W_enc.mT).mT
+        else:
+            dense = support.dense(grad.to(ctx.laid_out))
+            grad_W = product(centred.to(ctx.laid_out).mT, dense, W_enc.dtype)
         grad_b = support.count_by_feature(grad)
         # b_dec is subtracted from every token alike: what reaches it is summed over tokens first.
         # Member by member: a batched product of such a shape rounds by the number of members.
         grad_b_dec = -torch.stack([W @ g for W, g in zip(W_enc, grad_b, strict=True)])
-        return None, None, None, grad_W.view_as(W_enc.mT).mT, grad_b, grad_b_dec
+        return None, None, None, grad_W, grad_b, grad_b_dec, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, support: Support, values: Tensor, W_dec: Tensor) -> Tensor:
-        ctx.support = support
+    def forward(
+        ctx: Any, support: Support, values: Tensor, W_dec: Tensor, laid_out: torch.dtype | None
+    ) -> Tensor:
+        ctx.support, ctx.laid_out = support, laid_out
+        if laid_out is not None:
+            dense, W = support.dense(values.to(laid_out)), W_dec.to(laid_out)
+            ctx.save_for_backward(dense, W)
+            return product(dense, W, W_dec.dtype)
         ctx.save_for_backward(values, W_dec)
         decoded = embedding_bag(
             support.features,
@@ -244,10 +273,17 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        support, grad = ctx.support, grads[0].flatten(0, 1)
+        support, grad = ctx.support, grads[0]
+        if ctx.laid_out is not None:
+            dense, W = ctx.saved_tensors
+            narrow = grad.to(ctx.laid_out)
+            of_acts = torch.bmm(narrow, W.mT)
+            grad_values = support.at(of_acts).to(grad.dtype)
+            return None, grad_values, product(dense.mT, narrow, grad.dtype), None
+        grad = grad.flatten(0, 1)
         values, W_dec = ctx.saved_tensors
         grad_values = None
         if ctx.needs_input_grad[1]:
             grad_values = support.sampled_product(grad, W_dec.flatten(0, 1))
         grad_W = support.sum_by_feature(values, grad).view_as(W_dec)
-        return None, grad_values, grad_W
+        return None, grad_values, grad_W, None

@@ -8,7 +8,7 @@ the reconstruction, where the norm cancels; decoder rows are kept at norm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,15 @@ from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 
 from raysae.regularizers.activations import Activations, DenseActivations
+from raysae.training.dense import encode, products_dtype, reconstruct
 from raysae.training.sparse import SparseActivations, Support, decode, encode_at, largest
 
 SPARSE = 1 / 16
 """Share of the activations below which sums over what fires are faster than matrix products."""
+
+LAID_OUT = 1 / 600
+"""Share of the activations above which a GPU's dense products are faster than sums over what fires
+(benchmarks/train_step.py at 64 of 16,384 and of 65,536)."""
 
 PICKED_FROM = 256 << 20
 """Bytes of pre-activations that are there at once where the largest of them are picked."""
@@ -44,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class DenseActs:
-    """Activations (m, n, d_sae) of architectures that may fire anywhere."""
+    """Activations (m, n, d_sae) of architectures that may fire anywhere; in any dtype."""
 
     acts: Tensor
 
@@ -53,9 +58,14 @@ class DenseActs:
         return [DenseActivations(acts) for acts in self.acts.unbind()]
 
     def fired(self, is_forget: Tensor) -> Tensor:
-        """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n)."""
-        tasks = torch.stack([is_forget, ~is_forget], 1).to(self.acts.dtype)
-        return tasks @ (self.acts > 0).to(self.acts.dtype)
+        """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n).
+        In float32 at least, as counts over a batch do not fit less."""
+        fires, dtype = self.acts > 0, torch.promote_types(self.acts.dtype, torch.float32)
+        if not fires.is_cuda:
+            tasks = torch.stack([is_forget, ~is_forget], 1).to(dtype)
+            return tasks @ fires.to(dtype)
+        on_forget = (fires & is_forget[:, :, None]).sum(1, dtype=dtype)
+        return torch.stack([on_forget, fires.sum(1, dtype=dtype) - on_forget], 1)
 
 
 @dataclass(frozen=True)
@@ -92,24 +102,30 @@ class Forward:
 
 def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # noqa: ARG001
     """ReLU and an L1 term weighted by decoder norms."""
-    pre = _pre_activations(p, batch, p["b_enc"])
-    fires = pre.detach() > 0
-    # Waiting for the count costs a GPU more than it saves.
-    if not batch.is_cuda and int(fires.count_nonzero()) < SPARSE * fires.numel():
-        return _standard_where(fires, pre.detach(), p, batch)
-    acts = pre.relu()
-    error = _error(acts @ p["W_dec"], p, batch)
-    l1 = _weighted_l1(acts, p["W_dec"])
-    losses = {"mse_loss": _mse(error), "l1_loss": l1}
-    return Forward(error, DenseActs(acts), losses)
+    dtype = products_dtype(batch)
+    with torch.no_grad():
+        centred = (batch - p["b_dec"][:, None]).to(dtype)
+        pre = torch.baddbmm(p["b_enc"].to(dtype)[:, None], centred, p["W_enc"].to(dtype))
+        # Waiting for the count costs a GPU more than it saves.
+        if not batch.is_cuda:
+            fires = pre > 0
+            if int(fires.count_nonzero()) < SPARSE * fires.numel():
+                with torch.enable_grad():
+                    return _standard_where(fires, pre.to(batch.dtype), centred, p, batch)
+        acts = pre.relu_()
+    decoded, acts, l1 = reconstruct(acts, centred, p["W_enc"], p["b_enc"], p["W_dec"], p["b_dec"])
+    error = _error(decoded, p, batch)
+    return Forward(error, DenseActs(acts), {"mse_loss": _mse(error), "l1_loss": l1})
 
 
-def _standard_where(fires: Tensor, pre: Tensor, p: Parameters, batch: Tensor) -> Forward:
+def _standard_where(
+    fires: Tensor, pre: Tensor, centred: Tensor, p: Parameters, batch: Tensor
+) -> Forward:
     """The same from what fires alone: a ReLU passes no gradient elsewhere."""
     at, sizes = fires.flatten().nonzero()[:, 0], fires.flatten(1).sum(1).tolist()
     support = Support.from_flat(at, tuple(sizes), *pre.shape)
     values = pre.flatten().index_select(0, at)
-    centred = (batch - p["b_dec"][:, None]).detach()
+    centred = centred.to(batch.dtype)
     values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"])
     error = _error(decode(support, values, p["W_dec"]), p, batch)
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
@@ -122,7 +138,7 @@ def _standard_where(fires: Tensor, pre: Tensor, p: Parameters, batch: Tensor) ->
 def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # noqa: ARG001
     """A gate that decides what fires, a magnitude that shares its weights, and the gate's own L1
     and reconstruction terms."""
-    pre = _pre_activations(p, batch, None)
+    pre = encode(batch, p["W_enc"], p["b_dec"])
     gate = pre + p["b_gate"][:, None]
     magnitude = (pre * p["r_mag"].exp()[:, None] + p["b_mag"][:, None]).relu()
     acts = (gate > 0).to(batch.dtype) * magnitude
@@ -139,7 +155,8 @@ def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # 
 
 def jumprelu(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     """JumpReLU with SAELens' straight-through estimators and an L0 term."""
-    pre = _pre_activations(p, batch, p["b_enc"]).transpose(0, 1)  # the estimators sum over axis 0
+    pre = encode(batch, p["W_enc"], p["b_dec"]) + p["b_enc"][:, None]
+    pre = pre.transpose(0, 1)  # the estimators sum over axis 0
     threshold, bandwidth = p["threshold"].to(pre.dtype), members[0].bandwidth
     acts = JumpReLU.apply(pre, threshold, bandwidth, False).transpose(0, 1)
     error = _error(acts @ p["W_dec"], p, batch)
@@ -161,9 +178,10 @@ def batchtopk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
 def matryoshka_batchtopk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     """BatchTopK, with the reconstruction of every prefix of the features as a further term."""
     forward, support, values = _picked(p, batch, members, _largest_of_batch)
+    laid_out = products_dtype(batch) if _lays_out(support) else None
     local = support.features % support.d_sae
     for width in members[0].widths[:-1]:
-        inner = decode(support, values * (local < width), p["W_dec"])
+        inner = decode(support, values * (local < width), p["W_dec"], laid_out=laid_out)
         forward.losses[f"inner_mse_loss_{width}"] = _mse(_error(inner, p, batch))
     return forward
 
@@ -176,12 +194,6 @@ SPARSITY_TERMS = ("l1_loss", "l0_loss")
 
 REVIVING = ("topk", "batchtopk", "matryoshka_batchtopk")
 """Architectures with an auxiliary loss that brings dead features back."""
-
-
-def _pre_activations(p: Parameters, batch: Tensor, bias: Tensor | None) -> Tensor:
-    """(batch − b_dec) · W_enc + bias, (m, n, d_sae)."""
-    product = (batch - p["b_dec"][:, None]) @ p["W_enc"]
-    return product if bias is None else product + bias[:, None]
 
 
 def _weighted_l1(acts: Tensor, W_dec: Tensor) -> Tensor:
@@ -212,14 +224,24 @@ def _picked(
         shape = torch.Size((*centred.shape[:2], p["W_enc"].shape[-1]))
         support, values = pick(_pre_activations_in_pieces(p, centred), shape, members)
         values = values.to(batch.dtype)
-    values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"]).relu()
-    error = _error(decode(support, values, p["W_dec"]), p, batch)
+    laid_out = products_dtype(batch) if _lays_out(support) else None
+    parameters = (p["W_enc"], p["b_enc"], p["b_dec"])
+    values = encode_at(support, values, centred, *parameters, laid_out=laid_out).relu()
+    decoded = decode(support, values, p["W_dec"], laid_out=laid_out)
+    error = _error(decoded, p, batch)
     losses = {
         "mse_loss": _mse(error),
         "auxiliary_reconstruction_loss": _revive(p, batch, error, members),
     }
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
     return Forward(error, SparseActs(support, values * norms), losses), support, values
+
+
+def _lays_out(support: Support) -> bool:
+    """Whether what fires is laid out among zeros for dense products, of which a GPU makes
+    thousands in the time that it takes to gather one row."""
+    at_most = LAID_OUT * support.members * support.n * support.d_sae
+    return support.features.is_cuda and len(support.features) > at_most
 
 
 def _pre_activations_in_pieces(p: Parameters, centred: Tensor) -> Iterator[Tensor]:
@@ -267,9 +289,9 @@ def _largest_of_batch(
     best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in members]
     start = 0
     for hidden in pieces:
-        for i, acts in enumerate(hidden.relu().flatten(1)):
-            chosen = largest(acts, min(wanted[i], len(acts)))
-            best[i].append((acts[chosen], chosen + start))
+        acts = hidden.relu().flatten(1)
+        for i, chosen in enumerate(_largest_of_each(acts, wanted)):
+            best[i].append((acts[i][chosen], chosen + start))
         start += hidden[0].numel()
     at, found = [], []
     for i, of_member in enumerate(best):
@@ -281,6 +303,14 @@ def _largest_of_batch(
         at.append(positions[order] + i * n * d_sae)
         found.append(values[order])
     return Support.from_flat(torch.cat(at), tuple(wanted), *shape), torch.cat(found)
+
+
+def _largest_of_each(acts: Tensor, wanted: list[int]) -> Sequence[Tensor]:
+    """Of every member's activations (m, size) the indices of the largest ones, in no order."""
+    ks = [min(k, acts.shape[1]) for k in wanted]
+    if acts.is_cuda and len(set(ks)) == 1:
+        return acts.topk(ks[0], sorted=False).indices.unbind()
+    return [largest(of_one, k) for of_one, k in zip(acts, ks, strict=True)]
 
 
 def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]) -> Tensor:
