@@ -76,7 +76,7 @@ _TINY = _GEMMA_2_2B | {
 }
 SHAPES = {
     # A tenth of the questions (533 and 308) and sequences (1024 of either) of published scores.
-    "gemma-2-2b": Shape(_GEMMA_2_2B, (5, 12, 19), 16_384, 64, 1024, 102, (60, 180), 32),
+    "gemma-2-2b": Shape(_GEMMA_2_2B, (5, 12, 19), 16_384, 64, 1024, 102, (50, 155), 32),
     "gemma-2-tiny": Shape(_TINY, (0, 2), 512, 4, 64, 40, (10, 40), 32),
 }
 STD = 0.03

@@ -264,7 +264,7 @@ def compare(subject: Subject, arguments: argparse.Namespace) -> None:
                 flush=True,
             )
             if answers or arguments.model:
-                gap = torch.cat(found).reshape(len(config.multipliers) * 4, -1)
+                gap = torch.cat(found).reshape(len(theirs.interventions), -1)
                 explain(mine, theirs, gap.cpu().numpy())
 
 

@@ -284,9 +284,7 @@ class CachedEvaluator:
     def _check_baseline(self) -> None:
         """Raise ValueError unless the layers after the hook reproduce some cached answers."""
         prompts, dtype = self.cache.prompts, self.cache.dtype
-        _, same_length, counts = np.unique(
-            prompts.lengths, return_inverse=True, return_counts=True
-        )
+        _, same_length, counts = np.unique(prompts.lengths, return_inverse=True, return_counts=True)
         asked = np.argsort(-counts[same_length], kind="stable")[:_CHECKED]  # of few lengths
         agree = 0
         for length in np.unique(prompts.lengths[asked]).tolist():
