@@ -3,7 +3,7 @@
     python benchmarks/unlearning_eval.py [--threads 1] [--steps 1000] [--repeats 1]
     python benchmarks/unlearning_eval.py --device cuda [--repeats 3]
     python benchmarks/unlearning_eval.py --device cuda --model gemma-2-2b [--repeats 3]
-        [--layers 5 12 19] [--forget 53] [--retain 31] [--dtype bfloat16]
+        [--layers 5 12 19] [--forget 53] [--retain 31] [--dtype bfloat16] [--saes 1]
 
 Same process, model, questions, corpora, SAE and threads. Each SAE is trained on the world's
 corpora, then scored by both; a row says the wall-clock and processor seconds of either, the ratio
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import platform
 import statistics
 import tempfile
@@ -244,7 +245,7 @@ def compare(subject: Subject, arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         slow = SAEBenchEvaluator(world, model, hook, config, Path(folder))
         slow.prepare()
-        for name, sae in subject.saes(rows):
+        for name, sae in itertools.islice(subject.saes(rows), arguments.saes):
             ours, their = Costs(), Costs()
             if arguments.warm_up:
                 fast.evaluate(sae, training_steps=1)
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--saebench-repeats", type=int, help="its turns, by default as many")
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, help="default: cuda")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of 1024 rows")
+    parser.add_argument("--saes", type=int, help="the first so many; by default all")
     parser.add_argument("--model", choices=tuple(random_gemma.SHAPES), help="a random one")
     parser.add_argument("--layers", type=int, nargs="+", help="of the random model")
     parser.add_argument("--dtype", default="bfloat16", help="of the random model")

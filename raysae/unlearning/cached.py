@@ -17,7 +17,7 @@ two to three digits, and SAEBench rounds the residual stream once more on its wa
 reconstruction: features and sparsities are still equal, but a few answers of a thousand differ,
 where the two best letters are within the rounding, about a dozen units of bfloat16.
 
-On a GPU the host does not wait for it between the choice of features and the last answer.
+On a GPU answers are read when all of them have been asked for: it seldom waits for the host.
 """
 
 from __future__ import annotations

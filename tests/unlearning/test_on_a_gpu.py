@@ -60,7 +60,7 @@ def test_every_answer_of_the_embedded_world(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_a_cpu_cached_is_scored_on_a_gpu(smaller_world: World, tmp_path: Path) -> None:
-    """The store may be filled elsewhere. A feature that barely fires may fire on one of them only."""
+    """The store may be filled elsewhere. A feature that barely fires may do so on one of them."""
     on_cpu, on_gpu = (make_bench(smaller_world, tmp_path, device=d) for d in ("cpu", "cuda"))
     sae = sae_maker(on_cpu.corpus_rows(), steps=100)("standard", True)
     on_gpu.cache = on_cpu.cache
