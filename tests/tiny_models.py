@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -38,6 +39,12 @@ def gpt_neox(**changes: Any) -> GPTNeoXConfig:
 def llama(**changes: Any) -> LlamaConfig:
     """Two queries for each key unless `changes` say otherwise."""
     return LlamaConfig(**(_SIZES | {"num_key_value_heads": 2} | changes))
+
+
+def gemma_2(**changes: Any) -> Gemma2Config:
+    """Two queries for each key; a window of eight positions in every other layer."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    return Gemma2Config(**(_SIZES | sizes | {"sliding_window": 8} | changes))
 
 
 def with_random_model(

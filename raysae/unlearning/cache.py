@@ -5,12 +5,14 @@ answers without an intervention, and the residual stream at the hook, of every k
 SAEBench's two corpora. Each SAE is then scored without running the layers below the hook.
 
 The residual stream is kept in the batches in which SAEBench encodes it, and encoded in even pieces
-of them. A matrix product may round a row differently in a batch of few rows, and a feature that
-barely fires would then be counted by one evaluator and not by the other.
+of them, on a GPU in these batches. A matrix product may round a row differently in a batch of few
+rows, and a GPU's in a batch of any other size, where the k largest of equals may be others too: a
+feature that barely fires would then be counted by one evaluator and not by the other.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -215,7 +217,15 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 def as_tensor(array: np.ndarray, dtype: str, device: str) -> Tensor:
     """A fresh tensor with the values of a piece of a cached array; the array stays untouched."""
-    tensor = torch.from_numpy(array.copy())
+    shared = shared_tensor(array, dtype, device)
+    return shared.clone(memory_format=torch.contiguous_format) if shared.is_cpu else shared
+
+
+def shared_tensor(array: np.ndarray, dtype: str, device: str) -> Tensor:
+    """As `as_tensor`, but on a CPU the array's own memory: never to be written into."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")
+        tensor = torch.from_numpy(array)
     if dtype == "bfloat16" and tensor.dtype == torch.int16:
         tensor = tensor.view(torch.bfloat16)
     return tensor.to(device)
@@ -253,7 +263,7 @@ def _run_prompts(
     batches, offsets, lengths, answers = [], [0], [], []
 
     def listen(activation: Tensor, hook: Any) -> None:  # noqa: ARG001, TransformerLens' signature
-        resid.append(activation)
+        resid.append(activation.cpu())  # a GPU's memory is needed for the logits
 
     for name, known in ids.items():
         prompts = [world.ask(name, i) for i in known]

@@ -31,9 +31,15 @@ class Level:
     parents: np.ndarray
     """(states,) the state of the level before from which each one goes on."""
 
-    def chunks(self, low: int, high: int, positions: int) -> Iterator[tuple[int, int]]:
-        """The states `low` to `high` in even pieces of about `positions` positions."""
+    def chunks(
+        self, low: int, high: int, positions: int, held: float = np.inf
+    ) -> Iterator[tuple[int, int]]:
+        """The states `low` to `high` in even pieces of about `positions` positions.
+
+        Of at most `held` positions with those before `start`, whose keys and values are held too.
+        """
         pieces = max(1, round((high - low) * (self.end - self.start) / positions))
+        pieces = max(pieces, int(np.ceil((high - low) * self.end / held)))
         bounds = np.linspace(low, high, min(pieces, high - low) + 1).astype(int).tolist()
         yield from pairwise(bounds)
 

@@ -36,7 +36,7 @@ from raysae.worlds.world import (
     unknown_name,
 )
 
-__all__ = ["ARCHITECTURES", "check_hook", "hook_layer", "load_model"]
+__all__ = ["ARCHITECTURES", "check_hook", "from_hugging_face", "hook_layer", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,38 @@ def load_model(
             folder, dtype=dtype, attn_implementation="eager", local_files_only=True
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = from_hugging_face(source, tokenizer, max(CONTEXT, world.seq_len), device)
+    if world.pad_token is not None:
+        with_padding(model.tokenizer, world.pad_token)
+    model.cfg.model_name = world.sae_model_name if trained_on else world.saebench_model_name
+    return model
+
+
+def from_hugging_face(
+    source: PreTrainedModel, tokenizer: Any, n_ctx: int, device: str | torch.device = "cpu"
+) -> HookedTransformer:
+    """The same function in TransformerLens, frozen and in evaluation mode, on `device`.
+
+    Args:
+        source: of one of `ARCHITECTURES`, on any device; its weights are copied, in their type.
+        tokenizer: with tokens that begin, end and pad.
+        n_ctx: positions that are kept room for, if the model has so many.
+        device: where it is to lie; a `source` on a GPU never comes to the host.
+
+    Raises ValueError for a form that TransformerLens does not run.
+    """
+    architecture = ARCHITECTURES[type(source).__name__]
     fields = architecture.config(source.config)
-    fields["n_ctx"] = min(fields["n_ctx"], max(CONTEXT, world.seq_len))
+    fields["n_ctx"] = min(fields["n_ctx"], n_ctx)
     config = HookedTransformerConfig(
         **fields,
-        original_architecture=architecture.hugging_face_class.__name__,
+        original_architecture=type(source).__name__,
         device=str(device),
-        dtype=dtype,
+        dtype=source.dtype,
         init_weights=False,  # all are loaded below, and drawing them would move the random state
     )
     model = HookedTransformer(config, tokenizer, move_to_device=False, default_padding_side="right")
+    model.requires_grad_(False).eval().to(device, print_details=False)
     weights = architecture.convert_weights(source, config)
     model.load_and_process_state_dict(
         {name: weight.detach().clone() for name, weight in weights.items()},
@@ -205,10 +227,6 @@ def load_model(
         center_unembed=False,
         fold_value_biases=False,
     )
-    if world.pad_token is not None:
-        with_padding(model.tokenizer, world.pad_token)
-    model.cfg.model_name = world.sae_model_name if trained_on else world.saebench_model_name
-    model.requires_grad_(False).eval().to(device, print_details=False)
     return model
 
 

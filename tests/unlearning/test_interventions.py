@@ -82,13 +82,14 @@ def test_the_cuts_are_the_cheapest():
     assert len(found) > 1
 
 
-@pytest.mark.parametrize("positions", [1, 6, 100])
-def test_chunks_cover_the_states_and_children_their_parents(positions: int):
+@pytest.mark.parametrize(("positions", "held"), [(1, np.inf), (6, 12), (6, np.inf), (100, np.inf)])
+def test_chunks_cover_the_states_and_children_their_parents(positions: int, held: float):
     fires, chosen, tokens, lengths, asked = drawn(0)
     group = next(iter(find_interventions(fires, chosen, MULTIPLIERS, tokens, lengths, asked)))
     first, *others = group.levels()
     for level in others:
-        chunks = list(first.chunks(0, len(first.first), positions))
+        chunks = list(first.chunks(0, len(first.first), positions, held))
+        assert all((high - low) * first.end <= held or high - low == 1 for low, high in chunks)
         assert [i for low, high in chunks for i in range(low, high)] == list(
             range(len(first.first))
         )

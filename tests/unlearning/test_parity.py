@@ -12,10 +12,15 @@ import pytest
 import torch
 from sae_lens import SAE
 from tiny_models import gpt_neox, llama, with_random_model
-from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedConfig
-from unlearning_bench import Bench, make_bench, sae_maker
+from unlearning_bench import (
+    Bench,
+    assert_only_near_ties_differ,
+    changed_answers,
+    make_bench,
+    sae_maker,
+)
 
 from raysae.unlearning import SAEBenchEvaluator, UnlearningResult
 from raysae.unlearning.gemma_layers import GemmaLayersAfter
@@ -32,6 +37,15 @@ def assert_equal(fast: UnlearningResult, slow: UnlearningResult) -> None:
     assert fast.to_dict() | {"evaluator": ""} == slow.to_dict() | {"evaluator": ""}
 
 
+def test_pieces_and_what_is_held_change_no_answer(bench: Bench, sae_of: Any) -> None:
+    """As on a GPU: SAEBench's batches are encoded whole, and few positions are held at a time."""
+    sae = sae_of("topk", True)
+    other = bench.cached()
+    other.encodes_pieces, other.positions_held = False, 256
+    fast = bench.cached().evaluate(sae, training_steps=1)
+    assert_equal(other.evaluate(sae, training_steps=1), fast)
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "random"])
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "batchtopk"])
 def test_every_answer_equals_saebench(
@@ -42,12 +56,6 @@ def test_every_answer_equals_saebench(
     slow = reference.evaluate(sae, training_steps=300)
     assert len(slow.interventions) == 16
     assert_equal(fast, slow)
-
-
-def changed_answers(result: UnlearningResult) -> float:
-    """Share of the answers that an intervention turns from right to wrong or back."""
-    turned = [right != result.baseline[name] for name, right in result.is_correct.items()]
-    return float(np.concatenate(turned, axis=1).mean())
 
 
 def assert_parity(bench: Bench, sae: SAE[Any], **changes: Any) -> None:
@@ -89,23 +97,6 @@ def test_other_architectures(
         assert_parity(bench, sae, retain_thresholds=[0.01, 0.1])
 
 
-def answer_logits(bench: Bench, evaluator: SAEBenchEvaluator, sae: SAE[Any]) -> tuple[Any, Tensor]:
-    """SAEBench's result, and its logits of the four letters: (interventions, questions, 4)."""
-    cfg, pad, found = bench.model.cfg, bench.model.tokenizer.pad_token_id, []
-
-    def listen(_model: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        if output.shape[-1] == cfg.d_vocab:  # else the corpora, which stop at the hook
-            last = (inputs[0] != pad).sum(dim=1) - 1
-            found.append(output[torch.arange(len(last)), last][:, bench.cache.answer_tokens])
-
-    evaluator.prepare()
-    listening = bench.model.register_forward_hook(listen)
-    result = evaluator.evaluate(sae, training_steps=1)
-    listening.remove()
-    logits = torch.cat(found).float()
-    return result, logits.reshape(len(result.interventions), -1, 2, 4).amax(dim=2)
-
-
 def test_in_bfloat16_only_near_ties_differ(smaller_world: World, tmp_path: Path) -> None:
     """The evaluators round at different places, and neither is nearer to float32 than the other.
 
@@ -113,25 +104,13 @@ def test_in_bfloat16_only_near_ties_differ(smaller_world: World, tmp_path: Path)
     are within what rounding moves them by, up to a dozen units of bfloat16.
     """
     bench = make_bench(smaller_world, tmp_path, dtype="bfloat16")
-    changes = {"multipliers": [50, 200]}
     sae = sae_maker(bench.corpus_rows(), steps=100)("topk", True)
+    changes = {"multipliers": [50, 200]}
     fast = bench.cached(**changes).evaluate(sae, training_steps=1)
-    slow, logits = answer_logits(bench, bench.saebench(**changes), sae)
-    right = bench.cache.is_right(logits.argmax(dim=-1).numpy())
-    assert all(np.array_equal(right[name], slow.is_correct[name]) for name in right)
-
-    assert np.array_equal(fast.forget_sparsity, slow.forget_sparsity)
-    assert np.array_equal(fast.retain_sparsity, slow.retain_sparsity)
-    assert [i.features for i in fast.interventions] == [i.features for i in slow.interventions]
-    assert changed_answers(slow) > 0.05
-    best, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
-    unit = torch.exp2(best.abs().log2().floor() - 7)  # eight significant bits
-    near_tie = (best - second <= 16 * unit).numpy()
-    assert near_tie.mean() < 0.15
-    differs = np.concatenate([fast.is_correct[n] != slow.is_correct[n] for n in right], axis=1)
-    assert not (differs & ~near_tie).any()
-    assert differs.mean() < 0.02
-    assert fast.score == slow.score
+    assert changed_answers(fast) > 0.05
+    # A unit is a 128th of the power of two: eight significant bits.
+    assert_only_near_ties_differ(bench, sae, near=16 / 128, ties=0.15, differing=0.02, **changes)
+    assert fast.score == bench.saebench(**changes).evaluate(sae, training_steps=1).score
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "batchtopk"])

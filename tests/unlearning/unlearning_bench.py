@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from sae_lens import (
@@ -30,6 +31,7 @@ from raysae.unlearning import (
     CachedEvaluator,
     EvaluationCache,
     SAEBenchEvaluator,
+    UnlearningResult,
     build_cache,
     default_eval_config,
 )
@@ -94,14 +96,71 @@ class Bench:
 
 
 def make_bench(
-    world: World, work_dir: Path, hook_name: str | None = None, dtype: str = "float32"
+    world: World,
+    work_dir: Path,
+    hook_name: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> Bench:
     """The model of `world` and its cache at a hook, by default the world's own."""
     world = replace(world, default_hook_name=hook_name or world.default_hook_name)
-    model = load_model(world, dtype=getattr(torch, dtype))
+    model = load_model(world, device, dtype=getattr(torch, dtype))
     config = default_eval_config(world, llm_dtype=dtype)
     cache = build_cache(world, model, world.default_hook_name, config)
     return Bench(world, model, config, cache, work_dir)
+
+
+def answer_logits(bench: Bench, evaluator: SAEBenchEvaluator, sae: SAE[Any]) -> tuple[Any, Tensor]:
+    """SAEBench's result, and its logits of the four letters: (interventions, questions, 4)."""
+    cfg, pad, found = bench.model.cfg, bench.model.tokenizer.pad_token_id, []
+
+    def listen(_model: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        if output.shape[-1] == cfg.d_vocab:  # else the corpora, which stop at the hook
+            last = (inputs[0] != pad).sum(dim=1).cpu() - 1
+            found.append(output[torch.arange(len(last)), last][:, bench.cache.answer_tokens].cpu())
+
+    evaluator.prepare()
+    listening = bench.model.register_forward_hook(listen)
+    result = evaluator.evaluate(sae, training_steps=1)
+    listening.remove()
+    logits = torch.cat(found).float()
+    return result, logits.reshape(len(result.interventions), -1, 2, 4).amax(dim=2)
+
+
+def changed_answers(result: UnlearningResult) -> float:
+    """Share of the answers that an intervention turns from right to wrong or back."""
+    turned = [right != result.baseline[name] for name, right in result.is_correct.items()]
+    return float(np.concatenate(turned, axis=1).mean())
+
+
+def assert_only_near_ties_differ(
+    bench: Bench, sae: SAE[Any], *, near: float, ties: float, differing: float, **changes: Any
+) -> None:
+    """Features and sparsities are equal; an answer differs only where SAEBench's own is uncertain.
+
+    Args:
+        bench: both evaluators run on it.
+        sae: an SAE for its hook.
+        near: between SAEBench's two best letters, as a share of the power of two below the better.
+        ties: at most this share of the answers is so near, or the test would say little.
+        differing: at most this share of the answers differs.
+        changes: of the configuration.
+    """
+    fast = bench.cached(**changes).evaluate(sae, training_steps=1)
+    slow, logits = answer_logits(bench, bench.saebench(**changes), sae)
+    right = bench.cache.is_right(logits.argmax(dim=-1).numpy())
+    assert all(np.array_equal(right[name], slow.is_correct[name]) for name in right)
+
+    assert np.array_equal(fast.forget_sparsity, slow.forget_sparsity)
+    assert np.array_equal(fast.retain_sparsity, slow.retain_sparsity)
+    assert [i.features for i in fast.interventions] == [i.features for i in slow.interventions]
+    assert changed_answers(slow) > 0.02
+    best, second = logits.topk(2, dim=-1).values.unbind(dim=-1)
+    near_tie = (best - second <= near * torch.exp2(best.abs().log2().floor())).numpy()
+    assert near_tie.mean() < ties
+    differs = np.concatenate([fast.is_correct[n] != slow.is_correct[n] for n in right], axis=1)
+    assert not (differs & ~near_tie).any()
+    assert differs.mean() <= differing
 
 
 def sae_maker(rows: Tensor, steps: int = 300) -> GetSAE:
