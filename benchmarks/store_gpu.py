@@ -224,6 +224,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if arguments.mib < 64:
+        parser.error("--mib: at least 64, or there are fewer rows than in a batch")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here")
     measure(arguments.mib, arguments.parts.split(","), device)

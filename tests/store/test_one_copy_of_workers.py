@@ -82,7 +82,7 @@ def test_two_workers_read_one_copy_and_the_second_cannot_go_on_without_the_first
     assert ray.get([w.checksums.remote() for w in workers], timeout=SECONDS) == [sums, sums]
     # Neither has the copy for itself: shared memory is no process's own.
     grown = ray.get([w.grown.remote() for w in workers], timeout=SECONDS)
-    assert max(grown) < 0.6 * store.nbytes
+    assert max(grown) < 0.9 * store.nbytes
 
     os.kill(opened[0][1], signal.SIGKILL)
     with pytest.raises(LostCopyError, match=f"process {opened[0][1]}, which held"):
