@@ -1,6 +1,8 @@
 """The activation store: start from the cache, memory of workers, delivery, harvest, several nodes.
 
-    python benchmarks/store.py [--mib 1024] [--parts start,memory,delivery,harvest,step,nodes]
+    python benchmarks/store.py [--mib 1024] [--parts start,memory,delivery,harvest,step,nodes,gpu]
+
+`gpu` is store_gpu.py, which can be run alone where there is a GPU and no Ray; not run by default.
 
 What is compared runs in turns in one process, so that other work on the machine slows both sides.
 Activations are synthetic but in `harvest` and `step`; their first column is the row's number, from
@@ -343,6 +345,19 @@ def measure_nodes(mib: int = 64) -> None:
     cluster.shutdown()
 
 
+# ---- on a GPU
+
+
+def measure_on_gpu(mib: int) -> None:
+    """Placement, delivery and sharing, see store_gpu.py."""
+    import torch
+    from store_gpu import measure
+
+    if not torch.cuda.is_available():
+        sys.exit("gpu: no CUDA device here")
+    measure(mib, ["placement", "delivery", "sharing"], torch.device("cuda:0"))
+
+
 def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -363,6 +378,7 @@ def main() -> None:
         "harvest": measure_harvest,
         "step": measure_step,
         "nodes": measure_nodes,
+        "gpu": lambda: measure_on_gpu(arguments.mib),
     }
     for name in arguments.parts.split(","):
         print(f"-- {name}", flush=True)

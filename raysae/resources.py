@@ -24,6 +24,12 @@ class ResourcesConfig(BaseModel):
         None, ge=1, description="on a cluster: as far as the pool grows where nodes join it"
     )
     workers_per_trial: int = Field(1, ge=1, description="above 1: data-parallel")
+    workers_per_gpu: int = Field(
+        1,
+        ge=1,
+        description="above 1: so many share a GPU, and one copy of the activations on it; each has "
+        "a language model of its own",
+    )
     trials_per_pack: int | Literal["auto"] = Field(
         "auto",
         description="trials that a worker trains together, where their shapes agree; auto: 1 on a "
@@ -46,6 +52,10 @@ class ResourcesConfig(BaseModel):
         "raysae in the user's cache folder; null: none",
     )
 
+    def gpus_of(self, workers: int) -> int:
+        """GPUs that so many workers are on, at least."""
+        return -(-workers // self.workers_per_gpu)
+
     @field_validator("store_memory", mode="before")
     @classmethod
     def _auto_or_bytes(cls, value: Any) -> Any:
@@ -63,6 +73,18 @@ class ResourcesConfig(BaseModel):
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if value != "auto" and not (is_number and value >= 1):
             raise ValueError(f"must be auto, or a whole number of at least 1, got {value!r}")
+        return value
+
+    @field_validator("workers_per_gpu")
+    @classmethod
+    def _one_of_a_trial_on_a_gpu(cls, value: int, info: ValidationInfo) -> int:
+        per_trial = info.data.get("workers_per_trial", 1)
+        if value > 1 and per_trial > 1:
+            raise ValueError(
+                f"{value} workers on a GPU, and {per_trial} of them for each trial "
+                "(resources.workers_per_trial): data-parallel workers need a GPU each; set "
+                "workers_per_gpu to 1 or workers_per_trial to 1"
+            )
         return value
 
     @field_validator("trials_per_pack")

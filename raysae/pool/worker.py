@@ -26,7 +26,8 @@ from raysae.pool.together import Evaluator, Together
 from raysae.pool.trial import TrialAtWork, no_room
 from raysae.pool.waits import TimedSource
 from raysae.sparse_probing import SparseProbing
-from raysae.store.handle import StoreHandle
+from raysae.store.handle import Sharing, StoreHandle
+from raysae.store.one_copy import LostCopyError
 from raysae.training.checkpoint import Pace
 from raysae.training.collective import Alone, Group
 from raysae.training.run import Rung, SAERun
@@ -51,6 +52,7 @@ class WorkerConfig:
     frontier_weight: float
     evals: tuple[str, ...]
     workers_per_trial: int
+    workers_per_gpu: int
     trials_per_pack: int
     threads: int
     use_gpu: bool
@@ -137,7 +139,7 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
 
     # Ray Train gives every set of workers that it starts a placement group of its own.
     generation = ray.get_runtime_context().get_placement_group_id() or ""
-    source = store.open(device)
+    source = store.open(device, _sharing(config, generation))
     if leader:
         where = f"node {context.get_node_rank()}, rank {rank}"
         ray.get(broker.register.remote(group, where, generation, source.where))
@@ -225,6 +227,8 @@ class Worker:
         trial = TrialAtWork(spec, folder, self.broker, artifacts)
         try:
             trial.begin([self._make_run(member) for member in spec.members()])
+        except LostCopyError:
+            raise
         except Exception as error:
             self._failed(trial, error)
         return trial
@@ -257,6 +261,8 @@ class Worker:
             return
         except HaltedError:
             return
+        except LostCopyError:
+            raise  # no trial's own: this worker cannot go on, and Ray Train restarts it
         except Exception as error:
             left = [trial for trial in trials if not trial.over]
             if len(left) == 1 or no_room(error):
@@ -297,6 +303,16 @@ def _device(use_gpu: bool) -> str:
     from ray.train.torch import get_device
 
     return str(get_device())
+
+
+def _sharing(config: WorkerConfig, generation: str) -> Sharing | None:
+    """With whom this worker has one copy of the activations on its GPU, where it is not alone.
+
+    Workers of an earlier generation may still be on their way out, and take what they hold along.
+    """
+    if not config.use_gpu or config.workers_per_gpu == 1:
+        return None
+    return Sharing(f"{config.namespace}:{generation}", config.workers_per_gpu)
 
 
 def _join_group(rank: int, size: int, per_trial: int) -> tuple[int, Alone] | None:

@@ -77,7 +77,7 @@ class NodeRoom:
     def most_workers(self, plan: Plan, resources: ResourcesConfig) -> int:
         """Workers of the plan that Ray may put on it."""
         room = min(plan.workers, self.cpus // resources.threads_per_worker)
-        return min(room, self.gpus) if resources.use_gpu else room
+        return min(room, self.gpus * resources.workers_per_gpu) if resources.use_gpu else room
 
 
 @dataclass(frozen=True)
@@ -234,18 +234,24 @@ def local_resources(config: RunConfig) -> dict[str, int]:
     """
     resources = config.resources
     gpus = len(list_gpus()) if resources.use_gpu else 0
-    if resources.use_gpu and gpus < (resources.workers or 1):
+    room = gpus * resources.workers_per_gpu
+    if resources.use_gpu and room < (resources.workers or 1):
         raise UserError(
-            f"resources.use_gpu: {resources.workers or 1} workers with a GPU each, and this "
-            f"machine has {gpus or 'none'}; set resources.workers to what it has, "
+            f"resources.use_gpu: {resources.workers or 1} workers with {_share(resources)} each, "
+            f"and this machine has {gpus or 'none'}; set resources.workers to what it has, "
             "resources.use_gpu to false, or join a cluster with --address"
         )
     cores = len(os.sched_getaffinity(0))
     by_cores = max(1, cores // resources.threads_per_worker)
-    workers = resources.workers or (min(gpus, by_cores) if gpus else by_cores)
+    workers = resources.workers or (min(room, by_cores) if gpus else by_cores)
     # One logical CPU more than the workers take, so that the harvest can run beside them
     # while they start; it is idle afterwards. Logical CPUs are promises, not cores.
     return {"CPU": workers * resources.threads_per_worker + HARVEST_CPUS, "GPU": gpus}
+
+
+def _share(resources: ResourcesConfig) -> str:
+    """Of a GPU, for one worker, in words."""
+    return "a GPU" if resources.workers_per_gpu == 1 else f"1/{resources.workers_per_gpu} GPU"
 
 
 def list_gpus() -> list[Gpu]:
@@ -277,7 +283,8 @@ def free_for_saes(config: RunConfig, world: World | None) -> int | None:
     gpus = list_gpus() if config.resources.use_gpu else []
     if not gpus:
         return None
-    return room_on_gpu(min(gpu.free_bytes for gpu in gpus), model_bytes(world))
+    free = min(gpu.free_bytes for gpu in gpus)
+    return room_on_gpu(free, model_bytes(world), config.resources.workers_per_gpu)
 
 
 def look(
@@ -328,8 +335,9 @@ def imagine(config: RunConfig, world: World | None) -> tuple[Plan, list[NodeRoom
     workers = config.resources.workers or config.resources.workers_per_trial
     cpus = workers * config.resources.threads_per_worker + HARVEST_CPUS
     memory = needed_store_memory(config, world)
-    node = NodeRoom("a machine with GPUs", cpus, workers, memory, None)
-    return make_plan(config, {"CPU": float(cpus), "GPU": float(workers)}, local=True), [node]
+    gpus = config.resources.gpus_of(workers)
+    node = NodeRoom("a machine with GPUs", cpus, gpus, memory, None)
+    return make_plan(config, {"CPU": float(cpus), "GPU": float(gpus)}, local=True), [node]
 
 
 def _free_resources() -> dict[str, float]:
@@ -393,13 +401,14 @@ def make_plan(
     per_worker, per_trial = resources.threads_per_worker, resources.workers_per_trial
     room = (cpus - HARVEST_CPUS) // per_worker
     limit = "CPUs"
-    if resources.use_gpu and gpus < room:
-        room, limit = gpus, "GPUs"
+    if resources.use_gpu and gpus * resources.workers_per_gpu < room:
+        room, limit = gpus * resources.workers_per_gpu, "GPUs"
     workers = resources.workers or max(1, room // per_trial) * per_trial
     if workers > room:
         raise UserError(
             f"resources.workers: {workers} workers with {per_worker} CPU(s)"
-            f"{' and 1 GPU' if resources.use_gpu else ''} each, and {HARVEST_CPUS} CPU for the "
+            f"{f' and {_share(resources)}' if resources.use_gpu else ''} each, and "
+            f"{HARVEST_CPUS} CPU for the "
             f"harvest, do not fit: {cpus} CPUs and {gpus} GPUs are free, room for {room} "
             f"workers (short of {limit}); set resources.workers to at most {room}"
         )

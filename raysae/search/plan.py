@@ -209,16 +209,17 @@ def _memory(
     free = _room(config, plan, needs, gpus, here)
     yield f"packs        {describe_pack(config, plan.trials_per_pack, free)}"
     if config.resources.use_gpu:
-        resident = ""
+        resident, each = "", config.resources.workers_per_gpu
         if needs.store is not None and gpus:
             activations = needs.store.activations
-            fits = activations <= DEVICE_SHARE * (gpus[0].free_bytes - needs.model)
+            fits = activations <= DEVICE_SHARE * (gpus[0].free_bytes - each * needs.model)
             resident = (
-                f", and {human(activations)} of activations"
+                f", and {human(activations)} of activations{' for all of them' if each > 1 else ''}"
                 if fits
                 else "; activations come from host memory, a step ahead"
             )
-        yield f"a GPU        about {human(needs.gpu)} of model, SAE and batch{resident}"
+        several = f" for each of {each} workers" if each > 1 else ""
+        yield f"a GPU        about {human(needs.gpu)} of model, SAE and batch{several}{resident}"
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,10 @@ def _tiers(config: RunConfig, nodes: list[NodeRoom], size: StoreSize) -> _Tiers:
 def _room(config: RunConfig, plan: Plan, needs: Needs, gpus: list[Gpu], here: int) -> int | None:
     """Bytes of a worker for SAEs; None for one that is elsewhere."""
     if config.resources.use_gpu:
-        return room_on_gpu(min(gpu.free_bytes for gpu in gpus), needs.model) if gpus else None
+        if not gpus:
+            return None
+        free = min(gpu.free_bytes for gpu in gpus)
+        return room_on_gpu(free, needs.model, config.resources.workers_per_gpu)
     if not plan.local:
         return None
     return max(0, psutil.virtual_memory().available // here - PROCESS_BYTES - needs.model)
@@ -310,10 +314,12 @@ def _short(
             f"cores: {plan.workers} workers with {config.resources.threads_per_worker} threads on "
             f"{cores}; they share them, set resources.workers lower to have each trial sooner"
         )
-    if gpus and needs.gpu > min(gpu.free_bytes for gpu in gpus):
+    each = config.resources.workers_per_gpu
+    if gpus and each * needs.gpu > min(gpu.free_bytes for gpu in gpus):
+        or_workers = " or resources.workers_per_gpu" if each > 1 else ""
         yield (
             f"GPU memory: about {human(needs.gpu)} a worker; set sae.d_sae or training.batch_size"
-            f"{_or_packs(plan)} lower"
+            f"{_or_packs(plan)}{or_workers} lower"
         )
 
 

@@ -60,14 +60,15 @@ def model_bytes(world: World | None) -> int:
     return 0 if world is None else element_size(world.dtype) * parameters
 
 
-def room_on_gpu(free: int, model: int) -> int:
-    """Bytes of a GPU that are left for SAEs: a copy of the activations may take its share.
+def room_on_gpu(free: int, model: int, workers: int = 1) -> int:
+    """Bytes of a GPU that a worker has left for SAEs: a copy of the activations may take its share.
 
     Args:
         free: bytes that nobody holds yet.
-        model: bytes of the language model.
+        model: bytes of the language model, which each worker has for itself.
+        workers: on the GPU; the copy of the activations is theirs together.
     """
-    return max(0, int((1 - DEVICE_SHARE) * free) - model)
+    return max(0, int((1 - DEVICE_SHARE) * free) // workers - model)
 
 
 def trials_that_fit(config: RunConfig, room: int) -> int:

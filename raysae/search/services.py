@@ -56,7 +56,9 @@ class Store:
                 evaluation_cache=config.objective.evaluator == "cached",
                 cache=cache_folder(config.resources.cache),
                 places=harvest_places(
-                    ray.nodes(), use_gpu=config.resources.use_gpu, most=self._plan.workers
+                    ray.nodes(),
+                    use_gpu=config.resources.use_gpu,
+                    most=config.resources.gpus_of(self._plan.workers),
                 ),
             )
             self._handle = ray.put(harvested.stores[config.hook])
@@ -105,6 +107,7 @@ def run_pool(
             "frontier_weight": config.objective.frontier_weight,
             "evals": config.evals,
             "workers_per_trial": plan.workers_per_trial,
+            "workers_per_gpu": resources.workers_per_gpu,
             "trials_per_pack": plan.trials_per_pack,
             "threads": resources.threads_per_worker,
             "use_gpu": resources.use_gpu,
@@ -115,7 +118,7 @@ def run_pool(
             num_workers=plan.pool_size,  # type: ignore[arg-type]
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.threads_per_worker}
-            | ({"GPU": 1} if resources.use_gpu else {}),
+            | ({"GPU": 1 / resources.workers_per_gpu} if resources.use_gpu else {}),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
         ),
         run_config=TrainRunConfig(

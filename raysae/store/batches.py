@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raysae.store.chunks import Moments
+from raysae.store.files import checksum
 from raysae.store.rows import batch_rows, mixed_batch_rows
 
 BLOCK_BYTES = 1 << 20
@@ -23,7 +24,7 @@ MOST_AHEAD = 32
 _Request = tuple[int, int, int, int, int]
 
 
-class _Rows(Protocol):
+class Rows(Protocol):
     """All rows of the store, wherever they lie."""
 
     n_rows: int
@@ -31,6 +32,10 @@ class _Rows(Protocol):
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
         """Those rows · scale, float32 (len(rows), d_in), on the device."""
+        ...
+
+    def checksums(self) -> list[str]:
+        """The sha256 (hex) of every chunk's bytes, as they lie there now."""
         ...
 
 
@@ -62,25 +67,63 @@ class _SharedRows:
             begin = end
         return _send(out, self._device)
 
+    def checksums(self) -> list[str]:
+        return [checksum(chunk) for chunk in self._chunks]
 
-class _ResidentRows:
-    """A copy of all rows on the device, made once."""
 
-    def __init__(self, chunks: list[np.ndarray], device: torch.device) -> None:
-        self.n_rows, self.d_in = sum(map(len, chunks)), int(chunks[0].shape[1])
-        dtype = torch.bfloat16 if chunks[0].dtype == np.int16 else torch.float32
-        self._rows = torch.empty(self.n_rows, self.d_in, dtype=dtype, device=device)
-        start = 0
-        for chunk in chunks:
-            part = torch.tensor(chunk)
-            self._rows[start : start + len(chunk)] = (
-                part.view(torch.bfloat16) if part.dtype == torch.int16 else part
-            )
-            start += len(chunk)
+class ResidentRows:
+    """A copy of all rows on the device: this process's own, or one that several read."""
+
+    def __init__(
+        self, rows: Tensor, lengths: Sequence[int], check: Callable[[], None] | None = None
+    ) -> None:
+        """
+        Args:
+            rows: float32 or bfloat16 (n_rows, d_in) on the device, only read from.
+            lengths: rows of each chunk.
+            check: raises where the memory may not be read; called before every batch.
+        """
+        if sum(lengths) != len(rows):
+            raise ValueError(f"a copy of {len(rows)} rows for chunks of {sum(lengths)}")
+        self.n_rows, self.d_in = int(rows.shape[0]), int(rows.shape[1])
+        self._rows, self._lengths, self._check = rows, list(lengths), check
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
+        if self._check is not None:
+            self._check()
         wanted = _send(torch.from_numpy(rows), self._rows.device)
         return self._rows.index_select(0, wanted).float().mul_(scale)
+
+    def checksums(self) -> list[str]:
+        return [checksum(_as_stored(part)) for part in self._rows.split(self._lengths)]
+
+    def ends(self) -> list[np.ndarray]:
+        """The first and the last row of every chunk, as chunks hold them: (2, d_in) each."""
+        parts = self._rows.split(self._lengths)
+        return [_as_stored(torch.stack([part[0], part[-1]])) for part in parts]
+
+
+def copy_to(device: torch.device, chunks: Sequence[np.ndarray]) -> Tensor:
+    """All rows of the chunks in one tensor on the device, (n_rows, d_in) float32 or bfloat16."""
+    dtype = torch.bfloat16 if chunks[0].dtype == np.int16 else torch.float32
+    n_rows, d_in = sum(map(len, chunks)), int(chunks[0].shape[1])
+    rows = torch.empty(n_rows, d_in, dtype=dtype, device=device)
+    start = 0
+    for chunk in chunks:
+        part = torch.tensor(chunk)
+        rows[start : start + len(chunk)] = (
+            part.view(torch.bfloat16) if part.dtype == torch.int16 else part
+        )
+        start += len(chunk)
+    return rows
+
+
+def _as_stored(rows: Tensor) -> np.ndarray:
+    """As a chunk holds them, in host memory: float32, or int16 for bfloat16."""
+    array: np.ndarray = (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy(
+        force=True
+    )
+    return array
 
 
 class ChunkedActivations:
@@ -102,6 +145,7 @@ class ChunkedActivations:
         device: str = "cpu",
         resident: bool = False,
         prefetch: bool = False,
+        copy: Rows | None = None,
         where: str = "host memory",
     ) -> None:
         """
@@ -115,10 +159,16 @@ class ChunkedActivations:
             resident: copy all rows to the device now.
             prefetch: gather the batch of the following step in a thread while this one is used; it
                 is copied to a GPU on a stream of its own.
+            copy: of all rows on the device, where there is one already: what batches come from.
             where: where batches are gathered from, in words.
         """
         self._device = torch.device(device)
-        rows: _Rows = (_ResidentRows if resident else _SharedRows)(chunks, self._device)
+        if copy is not None:
+            rows = copy
+        elif resident:
+            rows = ResidentRows(copy_to(self._device, chunks), [len(chunk) for chunk in chunks])
+        else:
+            rows = _SharedRows(chunks, self._device)
         if len(is_forget) != rows.n_rows:
             raise ValueError(f"{len(is_forget)} labels for {rows.n_rows} rows")
         self._chunks, self._rows, self.where = chunks, rows, where
@@ -142,6 +192,7 @@ class ChunkedActivations:
         device: str = "cpu",
         resident: bool = False,
         prefetch: bool = False,
+        copy: Rows | None = None,
         where: str = "host memory",
     ) -> ChunkedActivations:
         """Scale, mean and variance from the moments of all rows."""
@@ -156,8 +207,13 @@ class ChunkedActivations:
             device=device,
             resident=resident,
             prefetch=prefetch,
+            copy=copy,
             where=where,
         )
+
+    def checksums(self) -> list[str]:
+        """The sha256 (hex) of every chunk's bytes, as they lie now where batches come from."""
+        return self._rows.checksums()
 
     def with_forget_share(self, forget_share: float) -> ChunkedActivations:
         """The same rows, with this share of forget rows in every batch, see `mixed_batch_rows`.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import ray
 from ray import ObjectRef
 
@@ -17,8 +19,12 @@ from raysae.store.mapped import MappedEvaluation
 from raysae.store.tiers import fits_on_device, human
 
 if TYPE_CHECKING:
+    import torch
+
     from raysae.store.batches import ChunkedActivations
     from raysae.unlearning import EvaluationCache
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,20 @@ class HeldChunk:
     """int32 (2, rows): token ids, and positions in the corpus."""
     sha256: str
     """Of the activations' bytes."""
+
+
+class CorruptCopyError(Exception):
+    """A copy on a device does not hold what the store holds."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Processes that have one copy on a device together."""
+
+    group: str
+    """The same for all of them, and for nobody else on the machine."""
+    workers: int
+    """How many there are on a device, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +84,38 @@ class StoreHandle:
             for c in self.chunks
         ]
 
-    def open(self, device: str = "cpu") -> ChunkedActivations:
+    def open(self, device: str = "cpu", sharing: Sharing | None = None) -> ChunkedActivations:
         """Batches over the chunks, in the calling process.
 
         On a GPU whose free memory has room for all of them they are copied there once; otherwise
         every batch is gathered from host memory, on a GPU one step ahead. `where` of what is
         returned says which, with the sizes that decided it.
+
+        Args:
+            device: where batches are wanted.
+            sharing: with which other processes on that device, for whom one copy will do; batches
+                then raise `LostCopyError` once the process that holds it has ended.
+
+        Raises:
+            CorruptCopyError: what lies on the device is not what the chunks hold.
         """
         from raysae.store.batches import ChunkedActivations
 
-        gpu = device.startswith("cuda")
+        arrays, gpu, cannot = self.arrays(), device.startswith("cuda"), ""
+        if sharing is not None:
+            shared, cannot = self._open_shared(device, arrays, sharing)
+            if shared is not None:
+                return shared
         free = _free_bytes(device) if gpu else 0
-        resident = gpu and fits_on_device(self.nbytes, free)
+        # Where one copy cannot be shared there is no room for several either, that anyone knows of.
+        resident = gpu and sharing is None and fits_on_device(self.nbytes, free)
         mapped = any(isinstance(chunk.place, Path) for chunk in self.chunks)
         where = "files mapped from disk" if mapped else "shared memory"
         if gpu:
             where = f"a copy on {device}" if resident else f"{where}, one step ahead"
-            where += f" ({human(self.nbytes)}, {human(free)} were free on the device)"
+            where += f" ({human(self.nbytes)}, {human(free)} were free on the device{cannot})"
         return ChunkedActivations.with_moments(
-            self.arrays(),
+            arrays,
             self.is_forget,
             self.moments,
             device=device,
@@ -90,6 +123,50 @@ class StoreHandle:
             prefetch=gpu and not resident,
             where=where,
         )
+
+    def _open_shared(
+        self, device: str, arrays: list[np.ndarray], sharing: Sharing
+    ) -> tuple[ChunkedActivations | None, str]:
+        """Batches from the one copy on the device; None where there is none, and why, in words."""
+        import torch
+
+        from raysae.store.batches import ChunkedActivations, ResidentRows, copy_to
+        from raysae.store.one_copy import CannotShareError, share
+
+        lengths = [len(array) for array in arrays]
+
+        def place() -> tuple[torch.Tensor, str] | None:
+            free = _free_bytes(device)
+            if not fits_on_device(self.nbytes, free):
+                return None
+            rows = copy_to(torch.device(device), arrays)
+            wanted = [chunk.sha256 for chunk in self.chunks]
+            if all(wanted) and ResidentRows(rows, lengths).checksums() != wanted:
+                raise CorruptCopyError(f"the copy on {device} has other checksums than the store")
+            return rows, (
+                f"one copy on {device} for up to {sharing.workers} workers ({human(self.nbytes)}, "
+                f"{human(free)} were free on the device)"
+            )
+
+        # Not by Ray's references alone: what lies there is told apart by what it is.
+        content = "".join(chunk.sha256 or str(chunk.place) for chunk in self.chunks)
+        try:
+            copy = share(f"{sharing.group}:{content}", torch.device(device), place)
+        except CannotShareError as error:
+            log.warning("the copy on %s cannot be shared: %s", device, error)
+            return None, f"; no copy is shared there: {error}"
+        if copy is None:
+            return None, ""
+        rows = ResidentRows(copy.rows, lengths, copy.check)
+        for array, ends in zip(arrays, rows.ends(), strict=True):
+            if array[[0, -1]].tobytes() != ends.tobytes():
+                raise CorruptCopyError(
+                    f"the copy on {device} that process {copy.holder} holds is not of this store"
+                )
+        opened = ChunkedActivations.with_moments(
+            arrays, self.is_forget, self.moments, device=device, copy=rows, where=copy.where
+        )
+        return opened, ""
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes of the chunks in the object store and of those mapped from the cache on disk."""
@@ -122,6 +199,9 @@ class StoreHandle:
 
 
 def _free_bytes(device: str) -> int:
+    """Bytes of a GPU's memory, or of the machine's, that nobody holds."""
+    if not device.startswith("cuda"):
+        return int(psutil.virtual_memory().available)
     import torch
 
     return int(torch.cuda.mem_get_info(device)[0])

@@ -17,6 +17,8 @@ import torch
 from raysae.pool import worker as module
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.pool.worker import Worker, WorkerConfig
+from raysae.store.batches import ChunkedActivations
+from raysae.store.one_copy import LostCopyError
 from raysae.training.checkpoint import CHECKPOINT_FILE, Pace
 from raysae.training.collective import Alone
 from raysae.training.run import Rung, SAERun
@@ -263,6 +265,32 @@ def test_a_trial_that_cannot_begin_is_left_out(bench, trials, make_spec):
     broker, worker = bench(trials[0], bad, trials[2])
     assert set(broker.failed) == {1} and "longer than the run" in broker.failed[1]
     assert worker.evaluator.asked == [(8, 2), (24, 2)]
+
+
+def test_the_loss_of_the_activations_on_the_gpu_ends_the_worker_and_fails_no_trial(
+    bench, trials, monkeypatch: pytest.MonkeyPatch
+):
+    """Ray Train restarts it then, and the trials go on from their checkpoints."""
+    delivered, brokers = [], []
+    batch, real = ChunkedActivations.batch, FakeBroker.__init__
+
+    def noted(self: FakeBroker, decide: Decide) -> None:
+        real(self, decide)
+        brokers.append(self)
+
+    def lost(self: ChunkedActivations, *args: Any) -> Any:
+        delivered.append(args)
+        if len(delivered) > 30:
+            raise LostCopyError("process 7 has ended")
+        return batch(self, *args)
+
+    monkeypatch.setattr(ChunkedActivations, "batch", lost)
+    monkeypatch.setattr(FakeBroker, "__init__", noted)
+    with pytest.raises(LostCopyError, match="process 7"):
+        bench(*trials)
+    (broker,) = brokers
+    assert broker.failed == {} and broker.halted == ""
+    assert len(delivered) == 31
 
 
 def test_a_full_disk_fails_no_trial(bench, trials, monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 from raysae.search.plan import describe_plan
+from raysae.search.room import room_on_gpu
 from raysae.search.run import resolve, run_search
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
@@ -108,6 +109,28 @@ def test_a_gpu_for_every_worker():
     assert "short of GPUs" in message
     assert "at most 4" in message
     assert "do not fit" in refusal(17, gpus=0, resources__use_gpu=True)
+
+
+def test_workers_that_share_gpus():
+    shared = {"resources__use_gpu": True, "resources__workers_per_gpu": 3}
+    assert plan(17, gpus=4, **shared).workers == 12
+    message = refusal(17, gpus=4, **shared, resources__workers=13)
+    assert "13 workers with 1 CPU(s) and 1/3 GPU each" in message
+    assert "short of GPUs" in message and "at most 12" in message
+    made = config(**shared)
+    assert [made.resources.gpus_of(workers) for workers in (1, 3, 4)] == [1, 1, 2]
+
+
+def test_workers_that_share_a_gpu_share_its_room_for_saes():
+    gib = 1 << 30
+    assert room_on_gpu(80 * gib, 5 * gib) == 35 * gib
+    assert room_on_gpu(80 * gib, 5 * gib, workers=4) == 5 * gib
+    assert room_on_gpu(80 * gib, 5 * gib, workers=9) == 0
+
+
+def test_data_parallel_workers_need_a_gpu_each():
+    with pytest.raises(UserError, match="data-parallel workers need a GPU each"):
+        config(resources__workers_per_gpu=2, resources__workers_per_trial=2)
 
 
 def test_cpus_are_the_limit_where_there_are_more_gpus():
@@ -248,6 +271,14 @@ def test_a_worker_for_every_gpu_of_this_machine():
     gpu = {"resources__use_gpu": True, "resources__threads_per_worker": 2}
     assert cluster.local_resources(config(**gpu)) == {"CPU": 5, "GPU": 2}
     assert [g.free_bytes for g in cluster.list_gpus()] == [40000 << 20, 39000 << 20]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_as_many_workers_on_every_gpu_of_this_machine_as_are_set():
+    shared = {"resources__use_gpu": True, "resources__workers_per_gpu": 3}
+    assert cluster.local_resources(config(**shared)) == {"CPU": 7, "GPU": 2}
+    with pytest.raises(UserError, match="7 workers with 1/3 GPU each, and this machine has 2"):
+        cluster.local_resources(config(**shared, resources__workers=7))
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -66,11 +66,21 @@ def test_a_pool_that_failed_in_another_way_is_not_started_again(run_pool: Any):
     assert "the worker pool failed: than allowed" in told
 
 
-@pytest.mark.parametrize("packed", [1, 4])
-def test_a_worker_on_a_gpu_holds_all_of_it(
-    packed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("setting", "share", "workers"),
+    [
+        ({}, 1, 2),
+        ({"resources.trials_per_pack": 4}, 1, 2),
+        ({"resources.workers_per_gpu": 4}, 0.25, 8),
+    ],
+)
+def test_a_worker_has_a_gpu_or_the_share_of_one_that_is_set(
+    setting: dict[str, int],
+    share: float,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ):
-    """There is never a second worker to share a copy of the activations with."""
     asked: dict[str, Any] = {}
 
     class Trainer:
@@ -81,9 +91,11 @@ def test_a_worker_on_a_gpu_holds_all_of_it(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
-    settings = {"resources.use_gpu": True, "resources.trials_per_pack": packed}
-    config = resolve(load_config(ORTH, settings))
+    config = resolve(load_config(ORTH, {"resources.use_gpu": True} | setting))
     plan = make_plan(config, {"CPU": 9, "GPU": 2}, local=True)
     services.run_pool(config, plan, "namespace", tmp_path, None)
-    assert asked["scaling_config"].resources_per_worker["GPU"] == 1
-    assert asked["scaling_config"].num_workers == plan.workers == 2
+    assert asked["scaling_config"].resources_per_worker["GPU"] == share
+    assert asked["scaling_config"].num_workers == plan.workers == workers
+    assert asked["train_loop_config"]["workers_per_gpu"] == setting.get(
+        "resources.workers_per_gpu", 1
+    )
