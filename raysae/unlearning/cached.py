@@ -45,6 +45,7 @@ from raysae.unlearning.result import (
     UNTRAINED_CAUSE,
     UnlearningResult,
     UnlearningStatus,
+    check_questions,
     make_result,
     refused,
     too_few_known,
@@ -98,6 +99,11 @@ class CachedEvaluator:
         self._too_few = too_few_known(cache.known_questions, min_known)
         self._check_baseline()
 
+    @property
+    def known_questions(self) -> dict[str, int]:
+        """Known questions by data set."""
+        return self.cache.known_questions
+
     def evaluate(
         self, sae: Any, *, training_steps: int, questions: Questions | None = None
     ) -> UnlearningResult:
@@ -109,7 +115,6 @@ class CachedEvaluator:
                 `untrained`, not evaluated.
             questions: by data set, bool (known questions,): ask these only. The result is what
                 `UnlearningResult.on(questions)` of a full evaluation is; the others are not run.
-                `SAEBenchEvaluator` has no such choice, as SAEBench always asks all of them.
 
         Raises ValueError for an SAE that cannot be scored, see `saebench_view`, and for questions
         that are not those of the cache.
@@ -154,17 +159,13 @@ class CachedEvaluator:
 
     def _asked(self, questions: Questions | None) -> np.ndarray:
         """bool (prompts,): the prompts of these questions."""
-        known = self.cache.known_questions
+        known = self.known_questions
         if questions is None:
             return np.ones(sum(known.values()), dtype=bool)
-        found = {name: np.shape(mask) for name, mask in questions.items()}
-        expected = {name: (count,) for name, count in known.items()}
-        if found != expected:
-            raise ValueError(f"questions must be masks of shapes {expected}, not {found}")
-        masks = [np.asarray(questions[name], dtype=bool) for name in self.cache.prompts.datasets]
-        if not all(mask.any() for mask in masks):
-            raise ValueError("questions must leave at least one of each data set")
-        return np.concatenate(masks)
+        check_questions(questions, known)
+        return np.concatenate(
+            [np.asarray(questions[name], dtype=bool) for name in self.cache.prompts.datasets]
+        )
 
     def _result(
         self,
@@ -187,6 +188,7 @@ class CachedEvaluator:
             forget_sparsity=forget_sparsity,
             retain_sparsity=retain_sparsity,
             eligible=eligible_features(forget_sparsity, retain_sparsity, self.config),
+            partial=not asked.all(),
         )
 
     def _sparsities(self, saes: Sequence[Any], corpus: Corpus) -> list[np.ndarray]:

@@ -1,9 +1,10 @@
 """Two halves of the questions: one that a search sees, one on which it is believed.
 
 The best of many trials is flattered by having been picked on the very questions that rank it. The
-known questions are split once, by seed; the sampler sees the score on one half, and every trial has
-its score on the other half beside it. Features are chosen on the corpora, not on questions, so one
-evaluation serves both.
+known questions are split once, by seed; the sampler sees the score on one half, and every trial
+that is trained to its end has its score on the other half beside it. Features are chosen on the
+corpora, not on questions, so one evaluation serves both. At a rung on the way only the first half
+is asked: nobody reads the other before the end, and asking is most of what a score costs.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ class Halves:
     """One evaluation on either half of the questions."""
 
     search: UnlearningResult
-    heldout: UnlearningResult
+    heldout: UnlearningResult | None
+    """None where the search half alone was asked."""
     transferred: Intervention | None
     """The intervention that is best on the search half, counted on the held-out half: what one gets
-    who picks on one half and asks the other. None where the search half's score is 0."""
+    who picks on one half and asks the other. None where the search half's score is 0, or where it
+    alone was asked."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: scores, causes and counts of the chosen interventions."""
         found = self.transferred
         return {
             "search": _brief(self.search),
-            "heldout": _brief(self.heldout),
+            "heldout": None if self.heldout is None else _brief(self.heldout),
             "transferred": None
             if found is None
             else {
@@ -45,7 +48,14 @@ class Halves:
 
 
 def halve(result: UnlearningResult, seed: int) -> Halves:
-    """Split an evaluation's questions by seed; a result without answers is the same on both."""
+    """Split an evaluation's questions by seed; a result without answers is the same on both.
+
+    Args:
+        result: on all known questions, or on the search half of that seed.
+        seed: of the split.
+    """
+    if result.partial:
+        return Halves(result, None, None)
     if not result.is_correct:
         return Halves(result, result, None)
     chosen = split_questions({n: v.shape[1] for n, v in result.is_correct.items()}, seed)

@@ -114,6 +114,8 @@ class UnlearningResult:
     """By data set: bool (len(interventions), known questions), rows as in `interventions`."""
     baseline: Mapping[str, np.ndarray]
     """By data set: bool (known questions,), right without an intervention."""
+    partial: bool = False
+    """Whether only a part of the known questions was asked: the score is then not SAEBench's."""
 
     @property
     def frontier(self) -> float:
@@ -155,6 +157,7 @@ class UnlearningResult:
             forget_sparsity=self.forget_sparsity,
             retain_sparsity=self.retain_sparsity,
             eligible=self.eligible_features,
+            partial=self.partial or not all(np.all(mask) for mask in questions.values()),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,6 +224,7 @@ def make_result(
     forget_sparsity: np.ndarray,
     retain_sparsity: np.ndarray,
     eligible: dict[float, int],
+    partial: bool = False,
 ) -> UnlearningResult:
     """Count, name the status and its cause, and put the result together.
 
@@ -232,6 +236,7 @@ def make_result(
         baseline: by data set, bool (questions,), answers without an intervention.
         forget_sparsity, retain_sparsity: (d_sae,).
         eligible: by retain threshold, the number of eligible features.
+        partial: whether the questions are a part of the known ones.
     """
     forget, retain = is_correct[FORGET_SET], pooled_retain(is_correct)
     interventions = tuple(
@@ -268,7 +273,25 @@ def make_result(
         retain_sparsity=retain_sparsity,
         is_correct=dict(is_correct),
         baseline=dict(baseline),
+        partial=partial,
     )
+
+
+def check_questions(questions: Mapping[str, np.ndarray], known: Mapping[str, int]) -> None:
+    """Check that masks choose among the known questions, and leave some of each data set.
+
+    Args:
+        questions: by data set, bool (known questions,).
+        known: known questions by data set.
+
+    Raises ValueError where they do not.
+    """
+    found = {name: np.shape(mask) for name, mask in questions.items()}
+    expected = {name: (count,) for name, count in known.items()}
+    if found != expected:
+        raise ValueError(f"questions must be masks of shapes {expected}, not {found}")
+    if not all(np.any(mask) for mask in questions.values()):
+        raise ValueError("questions must leave at least one of each data set")
 
 
 def refused(evaluator: str, status: UnlearningStatus, cause: str) -> UnlearningResult:

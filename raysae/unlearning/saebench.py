@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from raysae.unlearning.result import (
     UNTRAINED_CAUSE,
     UnlearningResult,
     UnlearningStatus,
+    check_questions,
     make_result,
     refused,
     too_few_known,
@@ -77,27 +78,54 @@ class SAEBenchEvaluator:
         weakref.finalize(self, shutil.rmtree, self._artifacts, ignore_errors=True)
         ids = known_question_ids(world, model, config)
         write_question_ids(self._artifacts, ids)
-        self._too_few = too_few_known({name: len(known) for name, known in ids.items()}, min_known)
+        self.known_questions = {name: len(known) for name, known in ids.items()}
+        """Known questions by data set."""
+        self._too_few = too_few_known(self.known_questions, min_known)
 
-    def evaluate_many(self, saes: Sequence[Any], *, training_steps: int) -> list[UnlearningResult]:
+    def evaluate_many(
+        self,
+        saes: Sequence[Any],
+        *,
+        training_steps: int,
+        questions: Mapping[str, np.ndarray] | None = None,
+    ) -> list[UnlearningResult]:
         """Score several SAEs, one after the other."""
-        return [self.evaluate(sae, training_steps=training_steps) for sae in saes]
+        return [
+            self.evaluate(sae, training_steps=training_steps, questions=questions) for sae in saes
+        ]
 
-    def evaluate(self, sae: Any, *, training_steps: int) -> UnlearningResult:
+    def evaluate(
+        self,
+        sae: Any,
+        *,
+        training_steps: int,
+        questions: Mapping[str, np.ndarray] | None = None,
+    ) -> UnlearningResult:
         """Score one inference SAE in raw activation units with unit-norm decoder rows.
 
-        Raises ValueError for an SAE that cannot be scored, see `saebench_view`. An SAE of zero
-        `training_steps` is refused with the status `untrained`, not evaluated.
+        Args:
+            sae: SAELens' or one of SAEBench's custom ones.
+            training_steps: it was trained for. An SAE of none is refused with the status
+                `untrained`, not evaluated.
+            questions: by data set, bool (known questions,): the result is on these only. SAEBench
+                asks all of them all the same, in batches that decide the last digits of its
+                arithmetic.
+
+        Raises ValueError for an SAE that cannot be scored, see `saebench_view`, and for questions
+        that are not the known ones.
         """
         if training_steps == 0:
             return refused(self.name, UnlearningStatus.untrained, UNTRAINED_CAUSE)
         if self._too_few:
             return refused(self.name, UnlearningStatus.too_few_known_questions, self._too_few)
+        if questions is not None:
+            check_questions(questions, self.known_questions)
         dtype = str_to_dtype(self.config.llm_dtype)
         view = saebench_view(sae, self.world, self.hook_name, dtype, str(self.model.cfg.device))
         sae_name = f"sae-{uuid.uuid4().hex}"
         try:
-            return self._run(view, sae_name)
+            result = self._run(view, sae_name)
+            return result if questions is None else result.on(questions)
         finally:
             shutil.rmtree(self._artifacts / sae_name, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from sae_lens import (
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
 )
-from unlearning_bench import Bench
+from unlearning_bench import Bench, silent_sae
 
 from raysae.unlearning import SAEBenchEvaluator, UnlearningStatus, build_cache
 from raysae.unlearning.cached import CachedEvaluator
@@ -58,24 +58,7 @@ def test_retain_gate_failed(bench: Bench, sae_of: Any) -> None:
 
 
 def test_no_effect(bench: Bench, sae_of: Any) -> None:
-    """One feature, eligible on the corpora, that fires in no question."""
-    cache, sae = bench.cache, sae_of("standard", True)
-    forget = torch.from_numpy(cache.forget.resid[cache.forget.counts])
-    others = torch.cat(
-        [
-            torch.from_numpy(cache.retain.resid[cache.retain.counts]),
-            torch.from_numpy(cache.prompts.resid).flatten(0, 1),
-        ]
-    )
-    unit = torch.nn.functional.normalize(forget, dim=1)[:2000]
-    gap = (unit * forget[:2000]).sum(1) - (unit @ others.T).amax(1)
-    row = int(gap.argmax())
-    assert gap[row] > 0
-    with torch.no_grad():
-        sae.b_enc[:] = -1e6
-        sae.b_dec[:] = 0
-        sae.W_enc[:, 0] = unit[row]
-        sae.b_enc[0] = -((unit[row] @ forget[row]) - gap[row] / 2)
+    sae = silent_sae(bench, sae_of("standard", True))
     result = bench.cached().evaluate(sae, training_steps=1)
     assert (result.score, result.status) == (0.0, UnlearningStatus.no_effect)
     assert result.eligible_features == {0.001: 1, 0.01: 1}

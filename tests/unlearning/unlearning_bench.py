@@ -205,6 +205,28 @@ def make_sae(architecture: str, weights: dict[str, Tensor], k: int = 4) -> SAE[A
     return sae
 
 
+def silent_sae(bench: Bench, sae: SAE[Any]) -> SAE[Any]:
+    """A standard SAE with one feature, eligible on the corpora, that fires in no question."""
+    cache = bench.cache
+    forget = torch.from_numpy(cache.forget.resid[cache.forget.counts])
+    others = torch.cat(
+        [
+            torch.from_numpy(cache.retain.resid[cache.retain.counts]),
+            torch.from_numpy(cache.prompts.resid).flatten(0, 1),
+        ]
+    )
+    unit = torch.nn.functional.normalize(forget, dim=1)[:2000]
+    gap = (unit * forget[:2000]).sum(1) - (unit @ others.T).amax(1)
+    row = int(gap.argmax())
+    assert gap[row] > 0
+    with torch.no_grad():
+        sae.b_enc[:] = -1e6
+        sae.b_dec[:] = 0
+        sae.W_enc[:, 0] = unit[row]
+        sae.b_enc[0] = -((unit[row] @ forget[row]) - gap[row] / 2)
+    return sae
+
+
 def random_weights(rows: Tensor, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     W_dec = torch.nn.functional.normalize(
