@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from sae_lens import SAE
+from small_hub import small_world
 
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
 from raysae.analysis.tables import TRIAL_COLUMNS
@@ -113,17 +115,51 @@ def test_the_terminal_shows_dashboard_leaderboard_best_and_baseline(search):
         assert words in search[1]
 
 
-def test_sae_lens_loads_the_best_sae_and_saebench_gives_its_stored_score(
-    search, world, model, tmp_path
-):
-    best = search[0] / "best"
-    sae = SAE.load_from_disk(best)
-    stored = json.loads((best / "unlearning_eval_results.json").read_text())
-    steps = json.loads((best / "trial.json").read_text())["training_steps"]
+@pytest.fixture
+def best(search):
+    """The best SAE as SAELens loads it, the steps that it was trained for, and its stored score."""
+    folder = search[0] / "best"
+    stored = json.loads((folder / "unlearning_eval_results.json").read_text())
+    steps = json.loads((folder / "trial.json").read_text())["training_steps"]
+    score = stored["eval_result_metrics"]["unlearning"]["unlearning_score"]
+    return SAE.load_from_disk(folder), steps, score
+
+
+@pytest.fixture(scope="module")
+def evaluator(world, model):
+    config = default_eval_config(world)
+    cache = build_cache(world, model, world.default_hook_name, config)
+    return CachedEvaluator(world, model, cache, config)
+
+
+def test_sae_lens_loads_the_best_sae_and_it_has_its_stored_score(best, evaluator):
+    sae, steps, score = best
+    assert evaluator.evaluate(sae, training_steps=steps).score == score
+
+
+def test_saebench_gives_the_best_sae_the_answers_that_it_is_scored_by(best, model, tmp_path):
+    """On some of the questions and texts: it asks all of them below."""
+    sae, steps, _ = best
+    few = small_world(n_forget=24, n_retain=12, n_texts=300)
+    known = {name: tuple(range(len(asked))) for name, asked in few.questions.items()}
+    few, config = replace(few, known_questions=known), default_eval_config(few)
+    hook = few.default_hook_name
+    cache = build_cache(few, model, hook, config)
+    fast = CachedEvaluator(few, model, cache, config).evaluate(sae, training_steps=steps)
+    slow = SAEBenchEvaluator(few, model, hook, config, tmp_path).evaluate(sae, training_steps=steps)
+    turned = [(rows != fast.baseline[name]).sum() for name, rows in fast.is_correct.items()]
+    assert sum(turned) > 20
+    assert slow.to_dict() | {"evaluator": ""} == fast.to_dict() | {"evaluator": ""}
+    for name, rows in slow.is_correct.items():
+        assert np.array_equal(fast.is_correct[name], rows), name
+
+
+@pytest.mark.slow
+def test_saebench_gives_the_best_sae_its_stored_score(best, world, model, tmp_path):
+    sae, steps, score = best
     config = default_eval_config(world)
     reference = SAEBenchEvaluator(world, model, world.default_hook_name, config, tmp_path)
-    result = reference.evaluate(sae, training_steps=steps)
-    assert result.score == stored["eval_result_metrics"]["unlearning"]["unlearning_score"]
+    assert reference.evaluate(sae, training_steps=steps).score == score
 
 
 def test_a_trial_is_the_mean_of_its_seeds_with_their_spread_beside_it(search):
@@ -138,11 +174,8 @@ def test_a_trial_is_the_mean_of_its_seeds_with_their_spread_beside_it(search):
     assert trials["score_std"].max() > 0
 
 
-def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model):
+def test_the_same_trial_without_ray_gives_the_same_numbers(search, world, model, evaluator):
     record = ended_trials(read_journal(search[0] / JOURNAL))[1]
-    config = default_eval_config(world)
-    cache = build_cache(world, model, world.default_hook_name, config)
-    evaluator = CachedEvaluator(world, model, cache, config)
     events: list[list[Progress | Rung]] = []
     store = local_store(world, model, world.default_hook_name)
     runs = [SAERun(member, store) for member in TrialSpec(**record["spec"]).members()]
