@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from raysae.analysis.describe import describe
-from raysae.analysis.seeds import seed_records
+from raysae.analysis.describe import describe, why_not_asked
+from raysae.analysis.seeds import SEARCH_HALF, asked, seed_records
 from raysae.errors import UserError, first_line
 from raysae.journal import ended_trials
 from raysae.pool.folder import TRIAL_FILE
@@ -66,6 +66,8 @@ class _Run:
         whole = ended[number]["rung"]
         seeds = seed_records(whole)
         self.rung: dict[str, Any] = seeds[whole.get("typical_seed", 0)]
+        self.stopped = asked(self.rung) == SEARCH_HALF
+        """It was asked the questions of the search alone."""
         self.siblings = [record["score"] for record in seeds]
         self.searched = sum(
             r["spec"]["stage"] == "search" and r["state"] != "failed" for r in ended.values()
@@ -98,15 +100,16 @@ class _Run:
         name = str(self.about.get("score_name", SAEBENCH))
         return "SAEBench's own score" if name == SAEBENCH else f"{name}: not SAEBench's"
 
-    def scores(self) -> list[tuple[str, float, tuple[float, float] | None]]:
-        """(what, score, 95 % interval): the interval of the questions behind it."""
+    def scores(self) -> list[tuple[str, str, float, tuple[float, float] | None]]:
+        """(split, what, score, 95 % interval): the interval of the questions behind it."""
         halves = self.rung["halves"]
-        parts = (
-            ("questions that the search saw", halves["search"]),
-            ("held-out questions", halves["heldout"]),
-            (f"all questions, {self.on_all}", self.rung["result"]),
-        )
-        return [(what, part["score"], _interval(part["best"])) for what, part in parts]
+        parts = [("search", "questions that the search saw", halves["search"])]
+        if not self.stopped:
+            parts += [
+                ("heldout", "held-out questions", halves["heldout"]),
+                ("all", f"all questions, {self.on_all}", self.rung["result"]),
+            ]
+        return [(name, what, part["score"], _interval(part["best"])) for name, what, part in parts]
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -128,19 +131,18 @@ def _config(path: Path) -> dict[str, Any]:
 def _front_matter(run: _Run) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    splits = ("search", "heldout", "all")  # one of a name would swallow the others
     results = [
         EvalResult(
             task_type="other",
             task_name=TASK if run.on_all.startswith(SAEBENCH) else f"Unlearning, {run.on_all}",
             dataset_type=label_of(run.config["world"]),
             dataset_name=f"world {label_of(run.config['world'])}, {what}",
-            dataset_split=split,
+            dataset_split=split,  # one of a name would swallow the others
             metric_type="unlearning_score",
             metric_name="unlearning score",
             metric_value=round(score, 4),
         )
-        for split, (what, score, _) in zip(splits, run.scores(), strict=True)
+        for split, what, score, _ in run.scores()
     ]
     data = ModelCardData(
         library_name="saelens",
@@ -198,7 +200,7 @@ def _text(run: _Run, repo_id: str, sae_id: str) -> str:
         "| --- | --- | --- |",
         *(
             f"| {what} | {score:.3f} | {'' if interval is None else _range(interval)} |"
-            for what, score, interval in run.scores()
+            for _, what, score, interval in run.scores()
         ),
         "",
         "The score is 1 minus the lowest share of the forget questions still answered right under "
@@ -206,7 +208,7 @@ def _text(run: _Run, repo_id: str, sae_id: str) -> str:
         "higher is better. The interval is Wilson's, of the questions, for the intervention that "
         "is best on them: it does not say what another seed would give.",
         "",
-        f"On all questions: {run.rung['result']['cause']}.{_transferred(run.rung['halves'])}",
+        _explained(run),
         "",
         f"Explained variance {run.rung['metrics']['explained_variance']:.4f}, "
         f"{run.rung['metrics']['dead_features']:.0f} dead features of {sae['d_sae']}.",
@@ -283,6 +285,15 @@ def _limits(run: _Run) -> list[str]:
             "for a model of the world."
         )
     return limits
+
+
+def _explained(run: _Run) -> str:
+    """Why the score is what it is, and on which questions."""
+    cause = run.rung["result"]["cause"]
+    if run.stopped:
+        why = why_not_asked([run.steps])
+        return f"On the questions that the search saw: {cause}. Not on others: it was {why}."
+    return f"On all questions: {cause}.{_transferred(run.rung['halves'])}"
 
 
 def _transferred(halves: dict[str, Any]) -> str:

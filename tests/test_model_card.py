@@ -21,7 +21,7 @@ from raysae.errors import UserError
 from raysae.model_card import write_card
 from raysae.push import push_best
 from raysae.search.conclude import copy_best
-from raysae.unlearning import halve
+from raysae.unlearning import halve, split_questions
 
 VERDICTS = (
     ",".join(COLUMNS)
@@ -126,6 +126,25 @@ def test_scores_have_the_intervals_of_their_questions(run_dir: Path):
     low, high = proportion_confint(75, 100, method="wilson")
     wanted = f"| all questions, SAEBench's own score | 0.250 | [{1 - high:.3f}, {1 - low:.3f}] |"
     assert wanted in lines(run_dir)
+
+
+def test_an_sae_that_was_stopped_early_has_the_one_score_that_it_has(run_dir: Path, fake_result):
+    path = run_dir / "journal.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    whole = fake_result(0.25)
+    counts = {name: len(known) for name, known in whole.baseline.items()}
+    half = whole.on(split_questions(counts, 0))
+    rung = records[1]["rung"]
+    rung |= {"questions": "search half", "heldout_score": None, "saebench_score": None}
+    rung |= {"score": half.score, "halves": halve(half, 0).to_dict(), "result": half.to_dict()}
+    records[1]["state"] = "stopped"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    card = ModelCard.load(write_card(run_dir))
+    (only,) = card.data.eval_results
+    assert (only.dataset_split, only.metric_value) == ("search", round(half.score, 4))
+    assert "held-out questions |" not in card.text and "all questions" not in card.text
+    assert f"On the questions that the search saw: {half.cause}." in card.text
+    assert "stopped at step 24: scored on the questions searched on alone" in card.text
 
 
 def test_the_confirmation_is_told_whichever_way_it_went(run_dir: Path):

@@ -106,12 +106,10 @@ def furthest(trials: pd.DataFrame, curves: pd.DataFrame, by: str) -> pd.DataFram
 
 
 def _scores(trials: pd.DataFrame, by: str) -> Figure:
-    return _dots(
-        trials,
-        by,
-        {"score": "questions searched on", "heldout_score": "held-out questions"},
-        "unlearning score",
-    )
+    """Trials that were stopped early have no held-out score."""
+    columns = {"score": "questions searched on", "heldout_score": "held-out questions"}
+    columns = {name: words for name, words in columns.items() if trials[name].notna().any()}
+    return _dots(trials, by, columns, "unlearning score")
 
 
 def _dots(trials: pd.DataFrame, by: str, columns: dict[str, str], label: str) -> Figure:

@@ -38,8 +38,11 @@ SENSITIVITY = tuple(name for name in PREDICTORS if name.startswith("condition_nu
 COVARIATES = {"l0": "L0", "explained_variance": "explained variance", "dead_features": "dead"}
 """What a partial correlation holds fixed."""
 
-OUTCOME = "saebench_score"
-"""On all questions: the halves that tell search from held-out are noisier."""
+OUTCOMES = {
+    "saebench_score": "the score on all questions",
+    "score": "the score on the questions that the search sees",
+}
+"""Columns of the rungs table that are predicted, with their names for a reader: `outcome_of`."""
 
 MIN_TRIALS = 12
 """Below, an interval by bootstrap promises more than there is."""
@@ -48,6 +51,8 @@ RESAMPLES = 2000
 
 ASSOCIATION_COLUMNS = {
     "step": "training step of the rung (steps)",
+    "outcome": "which score, a column of the rungs table: saebench_score where all SAEs at this "
+    "step were asked all questions, else score",
     "predictor": "column of the rungs table",
     "trials": "trials compared (count)",
     "configurations": "different configurations among them, which are resampled (count)",
@@ -92,8 +97,17 @@ def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     return (
         pd.DataFrame(list(rows.values())).sort_values(["step", "trial", "seed"], ignore_index=True)
         if (rows)
-        else pd.DataFrame(columns=["trial", "seed", "step", "configuration", OUTCOME, *PREDICTORS])
+        else pd.DataFrame(columns=["trial", "seed", "step", "configuration", *SCORES, *PREDICTORS])
     )
+
+
+def outcome_of(rungs: pd.DataFrame) -> str:
+    """Which of `OUTCOMES` these rows of the rungs table can be compared by.
+
+    On all questions where all have that score: a half is noisier.
+    """
+    whole, half = OUTCOMES
+    return whole if rungs[whole].notna().all() else half
 
 
 def rung_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,6 +135,7 @@ def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
         present = at_step[asked].apply(pd.to_numeric, errors="coerce").replace(np.inf, np.nan)
         # Predictors that the same trials have share their resamples.
         masks = {name: tuple(present[name].notna()) for name in asked}
+        outcome = outcome_of(at_step)
         for mask in dict.fromkeys(masks.values()):
             if sum(mask) < MIN_TRIALS:
                 continue
@@ -128,12 +143,12 @@ def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
             part = at_step[list(mask)]
             found = _associate(
                 present.loc[list(mask), names].to_numpy(dtype=float),
-                part[OUTCOME].to_numpy(dtype=float),
+                part[outcome].to_numpy(dtype=float),
                 part[list(COVARIATES)].to_numpy(dtype=float),
                 part["configuration"].to_numpy(),
                 comparisons=len(set(asked) - set(SENSITIVITY[1:])),
             )
-            head = {"step": step, "trials": len(part)}
+            head = {"step": step, "outcome": outcome, "trials": len(part)}
             head["configurations"] = part["configuration"].nunique()
             rows += [
                 head | {"predictor": name} | row for name, row in zip(names, found, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.analysis.conditioning import COLUMNS as CONDITIONING_COLUMNS
-from raysae.analysis.seeds import SCORES, seed_records
+from raysae.analysis.seeds import SCORES, asked, seed_records
 from raysae.training.spec import SEED_STRIDE, config_hash
 from raysae.worlds.world import SAEBENCH
 
@@ -21,9 +21,13 @@ TRIAL_COLUMNS: dict[str, str] = {
     "run": "name of the run, grid point or candidate that the trial is a seed of",
     "score": "unlearning score on the half of the questions that the search sees, at the last rung "
     "reached; 0 to 1, higher is better",
-    "heldout_score": "the same on the other half, which no sampler sees",
+    "heldout_score": "the same on the other half, which no sampler sees; missing where `questions` "
+    "is not all",
     "saebench_score": "SAEBench's own score, on all questions: comparable with published ones; in "
-    "worlds of fewer permutations it is called score_of_N_orders, and compares with none",
+    "worlds of fewer permutations it is called score_of_N_orders, and compares with none; missing "
+    "where `questions` is not all",
+    "questions": "asked at the last rung reached: all; or search half, of a trial that was stopped "
+    "before its end; missing where it reached no rung",
     "score_std": "sample standard deviation of the score over the trial's seeds",
     "heldout_score_std": "the same of heldout_score",
     "saebench_score_std": "the same of saebench_score",
@@ -51,7 +55,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "forget_total": "known forget questions",
     "retain_correct": "count behind retain_accuracy",
     "retain_total": "known retain questions",
-    "heldout_forget_accuracy": "of the intervention chosen on the search half, on the other half",
+    "heldout_forget_accuracy": "of the intervention chosen on the search half, on the other half; "
+    "missing where that was not asked",
     "heldout_retain_accuracy": "the same for the retain questions",
     "best_retain_threshold": "of the best intervention",
     "best_n_features": "of the best intervention: features clamped",
@@ -212,7 +217,9 @@ def save_tables(run_dir: Path, tables: dict[str, pd.DataFrame]) -> None:
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """The documented columns, then those of methods, schedules and the like."""
     extra = sorted(set(frame.columns) - set(TRIAL_COLUMNS))
-    return frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
+    frame = frame.reindex(columns=[*TRIAL_COLUMNS, *extra])
+    # A column of nothing but None would be one of objects.
+    return frame.astype({name: float for score in SCORES for name in (score, f"{score}_std")})
 
 
 def rename_score(table: pd.DataFrame, about: dict[str, Any] | None) -> pd.DataFrame:
@@ -268,9 +275,10 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "state": record["state"],
         "stage": spec["stage"],
         "run": spec["run"],
-        "score": rung.get("score", 0.0),
-        "heldout_score": rung.get("heldout_score", 0.0),
-        "saebench_score": rung.get("saebench_score", 0.0),
+        "score": rung.get("score", 0.0),  # without a rung what the sampler was told
+        "heldout_score": rung.get("heldout_score"),
+        "saebench_score": rung.get("saebench_score"),
+        "questions": asked(rung) if rung else None,
         "status": _status(record),
         "cause": rung.get("cause") if record["state"] != "failed" and rung else record["error"],
         "regularizer": regularizer.pop("name"),

@@ -13,6 +13,7 @@ import torch
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
 from raysae.analysis.conditioning import conditioning_table
+from raysae.analysis.seeds import ALL_QUESTIONS, SEARCH_HALF
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE
 from raysae.training.run import Rung, SAERun
 from raysae.training.spec import TrialSpec
@@ -28,7 +29,7 @@ DENSE_RATE = 0.1
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The folder of one SAE; a later rung overwrites the SAE and the result of the one before."""
+    """The folder of one SAE; a later rung overwrites the SAE of the one before."""
 
     folder: Path
     world: World
@@ -67,22 +68,23 @@ class Artifacts:
     ) -> dict[str, Any]:
         """Write everything and return the rung as plain data, for the journal.
 
+        Of an SAE that was asked the search half alone there is no SAEBench result: SAEBench's score
+        is that of all questions.
+
         Args:
             spec: of the SAE.
-            rung: the scored SAE.
+            rung: the scored SAE, on all questions or on the search half of `split_seed`.
             probing: sparse-probing accuracies of the same SAE, where they were asked for.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        cfg_dict = sae_cfg_dict(rung.sae, self.world, self.hook_name)
         rung.sae.save_model(self.folder / SAE_FOLDER)
         about = {"spec": spec.to_dict(), "training_steps": rung.step, "tokens": rung.tokens}
         (self.folder / TRIAL_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        output = rung.result.to_saebench_output(
-            self.eval_config, cfg_dict, sae_release=f"raysae_trial_{spec.number:04d}"
-        )
-        assert output.eval_result_unstructured is not None
-        output.eval_result_unstructured["score_name"] = score_name(self.world.permutations)
-        output.to_json_file(str(self.folder / RESULT_FILE), indent=1)
+        if rung.result.partial:
+            # Of the rung before, by a version that asked everything there.
+            (self.folder / RESULT_FILE).unlink(missing_ok=True)
+        else:
+            self._write_saebench_result(spec, rung)
         groups = None if rung.groups is None else rung.groups.cpu().numpy()
         rates = rung.forget_rate.cpu().numpy(), rung.retain_rate.cpu().numpy()
         table = conditioning_table(
@@ -104,8 +106,9 @@ class Artifacts:
             "score": search.score,
             "status": search.status.value,
             "cause": search.cause,
-            "heldout_score": halves.heldout.score,
-            "saebench_score": rung.result.score,
+            "questions": SEARCH_HALF if rung.result.partial else ALL_QUESTIONS,
+            "heldout_score": None if halves.heldout is None else halves.heldout.score,
+            "saebench_score": None if rung.result.partial else rung.result.score,
             "halves": halves.to_dict(),
             "result": rung.result.to_dict(),
             "sparse_probing": probing,
@@ -116,6 +119,16 @@ class Artifacts:
             "train_seconds": rung.train_seconds,
             "score_seconds": rung.score_seconds,
         }
+
+    def _write_saebench_result(self, spec: TrialSpec, rung: Rung) -> None:
+        output = rung.result.to_saebench_output(
+            self.eval_config,
+            sae_cfg_dict(rung.sae, self.world, self.hook_name),
+            sae_release=f"raysae_trial_{spec.number:04d}",
+        )
+        assert output.eval_result_unstructured is not None
+        output.eval_result_unstructured["score_name"] = score_name(self.world.permutations)
+        output.to_json_file(str(self.folder / RESULT_FILE), indent=1)
 
     def _previous_groups(self, groups: np.ndarray | None, step: int) -> np.ndarray | None:
         """The labels of the rung before, kept in the folder with those of this one."""

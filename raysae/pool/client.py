@@ -69,7 +69,10 @@ def trial_client(config: dict[str, Any]) -> None:
 
 
 def _figures(event: dict[str, Any]) -> dict[str, float]:
-    """What a rung has beside the objective, for experiment trackers."""
+    """What a rung has beside the objective, for experiment trackers.
+
+    Before the last one it has no score on the questions that the search does not see.
+    """
     names = ("score", "heldout_score", "saebench_score", "step")
     metrics: dict[str, float] = event["metrics"]
-    return {name: event[name] for name in names} | metrics
+    return {name: event[name] for name in names if event[name] is not None} | metrics

@@ -15,7 +15,12 @@ from raysae.pool.trial import Probe, TrialAtWork
 from raysae.training.checkpoint import Pace
 from raysae.training.loop import Events, train
 from raysae.training.run import Rung
-from raysae.unlearning import CachedEvaluator, SAEBenchEvaluator, UnlearningResult
+from raysae.unlearning import (
+    CachedEvaluator,
+    SAEBenchEvaluator,
+    UnlearningResult,
+    split_questions,
+)
 
 Evaluator = CachedEvaluator | SAEBenchEvaluator
 
@@ -31,6 +36,7 @@ class Together:
         probe: Probe,
         publish: Callable[[], None],
         pace: Pace,
+        split_seed: int,
     ) -> None:
         """
         Args:
@@ -39,10 +45,11 @@ class Together:
             probe: of a scored SAE.
             publish: called with every row of the curves, for what is measured on the way.
             pace: of the checkpoints.
+            split_seed: of the questions' halves.
         """
         self._going = list(trials)
         self._evaluator, self._probe = evaluator, probe
-        self._publish, self._pace = publish, pace
+        self._publish, self._pace, self._split_seed = publish, pace, split_seed
 
     def train(self) -> None:
         """Train every trial until it has finished, is stopped, saved for later, or raised.
@@ -62,7 +69,12 @@ class Together:
         )
 
     def _evaluate(self, saes: list[SAE], steps: int) -> list[UnlearningResult]:
-        return self._evaluator().evaluate_many(saes, training_steps=steps)
+        """On all questions at the end of training; at a rung before it on the search half, which
+        is all that sampler and scheduler are told of."""
+        evaluator, questions = self._evaluator(), None
+        if steps < self._going[0].spec.training.steps:
+            questions = split_questions(evaluator.known_questions, self._split_seed)
+        return evaluator.evaluate_many(saes, training_steps=steps, questions=questions)
 
     def _on_events(self, events: Events) -> list[bool]:
         trials, remaining = self._going, iter(events)

@@ -255,6 +255,7 @@ class Worker:
             probe=self._probe,
             publish=self.source.publish,
             pace=Pace(self.config.checkpoint_seconds),
+            split_seed=self.config.split_seed,
         )
         try:
             together.train()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from raysae.analysis.describe import NOT_ASKED
 from raysae.analysis.tables import rename_score, save_tables
 from raysae.errors import UserError
 from raysae.journal import JOURNAL
@@ -115,6 +116,7 @@ def _page(run: Run) -> str:
     )
     environment.filters["number"] = _number
     environment.filters["spread"] = _plus_minus
+    environment.filters["asked"] = _asked
     return environment.get_template(TEMPLATE).render(
         name=run.folder.resolve().name,
         headline=words.headline(run),
@@ -125,6 +127,7 @@ def _page(run: Run) -> str:
         score_name=run.about.get("score_name", SAEBENCH),
         trials=len(run.searched),
         spread=words.spread_note(run),
+        stopped=words.stopped_note(run),
         study=_study(run),
         sparsity=bool("sparsity_loss" in run.runs and run.runs["sparsity_loss"].any()),
         interactive=[_embed(plot) for plot in interactive],
@@ -253,6 +256,11 @@ def _shown(folder: Path) -> str:
 def _plus_minus(value: Any, digits: int = 3) -> str:
     """A spread behind a mean; empty for what has none."""
     return "" if pd.isna(value) else f" ± {value:.{digits}f}"
+
+
+def _asked(value: Any) -> str:
+    """A score's cell; a dash for one on questions that were not asked."""
+    return NOT_ASKED if pd.isna(value) else _number(value)
 
 
 def _number(value: Any, digits: int = 3) -> str:

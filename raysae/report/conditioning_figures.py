@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from raysae.analysis.plots import COLOURS
-from raysae.analysis.predictors import OUTCOME, PREDICTORS, SENSITIVITY
+from raysae.analysis.predictors import OUTCOMES, PREDICTORS, SENSITIVITY, outcome_of
 from raysae.analysis.statistics import rank_interval
 from raysae.report.run import Run
 from raysae.report.style import BLACK, BLUE, GREY, ORANGE, RC, SKY, Plot, draw, log_ticks, plain
@@ -54,11 +54,12 @@ def associations(run: Run, folder: Path) -> Plot | None:
             panel.set_title(
                 f"step {step}: {first['trials']} trials, {first['configurations']} configurations"
             )
+            panel.set_xlabel(f"with {OUTCOMES[first['outcome']]}")
             panel.set_xlim(-1, 1)
             panel.set_yticks(range(len(names)), [PREDICTORS[name] for name in names])
             plain(panel)
         panels.flat[0].invert_yaxis()
-        figure.supxlabel("rank correlation with the score on all questions, 95 % interval")
+        figure.supxlabel("rank correlation, 95 % interval")
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
     found = sorted(set(table.loc[table["evidence"], "predictor"]))
     title = (
@@ -82,6 +83,7 @@ def scatter(run: Run, folder: Path) -> Plot | None:
         return None
     step = rungs["step"].value_counts().sort_index(ascending=False).idxmax()
     rungs = rungs[rungs["step"] == step].merge(run.trials[["trial", "regularizer"]], on="trial")
+    outcome = outcome_of(rungs)
     chosen = [name for name in SCATTERED if name in rungs and rungs[name].notna().sum() > 1]
     if len(chosen) < len(SCATTERED) and FALLBACK in rungs:
         chosen.append(FALLBACK)
@@ -95,9 +97,9 @@ def scatter(run: Run, folder: Path) -> Plot | None:
         measured = 0
         for panel, name in zip(panels.flat, chosen, strict=True):
             marks = panel.scatter(
-                rungs[name], rungs[OUTCOME], c=rungs["l0"], cmap="cividis", s=22, linewidth=0
+                rungs[name], rungs[outcome], c=rungs["l0"], cmap="cividis", s=22, linewidth=0
             )
-            rho, low, high = rank_interval(rungs[name], rungs[OUTCOME])
+            rho, low, high = rank_interval(rungs[name], rungs[outcome])
             if low > 0 or high < 0:
                 clear.append(f"{'higher' if low > 0 else 'lower'} {PREDICTORS[name]}")
             measured += not np.isnan(low)
@@ -109,7 +111,7 @@ def scatter(run: Run, folder: Path) -> Plot | None:
             panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel(PREDICTORS[name])
             plain(panel)
-        panels.flat[0].set_ylabel("the score on all questions")
+        panels.flat[0].set_ylabel(OUTCOMES[outcome].replace(" that", "\nthat"))
         figure.colorbar(marks, ax=list(panels.flat), label="L0", fraction=0.03)
     caption = (
         f"All trials scored at step {step}; brightness: L0, which both axes may follow. ρ: rank "
@@ -205,10 +207,11 @@ def over_training(run: Run, folder: Path) -> Plot | None:
     every = -(-len(lines) // MOST_LINES)
     shown = set(lines[::every]) | set(run.trials.loc[run.trials["regularizer"] == "none", "trial"])
     angle = FALLBACK if repeated["forget_retain_squared_cosine"].isna().all() else SCATTERED[-1]
+    outcome = outcome_of(run.rungs)
     panels_of = [
         ("condition_number", "κ of the decoder", repeated),
         (angle, PREDICTORS[angle], repeated),
-        (OUTCOME, "the score on all questions", run.rungs.merge(
+        (outcome, OUTCOMES[outcome].replace(" that", "\nthat"), run.rungs.merge(
             run.trials[["trial", "regularizer"]], on="trial")),
     ]  # fmt: skip
     stable = run.curves.dropna(subset=["group_stability"]).merge(

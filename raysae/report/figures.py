@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from raysae.analysis.describe import describe
 from raysae.analysis.plots import COLOURS
+from raysae.analysis.seeds import SEARCH_HALF, asked
 from raysae.analysis.statistics import rank_interval
 from raysae.report.run import Run
 from raysae.report.style import BLACK, BLUE, GREY, NAMES, RC, Plot, draw, log_ticks, plain
@@ -26,10 +27,11 @@ RETAIN_GATE = 0.99
 def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
     """A panel a regularizer: score against the parameter; None where it was not searched.
 
-    A study has searched nothing, so that its score is that on all questions.
+    A study has searched nothing, so that its score is that on all questions, where all were asked.
     """
     is_study = not run.runs.empty
-    score = "saebench_score" if is_study else "score"
+    on_all = is_study and bool(run.scored["saebench_score"].notna().all())
+    score = "saebench_score" if on_all else "score"
     trials = run.scored.dropna(subset=[parameter])
     trials = trials[trials[parameter] > 0]
     if trials[parameter].nunique() < 2:
@@ -74,7 +76,7 @@ def score_against(run: Run, parameter: str, folder: Path) -> Plot | None:
         caption += "Dashed: mean of the seeds without a regularizer, their range shaded. "
     elif not baseline.empty:
         caption += "Dashed: the best trial without a regularizer. "
-    caption += "Score of all questions" if is_study else "Score of those that the search sees"
+    caption += "Score of all questions" if on_all else "Score of those that the search sees"
     caption += "; panels by their best score." if len(methods) > 1 else "."
     return draw(figure, f"score_against_{parameter}", title, caption, folder)
 
@@ -194,10 +196,16 @@ def frontier(run: Run, folder: Path) -> Plot | None:
     caption = (
         "A point is one of SAEBench's interventions on a trial's SAE, lines join those that no "
         "other beats; lower is better at the same retain accuracy. Shaded: the gate within which "
-        "the score is read. All questions, of the best trials of the search and the best without "
-        "a regularizer (black)."
+        f"the score is read. {_questions(run, chosen)}, of the best trials of the search and the "
+        "best without a regularizer (black)."
     )
     return draw(figure, "frontier", title, caption, folder)
+
+
+def _questions(run: Run, trials: list[int]) -> str:
+    """Behind the results of these trials, which are all finished or all stopped."""
+    half = any(asked(run.results[trial]) == SEARCH_HALF for trial in trials)
+    return "The questions that the search sees" if half else "All questions"
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

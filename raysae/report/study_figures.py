@@ -30,9 +30,12 @@ def figures(run: Run, folder: Path) -> list[dict[str, str]]:
 
 
 def _score(done: pd.DataFrame, by: str) -> str:
-    groups = _groups(done, by, "heldout_score").sort_values("mean", ascending=False)
+    column, what = "heldout_score", "Held-out score"
+    if done[column].isna().all():  # all were stopped early
+        column, what = "score", "Score on the questions searched on"
+    groups = _groups(done, by, column).sort_values("mean", ascending=False)
     best = groups.index[0]
-    title = f"Held-out score: highest mean for {best}, {_value(groups.loc[best])}"
+    title = f"{what}: highest mean for {best}, {_value(groups.loc[best])}"
     baseline = done.loc[done["regularizer"] == "none", by].head(1)
     if baseline.empty or baseline.iloc[0] == best:
         return title + ("" if len(groups) == 1 else f", of {len(groups)} {by}s")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.analysis.describe import describe
-from raysae.analysis.predictors import MIN_TRIALS, PREDICTORS, SENSITIVITY
+from raysae.analysis.describe import NOT_ASKED, describe, why_not_asked
+from raysae.analysis.predictors import MIN_TRIALS, OUTCOMES, PREDICTORS, SENSITIVITY
 from raysae.report.run import Run
 from raysae.report.style import Plot
 from raysae.worlds.world import SAEBENCH
@@ -177,6 +177,13 @@ def spread_note(run: Run) -> str:
     )
 
 
+def stopped_note(run: Run) -> str:
+    """Why some trials have no held-out score; "" where all have one."""
+    scored = run.scored
+    why = why_not_asked(scored.loc[scored["heldout_score"].isna(), "training_steps"].tolist())
+    return f"{NOT_ASKED}: {why}." if why else ""
+
+
 def _seeds(row: pd.Series[Any]) -> str:
     return "" if row["seeds"] == 1 else f" ({row['seeds']} seeds)"
 
@@ -239,7 +246,7 @@ def _at_step(step: int, part: pd.DataFrame) -> str:
     usable = part[part["partial_low"].notna()]
     head = (
         f"At training step {step}, over {part['trials'].max()} trials of "
-        f"{part['configurations'].max()} configurations:"
+        f"{part['configurations'].max()} configurations{_outcome(part)}:"
     )
     plain = part[(part["rho_low"] > 0) | (part["rho_high"] < 0)]
     found = usable[usable["evidence"]]
@@ -267,6 +274,12 @@ def _at_step(step: int, part: pd.DataFrame) -> str:
         else ""
     )
     return f"{head} {first} {second}{third}"
+
+
+def _outcome(part: pd.DataFrame) -> str:
+    """By which score, where it is not that on all questions."""
+    outcome = part["outcome"].iloc[0]
+    return "" if outcome == next(iter(OUTCOMES)) else f", by {OUTCOMES[outcome]}"
 
 
 def _list(rows: pd.DataFrame, kind: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysae.config import RunConfig
-from raysae.search.estimate import INTERVENTIONS, LAYER_PARAMETERS, SHARED, expected_share
+from raysae.search.estimate import HALF, INTERVENTIONS, LAYER_PARAMETERS, SHARED, expected_share
 from raysae.worlds.presets import Shape
 from raysae.worlds.world import hook_layer
 
@@ -41,14 +41,15 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
     }
     sae = 2 * shape.d_model * config.sae.d_sae  # operations of one product, a token
     training = 6 * sae * config.training.tokens
-    scoring = float(sae * (CACHE_TOKENS + PROMPT_TOKENS))
-    scoring += INTERVENTIONS * SHARED * PROMPT_TOKENS * (shape.n_layers - above) * layer
-    share, rungs = expected_share(config)
+    asking = INTERVENTIONS * SHARED * PROMPT_TOKENS * (shape.n_layers - above) * layer
+    scoring = sae * (CACHE_TOKENS + PROMPT_TOKENS) + asking
+    on_the_way = scoring - (1 - HALF) * asking
+    share, early, last = expected_share(config)
     saes = config.num_trials * config.search.seeds_per_trial
     confirmed = config.max_confirmation * config.confirm.seeds
     after = confirmed * (training + scoring)
-    most = saes * (training + len(config.rungs) * scoring) + after
-    likely = saes * (share * training + rungs * scoring) + after
+    most = saes * (training + (len(config.rungs) - 1) * on_the_way + scoring) + after
+    likely = saes * (share * training + early * on_the_way + last * scoring) + after
     lines.append("on GPUs      at assumed rates of float32, without the penalties:")
     for card, (count, rate) in CARDS.items():
         hours = rate * 3600

@@ -34,6 +34,8 @@ SHARED = 0.25
 """Share of the positions that the cached evaluator computes, as it finds the others equal to these;
 between 0.2 and 0.3 on the embedded world.
 """
+HALF = 0.5
+"""Share of the questions that is asked at a rung before the end."""
 START_SECONDS, IMPORTS = 8.0, 3
 """Of Ray, and how often one after the other a process of a starting search imports torch and all
 that stands on it: driver, harvest, worker."""
@@ -50,7 +52,7 @@ class Estimate:
     training: float
     """Of one trial that is trained to its end, mean over the methods."""
     scoring: float
-    """Of one rung."""
+    """On all questions, at the end."""
     search: float
     """Of all trials of the search, beside each other."""
     confirmation: float
@@ -127,12 +129,12 @@ def estimate(
     harvest += prompts * a_layer * entry.n_layers
     depth = (entry.n_layers - layer - 1) * SHARED if cached else entry.n_layers
     encode = step / (6 * seeds * training_tokens)  # one of the six products of a step
-    scoring = INTERVENTIONS * prompts * a_layer * depth
-    scoring += encode * (2 * min(1024, sequences // 2) * seq_len + prompts)
-    scoring *= seeds
+    asking = seeds * INTERVENTIONS * prompts * a_layer * depth
+    scoring = asking + seeds * encode * (2 * min(1024, sequences // 2) * seq_len + prompts)
+    on_the_way = scoring - asking * (1 - HALF) if cached else scoring
     training = config.training.steps * step / config.resources.workers_per_trial
     groups = max(1, workers // config.resources.workers_per_trial)
-    shares, rungs = expected_share(config)
+    shares, early, last = expected_share(config)
     waves = max(config.num_trials / groups, ceil(min(1.0, config.num_trials / groups)))
     # Scored once, at the end, and of another number of seeds.
     whole = config.max_confirmation / groups * (training + scoring) * config.confirm.seeds / seeds
@@ -140,25 +142,25 @@ def estimate(
         start=START_SECONDS + IMPORTS * imports * crowd + (0.0 if harvested else harvest),
         training=training * crowd,
         scoring=scoring * crowd,
-        search=waves * (shares * training + rungs * scoring) * crowd,
+        search=waves * (shares * training + early * on_the_way + last * scoring) * crowd,
         confirmation=whole * crowd,
         measured=f"{how} on {device} with {threads} thread{'s' if threads > 1 else ''}",
     )
 
 
-def expected_share(config: RunConfig) -> tuple[float, float]:
-    """The share of a run's tokens that a trial is trained for on average, and rungs scored.
+def expected_share(config: RunConfig) -> tuple[float, float, float]:
+    """The share of a run's tokens that a trial is trained for on average, and how often it is
+    scored: on the way, where it is asked half of the questions, and at the end.
 
     Of the trials that reach a rung one in `reduction_factor` goes on, in the long run.
     """
-    share = rungs = before = 0.0
-    alive = 1.0
-    for tokens in config.rungs:
-        share += alive * (tokens - before) / config.rungs[-1]
-        rungs += alive
+    share = before = 0.0
+    reached = []
+    for i, tokens in enumerate(config.rungs):
+        reached.append(config.search.scheduler.reduction_factor**-i)
+        share += reached[-1] * (tokens - before) / config.rungs[-1]
         before = tokens
-        alive /= config.search.scheduler.reduction_factor
-    return share, rungs
+    return share, sum(reached[:-1]), reached[-1]
 
 
 def _seconds_a_step(config: RunConfig, d_in: int, device: str, trials: int) -> float:

@@ -281,7 +281,7 @@ def _time(config: RunConfig, plan: Plan, found: Estimate) -> Iterator[str]:
         f"time         about {_span(found.total)} (an estimate: {found.measured}): "
         f"{_span(found.start)} to start, {config.num_trials} trials on {groups} "
         f"group{'s' if groups > 1 else ''} of workers, {_span(found.training)} to train one to its "
-        f"end and {_span(found.scoring)} to score it at a rung{then if found.confirmation else ''}"
+        f"end and {_span(found.scoring)} to score it{then if found.confirmation else ''}"
     )
 
 

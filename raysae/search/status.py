@@ -19,7 +19,8 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from raysae.analysis.describe import describe
+from raysae.analysis.describe import describe, why_not_asked
+from raysae.analysis.seeds import SEARCH_HALF, asked
 from raysae.errors import UserError, first_line
 from raysae.journal import JOURNAL, ended_trials
 from raysae.run_files import read_object, read_records, require
@@ -174,6 +175,10 @@ def _closing(run_dir: Path, ended: list[dict[str, Any]]) -> list[str]:
         if trial["state"] == "failed":
             reasons.setdefault(trial["error"], []).append(str(trial["number"]))
     lines = [f"failed: trial {', '.join(n)}: {error}" for error, n in reasons.items()]
+    stopped = [trial["step"] for trial in ended if _is_half_scored(trial)]
+    if stopped:
+        trials = f"{len(stopped)} trial{'' if len(stopped) == 1 else 's'}"
+        lines.append(f"{trials} {why_not_asked(stopped)}")
     specs = {trial["number"]: trial["spec"] for trial in ended}
     path = run_dir / "confirmation.csv"
     try:
@@ -192,6 +197,10 @@ def _closing(run_dir: Path, ended: list[dict[str, Any]]) -> list[str]:
     if (run_dir / "best" / "cfg.json").is_file():
         lines.append(f"best SAE: {short_path(run_dir / 'best')}")
     return lines
+
+
+def _is_half_scored(trial: dict[str, Any]) -> bool:
+    return trial["state"] == "stopped" and asked(trial["rung"]) == SEARCH_HALF
 
 
 def _verdict(row: dict[str, str], specs: dict[int, dict[str, Any]]) -> str:

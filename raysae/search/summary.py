@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raysae.analysis.describe import describe
+from raysae.analysis.describe import NOT_ASKED, describe, why_not_asked
 from raysae.analysis.runs import runs_table
 from raysae.worlds.world import SAEBENCH
 
@@ -76,7 +76,7 @@ def _print_leaderboard(
         shown = pd.concat([shown, baseline])
     table = Table(
         title=f"Leaderboard: {len(trials)} trials, those trained longest first, then by score",
-        caption=_caption(trials, score_name),
+        caption=_caption(trials, shown, score_name),
         title_justify="left",
         caption_justify="left",
         box=None,
@@ -130,10 +130,15 @@ def _print_leaderboard(
         )
 
 
-def _caption(trials: pd.DataFrame, score_name: str) -> str:
+def _caption(trials: pd.DataFrame, shown: pd.DataFrame, score_name: str) -> str:
     seeds = int(trials["seeds"].max())
     spread = f"; ±: standard deviation over {seeds} seeds" if seeds > 1 else ""
-    return f"score: on the half of the questions that the search sees; {score_name}: on all{spread}"
+    why = why_not_asked(shown.loc[shown["heldout_score"].isna(), "training_steps"].tolist())
+    missing = f"; {NOT_ASKED}: {why}" if why else ""
+    return (
+        f"score: on the half of the questions that the search sees; {score_name}: on all{spread}"
+        f"{missing}"
+    )
 
 
 def _seeds(row: pd.Series[Any]) -> str:
@@ -195,6 +200,8 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 def _spread(row: pd.Series[Any], figure: str, digits: int) -> str:
     mean, spread = row[figure], row[f"{figure}_std"]
+    if pd.isna(mean):
+        return NOT_ASKED
     return f"{mean:.{digits}f}" + ("" if pd.isna(spread) else f" ± {spread:.{digits}f}")
 
 

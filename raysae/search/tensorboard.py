@@ -118,7 +118,9 @@ class TensorBoardLog:
         if rung["step"] <= self._scored.get(number, -1):  # the end repeats the last rung
             return
         self._scored[number] = rung["step"]
-        _add_scalars(writer, {tag: rung[name] for name, tag in SCORES.items()}, rung["step"])
+        # On the way only the questions that the search sees are asked.
+        scores = {tag: rung[name] for name, tag in SCORES.items() if rung[name] is not None}
+        _add_scalars(writer, scores, rung["step"])
 
 
 def _add(writer: EventsWriter, summary: Summary, step: int = 0) -> None:

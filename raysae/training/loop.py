@@ -73,7 +73,8 @@ def train(
 
     Args:
         runs: SAEs that may share their steps, see `can_pack`, and have the same rungs.
-        evaluate: (SAEs in raw units, training steps so far) → their unlearning results.
+        evaluate: (SAEs in raw units, training steps so far) → their unlearning results; before the
+            last rung they may be on a part of the questions.
         on_events: told of every row of the curves and every rung, one a run, in the order of the
             runs that are left; False ends that run, and the others go on. In place of its row a run
             that diverged has the error, and ends whatever the answer. Called on rank 0 of a

@@ -84,7 +84,7 @@ class Rung:
     step: int
     tokens: int
     last: bool
-    result: UnlearningResult
+    result: UnlearningResult  # before the last rung perhaps on a part of the questions
     sae: SAE
     forget_rate: Tensor  # (d_sae,) firing rates over the second half of the way to this rung
     retain_rate: Tensor

@@ -82,6 +82,16 @@ def test_saes_that_choose_k_features_have_no_figure_of_a_sparsity_loss(tmp_path:
     assert drawn == [name for name in NAMES if name != "sparsity_loss"]
 
 
+@pytest.mark.parametrize("stopped", [(0, 3), tuple(range(6))], ids=["some", "all"])
+def test_trials_without_a_held_out_score_are_drawn_with_the_other(
+    stopped: tuple[int, ...], tmp_path: Path
+):
+    trials, curves = study(3, 2)
+    trials.loc[list(stopped), "state"] = "stopped"
+    trials.loc[list(stopped), "heldout_score"] = np.nan
+    assert_drawn(plot_study(trials, curves, tmp_path), tmp_path)
+
+
 def test_a_study_of_failed_trials_has_no_figures(tmp_path: Path):
     folder = tmp_path / "figures"
     assert plot_study(*study(1, 2, failed=(0, 1)), folder) == []

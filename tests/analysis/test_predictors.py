@@ -15,7 +15,7 @@ from raysae.analysis.predictors import (
     ASSOCIATION_COLUMNS,
     COVARIATES,
     MIN_TRIALS,
-    OUTCOME,
+    OUTCOMES,
     PREDICTORS,
     SENSITIVITY,
     Resampled,
@@ -112,8 +112,8 @@ def rungs(n: int, strength: float, *, step: int = 100, copies: int = 1) -> pd.Da
         | dict.fromkeys(SENSITIVITY, kappa)
     )
     frame["configuration"] = np.repeat([f"c{i}" for i in range(n // copies)], copies)
-    frame[OUTCOME] = strength * kappa + (1 - strength) * rng.random(n)
-    return frame
+    score = strength * kappa + (1 - strength) * rng.random(n)
+    return frame.assign(**dict.fromkeys(OUTCOMES, score))
 
 
 def test_a_predictor_that_decides_the_score_is_found_and_no_other(monkeypatch):
@@ -149,6 +149,21 @@ def test_steps_are_apart_and_those_with_few_trials_are_left_out():
     assert "adjusted_rand_index" not in set(found)
     assert "condition_number" in set(found)
     assert associations_table(rungs_table([])).empty
+
+
+def test_where_not_all_were_asked_all_questions_the_half_that_the_search_sees_is_compared():
+    """Half of them at one step: κ decides the score of their half, and chance what is left."""
+    early, late = rungs(40, 0.9), rungs(40, 0.9, step=200)
+    early["saebench_score"] = early["saebench_score"].sample(frac=1, random_state=0).to_numpy()
+    early.loc[20:, "saebench_score"] = np.nan
+    late["score"] = late["score"].sample(frac=1, random_state=0).to_numpy()
+    found = associations_table(pd.concat([early, late]))
+    assert dict(zip(found["step"], found["outcome"], strict=True)) == {
+        100: "score",
+        200: "saebench_score",
+    }
+    rho = found[found["predictor"] == "condition_number"]["rho"]
+    assert (rho > 0.9).all()
 
 
 def test_rungs_have_scores_figures_and_size_matched_ratios(make_spec):

@@ -53,6 +53,14 @@ def test_the_spread_is_the_sample_standard_deviation():
     assert trial["saebench_score_std"] == pytest.approx(expected / 4)
 
 
+def test_scores_that_no_seed_was_asked_for_stay_missing():
+    missing = {"heldout_score": None, "saebench_score": None, "questions": "search half"}
+    trial = over_seeds([record(0.6, **missing), record(0.2, **missing)])
+    assert (trial["score"], trial["questions"]) == (pytest.approx(0.4), "search half")
+    for name in ("heldout_score", "saebench_score"):
+        assert trial[name] is None and trial[f"{name}_std"] is None
+
+
 @pytest.mark.parametrize(
     ("scores", "typical"), [([0.6, 0.1, 0.2], 2), ([0.5, 0.4], 1), ([0.1, 0.4, 0.3, 0.2], 3)]
 )

@@ -273,11 +273,41 @@ def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):
     failed = trials.loc[2]
     assert (failed["state"], failed["status"]) == ("failed", "diverged")
     assert (trials.loc[3, "state"], trials.loc[3, "status"]) == ("failed", "failed")
-    assert failed[["score", "heldout_score", "saebench_score"]].eq(0.0).all()
+    assert failed["score"] == 0.0  # what the sampler was told
+    assert failed[["heldout_score", "saebench_score", "questions"]].isna().all()
     assert failed["error"] == failed["cause"] == "TrainingDivergedError: loss is nan"
     assert (failed["training_steps"], failed["tokens"]) == (3, 192)  # its last logged row
     assert failed["regularizer"] == "fixed_orthogonal"
     assert failed[["loss", "l0", "forget_accuracy", "condition_number"]].isna().all()
+
+
+def search_half(rung: Record) -> Record:
+    """The record of a rung at which the half that the search sees was asked alone."""
+    rung["halves"] |= {"heldout": None, "transferred": None}
+    return rung | {"heldout_score": None, "saebench_score": None, "questions": "search half"}
+
+
+def test_a_stopped_trial_has_no_score_on_questions_that_it_was_not_asked(
+    make_spec, rung_record, tmp_path: Path
+):
+    finished = end_record(make_spec(number=0), "finished", rung_record(0, 24, 0.3, last=True), 24)
+    rung = search_half(rung_record(1, 8, 0.1))
+    stopped = end_record(make_spec(number=1), "stopped", rung, 8)
+    for ended in ([finished, stopped], [stopped]):
+        write_tables(tmp_path, [], ended)
+        for table in ("trials", "seeds"):
+            frames = (
+                pd.read_parquet(tmp_path / f"{table}.parquet"),
+                pd.read_csv(tmp_path / f"{table}.csv"),
+            )
+            for frame in frames:
+                row = frame.set_index("trial").loc[1]
+                assert (row["score"], row["questions"]) == (0.1, "search half")
+                assert frame["heldout_score"].dtype == frame["saebench_score"].dtype == float
+                names = ("heldout_score", "saebench_score", "heldout_forget_accuracy")
+                assert row.reindex(names).isna().all()
+    row = trials_table([finished, stopped]).loc[0]
+    assert (row["heldout_score"], row["saebench_score"], row["questions"]) == (0.2, 0.225, "all")
 
 
 def test_divergence_is_known_by_the_name_of_its_error():

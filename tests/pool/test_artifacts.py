@@ -51,10 +51,12 @@ def lopsided() -> UnlearningResult:
 
 
 @pytest.fixture
-def write(make_spec, make_store, tmp_path: Path) -> Callable[[float], tuple[TrialSpec, Any]]:
+def write(make_spec, make_store, tmp_path: Path) -> Callable[..., tuple[TrialSpec, Any]]:
     """Train for two steps and write the rung; its record."""
 
-    def make(frontier_weight: float) -> tuple[TrialSpec, dict[str, Any]]:
+    def make(
+        frontier_weight: float, result: UnlearningResult | None = None
+    ) -> tuple[TrialSpec, dict[str, Any]]:
         world = load_world("embedded")
         artifacts = Artifacts(
             folder=tmp_path / "trial",
@@ -67,7 +69,8 @@ def write(make_spec, make_store, tmp_path: Path) -> Callable[[float], tuple[Tria
         spec = make_spec(steps=2, number=5)
         events: list[Progress | Rung] = []
         run = SAERun(spec, make_store(d_in=128))
-        train_one(run, lambda *_: lopsided(), lambda event: events.append(event) or True)
+        found = result or lopsided()
+        train_one(run, lambda *_: found, lambda event: events.append(event) or True)
         (rung,) = (event for event in events if isinstance(event, Rung))
         return spec, artifacts.write(spec, rung)
 
@@ -105,6 +108,28 @@ def test_a_record_is_plain_data_and_the_folder_holds_the_trial(write, tmp_path: 
     score = result["eval_result_metrics"]["unlearning"]["unlearning_score"]
     assert score == pytest.approx(7 / 20)  # SAEBench's own, on all questions
     assert SAE.load_from_disk(folder / SAE_FOLDER).W_dec.shape == (32, 128)
+
+
+def test_of_the_search_half_alone_there_is_its_score_and_no_other(write, tmp_path: Path):
+    """What the sampler is told is the same; the rest is missing, not 0."""
+    whole = lopsided()
+    _, record = write(0.5, whole)
+    result = tmp_path / "trial" / RESULT_FILE
+    assert result.is_file() and record["questions"] == "all"
+
+    counts = {name: rows.shape[1] for name, rows in whole.is_correct.items()}
+    _, half = write(0.5, whole.on(split_questions(counts, SPLIT_SEED)))
+    json.dumps(half, allow_nan=False)
+    assert half["questions"] == "search half"
+    assert (half["heldout_score"], half["saebench_score"]) == (None, None)
+    assert (half["halves"]["heldout"], half["halves"]["transferred"]) == (None, None)
+    for name in ("objective", "score", "status", "cause", "dense_features", "conditioning"):
+        assert half[name] == record[name], name
+    assert half["halves"]["search"] == record["halves"]["search"]
+    (only,) = half["result"]["interventions"]
+    assert (only["forget_correct"], only["forget_total"], only["retain_total"]) == (4, 10, 200)
+    assert not result.exists(), "SAEBench's score is that of all questions"
+    assert SAE.load_from_disk(tmp_path / "trial" / SAE_FOLDER).W_dec.shape == (32, 128)
 
 
 def test_groups_are_compared_with_the_rung_before_and_kept(make_spec, make_store, tmp_path: Path):

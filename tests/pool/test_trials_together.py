@@ -9,8 +9,9 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from raysae.training.checkpoint import CHECKPOINT_FILE, Pace
 from raysae.training.collective import Alone
 from raysae.training.run import Rung, SAERun
 from raysae.training.spec import TrialSpec
+from raysae.unlearning import split_questions
 
 Decide = Callable[[str, int, dict[str, Any]], str]
 FIRST_RUNG, END = 8 * 64, 24 * 64
@@ -93,11 +95,21 @@ class FakeArtifacts:
 class FakeEvaluator:
     """Scores an SAE by a number that any change of its weights would change."""
 
+    known_questions: ClassVar = {"forget": 9, "retain": 20}
+
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
+        self.questions: list[dict[str, np.ndarray] | None] = []
 
-    def evaluate_many(self, saes: list[Any], *, training_steps: int) -> list[Any]:
+    def evaluate_many(
+        self,
+        saes: list[Any],
+        *,
+        training_steps: int,
+        questions: dict[str, np.ndarray] | None,
+    ) -> list[Any]:
         self.asked.append((training_steps, len(saes)))
+        self.questions.append(questions)
         return [SimpleNamespace(score=self.score(sae)) for sae in saes]
 
     def score(self, sae: Any) -> float:
@@ -114,7 +126,7 @@ def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr("ray.get", lambda answers: answers)
     monkeypatch.setattr(module, "Artifacts", FakeArtifacts)
     settings = dict.fromkeys((f.name for f in fields(WorkerConfig)), "")
-    settings |= {"evals": (), "checkpoint_seconds": 3600.0, "trials_per_pack": 4}
+    settings |= {"evals": (), "checkpoint_seconds": 3600.0, "trials_per_pack": 4, "split_seed": 7}
 
     def run(
         *specs: TrialSpec,
@@ -184,6 +196,27 @@ def assert_same(found: FakeBroker, expected: FakeBroker, number: int) -> None:
         ]
         for row, other in zip(ours["measured"], wanted["measured"], strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+# --- What is asked --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_before_the_end_the_search_half_of_the_questions_is_asked_alone(
+    together: bool, bench, trials
+):
+    _, worker = bench(*(trials if together else trials[1:2]))
+    assert [step for step, _ in worker.evaluator.asked] == [8, 24]
+    first, last = worker.evaluator.questions
+    wanted = split_questions(FakeEvaluator.known_questions, 7)
+    assert first.keys() == wanted.keys()
+    assert all(np.array_equal(first[name], wanted[name]) for name in wanted)
+    assert last is None
+
+
+def test_a_trial_that_is_scored_once_is_asked_everything(bench, make_spec):
+    _, worker = bench(make_spec("topk", rungs=(END,)))
+    assert worker.evaluator.questions == [None]
 
 
 # --- The same numbers -----------------------------------------------------------------------------

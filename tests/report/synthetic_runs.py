@@ -29,7 +29,7 @@ from raysae.search.tune import baseline_point
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import result as unlearning_result
 from raysae.unlearning.grid import GridPoint
-from raysae.unlearning.halves import halve
+from raysae.unlearning.halves import halve, split_questions
 from raysae.unlearning.result import UnlearningResult, make_result, wilson_interval
 from raysae.unlearning.scoring import unlearning_score
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS
@@ -215,6 +215,9 @@ def _rung(
         for row in rows[:4]
     ]
     result = _result(rng, quality)
+    if not last:
+        counts = {name: len(known) for name, known in result.baseline.items()}
+        result = result.on(split_questions(counts, 0))
     halves = halve(result, 0)
     return {
         "step": step,
@@ -224,8 +227,9 @@ def _rung(
         "score": halves.search.score,
         "status": halves.search.status.value,
         "cause": halves.search.cause,
-        "heldout_score": halves.heldout.score,
-        "saebench_score": result.score,
+        "questions": "all" if last else "search half",
+        "heldout_score": halves.heldout.score if halves.heldout else None,
+        "saebench_score": result.score if last else None,
         "halves": halves.to_dict(),
         "result": result.to_dict(),
         "sparse_probing": None,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic_runs import write_search
+from synthetic_runs import write_search, write_study
 
 from raysae import cli
 from raysae.config import find_space
@@ -93,6 +93,9 @@ def test_a_run_of_an_older_version_is_reported_without_what_it_lacks(copied):
             rung = record["rung"] if record["event"] == "end" else record
             for name in ("dense_features", "seeds", "typical_seed"):  # one SAE a trial
                 rung.pop(name, None)
+            if rung.pop("questions", "") == "search half":  # all were asked at every rung
+                rung |= dict.fromkeys(("heldout_score", "saebench_score"), 0.9 * rung["score"])
+                rung["halves"]["heldout"] = rung["halves"]["search"]
             if "spec" in record:
                 del record["spec"]["seeds"]
             for row in rung.get("conditioning", []):
@@ -105,6 +108,11 @@ def test_a_run_of_an_older_version_is_reported_without_what_it_lacks(copied):
     rewrite(folder, older)
     page = built(folder)
     assert "is not in this run's journal" in page.replace("&#39;", "'")
+    assert "searched on alone" not in page
+    trials = pd.read_csv(folder / "trials.csv")
+    assert (trials["state"] == "stopped").any()
+    scored = trials[trials["state"] != "failed"]
+    assert scored["heldout_score"].notna().all() and (scored["questions"] == "all").all()
 
 
 def test_records_that_cannot_be_read_are_counted(copied):
@@ -143,12 +151,54 @@ def test_constant_scores(tmp_path: Path):
     def same(records: list[Record]) -> list[Record]:
         for record in records:
             rung = record["rung"] if record["event"] == "end" else record
-            rung |= dict.fromkeys(("score", "heldout_score", "saebench_score"), 0.25)
+            for found in (rung, *rung.get("seeds", [])):
+                found |= dict.fromkeys(("score", "heldout_score", "saebench_score"), 0.25)
         return records
 
     rewrite(folder, same)
     page = built(folder)
     assert "all scores are the same" in page
+
+
+def test_a_search_of_stopped_trials(tmp_path: Path):
+    """None has a held-out score, and the report says what it has instead."""
+    folder = write_search(tmp_path / "stopped", 30, failing=0, confirm=False)
+    numbers: set[int] = set()
+
+    def stopped(records: list[Record]) -> list[Record]:
+        ends = [r for r in records if r["event"] == "end" and r["state"] == "stopped"]
+        numbers.update(r["trial"] for r in ends)
+        return [r for r in records if r["trial"] in numbers]
+
+    rewrite(folder, stopped)
+    page = built(folder)
+    assert len(numbers) >= 12
+    assert "No trial was trained to its end" in page
+    assert "by the score on the questions that the search sees" in page
+    assert "Score on the questions searched on: highest mean" in page
+    assert "The questions that the search sees, of the best trials" in page
+    trials = pd.read_csv(folder / "trials.csv")
+    assert len(trials) == len(numbers) and trials["heldout_score"].isna().all()
+
+
+def test_a_study_of_which_some_seeds_were_stopped(tmp_path: Path):
+    folder = write_study(tmp_path / "study", 3, 2)
+
+    def stop(records: list[Record]) -> list[Record]:
+        for record in records:
+            if record["trial"] in (1, 4):  # both seeds of a run
+                rung = record["rung"] if record["event"] == "end" else record
+                rung |= {"heldout_score": None, "saebench_score": None, "questions": "search half"}
+                rung["halves"] |= {"heldout": None, "transferred": None}
+                if record["event"] == "end":
+                    record["state"] = "stopped"
+        return records
+
+    rewrite(folder, stop)
+    page = built(folder)
+    assert "Score of those that the search sees" in page
+    runs = pd.read_csv(folder / "runs.csv")
+    assert runs["seeds"].tolist() == [2, 0, 2]
 
 
 def test_no_trial_has_ended(copied):

@@ -86,6 +86,26 @@ def test_every_mean_on_the_leaderboard_has_its_spread(search: Path):
     assert f"which differ by at most ± {run.scored['l0_std'].max():.2g} and" in page
 
 
+def test_stopped_trials_have_a_dash_and_a_reason_instead_of_a_held_out_score(search: Path):
+    page, run = text(search), read_run(search)
+    stopped = run.scored[run.scored["state"] == "stopped"]
+    assert len(stopped) and stopped["heldout_score"].isna().all()
+    shown = page.split("Leaderboard</h2>")[1].split("</table>")[0]
+    assert shown.count("<td>–</td>") % 2 == 0 < shown.count("<td>–</td>")
+    steps = sorted(set(stopped["training_steps"]))
+    words = " or ".join(str(step) for step in steps)
+    assert len(steps) <= 2
+    assert f"–: stopped at step {words}: scored on the questions searched on alone." in page
+
+
+def test_early_steps_are_compared_by_the_half_that_was_asked(search: Path):
+    run = read_run(search)
+    outcomes = dict(zip(run.associations["step"], run.associations["outcome"], strict=True))
+    first, *_, last = sorted(run.rungs["step"].unique())
+    assert (outcomes[first], outcomes[last]) == ("score", "saebench_score")
+    assert "by the score on the questions that the search sees:" in text(search)
+
+
 def test_a_search_has_the_studys_five_figures_by_regularizer(search: Path):
     page, run = text(search), read_run(search)
     assert "Scores and losses by regularizer" in page

@@ -90,8 +90,21 @@ def test_trials_that_are_stopped_early_cost_less():
     )  # fmt: skip
     found = estimate(made, shape_of("embedded"), load_world("embedded"), SIZE, **MACHINE)
     # Rungs at 1/9, 1/3 and 1 of the run; a third goes on at each.
-    share, rungs = 1 / 9 + 2 / 9 / 3 + 2 / 3 / 9, 1 + 1 / 3 + 1 / 9
-    assert found.search == pytest.approx(45 * (share * found.training + rungs * found.scoring))
+    share, early, last = 1 / 9 + 2 / 9 / 3 + 2 / 3 / 9, 1 + 1 / 3, 1 / 9
+    # Before the last one half of the questions is asked, under the same interventions.
+    half = found.scoring - 3 * 16 * 25_000 * 4e-6 * 3 * 0.25
+    scored = early * half + last * found.scoring
+    assert found.search == pytest.approx(45 * (share * found.training + scored))
+
+
+@pytest.mark.usefixtures("measured")
+def test_saebenchs_own_loop_asks_everything_at_every_rung():
+    made = config(
+        search__num_samples=90, confirm__top=0, objective__evaluator="saebench",
+        search__scheduler={"name": "asha", "grace_fraction": 0.5, "reduction_factor": 2},
+    )  # fmt: skip
+    found = estimate(made, shape_of("embedded"), load_world("embedded"), SIZE, **MACHINE)
+    assert found.search == pytest.approx(45 * (0.75 * found.training + 1.5 * found.scoring))
 
 
 @pytest.mark.usefixtures("measured")

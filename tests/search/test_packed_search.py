@@ -42,15 +42,17 @@ def search(out: Path, trials_per_pack: int) -> list[dict[str, Any]]:
 
 
 def results(records: list[dict[str, Any]]) -> dict[tuple[int, int], list[float]]:
-    """Scores and losses by trial and tokens of the rung."""
-    rungs = [record for record in records if record["event"] == "rung"]
-    return {
-        (rung["trial"], rung["tokens"]): [
-            rung[name] for name in ("objective", "score", "heldout_score", "saebench_score")
-        ]
-        + [row["loss"] for row in rung["curve"]]
-        for rung in rungs
-    }
+    """Scores and losses by trial and tokens of the rung; at the first one of the search half."""
+    found = {}
+    for rung in records:
+        if rung["event"] != "rung":
+            continue
+        names = ["objective", "score"]
+        if rung["questions"] == "all":
+            names += ["heldout_score", "saebench_score"]
+        losses = [row["loss"] for row in rung["curve"]]
+        found[rung["trial"], rung["tokens"]] = [rung[name] for name in names] + losses
+    return found
 
 
 def test_two_trials_at_a_time_score_what_one_at_a_time_does(tmp_path: Path):
@@ -65,8 +67,12 @@ def test_two_trials_at_a_time_score_what_one_at_a_time_does(tmp_path: Path):
     assert {"finished", "stopped"} in ends, "somebody must have left a pack that went on"
 
     found, expected = results(packed), results(alone)
+    for records in (packed, alone):
+        asked = {(r["questions"], r["last"]) for r in records if r["event"] == "rung"}
+        assert asked == {("search half", False), ("all", True)}
     common = found.keys() & expected.keys()
     assert {(number, 16_384) for number in range(4)} <= common
     assert any(tokens == 32_768 for _, tokens in common)
     for key in common:
+        assert len(found[key]) == len(expected[key])
         assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key

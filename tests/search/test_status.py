@@ -162,6 +162,19 @@ def test_a_killed_search_is_not_running_and_keeps_what_had_ended(killed_search, 
     assert "1 of 3 trials" in told(killed_search)
 
 
+def test_a_search_that_is_over_says_what_stopped_trials_were_asked(run_dir, end):
+    """Of an older version they were asked everything, and nothing is to be said."""
+    stopped = [end(number, state="stopped") for number in (1, 2)]
+    write_journal(run_dir, end(0), *stopped)
+    assert "searched on alone" not in told(run_dir)
+    for record, step in zip(stopped, (12, 6), strict=True):
+        unasked = {"heldout_score": None, "saebench_score": None}
+        record["rung"] |= unasked | {"step": step, "questions": "search half"}
+    write_journal(run_dir, end(0), *stopped)
+    words = "2 trials stopped at step 6 or 12: scored on the questions searched on alone"
+    assert words in told(run_dir)
+
+
 def test_another_process_with_the_same_number_is_not_the_search(run_dir):
     StatusFile(run_dir, 1000.0, {}).update(standing())
     status = json.loads((run_dir / STATUS_FILE).read_text())

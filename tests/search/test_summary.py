@@ -62,7 +62,7 @@ class Ended:
 
     def fail(self, spec: TrialSpec, error: str) -> None:
         nothing = dict.fromkeys((*FIGURES, *COUNTS), np.nan)
-        nothing |= {"heldout_score": 0.0, "saebench_score": 0.0, "tokens": 0, "training_steps": 0}
+        nothing |= {"tokens": 0, "training_steps": 0}
         nothing |= {"state": "failed", "status": "failed", "error": error}
         self.add(spec, 0.0)
         self.rows[-1] |= nothing | {"score": 0.0}
@@ -151,6 +151,23 @@ def test_a_trial_that_was_stopped_is_not_the_best(ended: Ended, summary, make_sp
     lines = summary()
     assert "trial 0," in only(lines, "Best:")
     assert not [line for line in lines if line.startswith("Baseline:")]
+
+
+def test_a_stopped_trial_has_a_dash_and_a_reason_instead_of_a_held_out_score(
+    ended: Ended, summary, make_spec
+):
+    ended.add(make_spec(number=0), 0.1)
+    unasked = dict.fromkeys(("heldout_score", "saebench_score"), np.nan)
+    for number, step in ((1, 12), (2, 6), (3, 12)):
+        early = {"tokens": 64 * step, "training_steps": step, "state": "stopped"}
+        ended.add(make_spec(number=number), 0.3, **early | unasked)
+    lines = summary()
+    first, *stopped = table_rows(lines)
+    assert "–" not in first
+    assert len(stopped) == 3 and all(row[1:4] == ["0.300", "–", "–"] for row in stopped)
+    text = " ".join(" ".join(lines).split())
+    assert "–: stopped at step 6 or 12: scored on the questions searched on alone" in text
+    assert "nan" not in text
 
 
 def test_the_cause_of_a_zero_is_beside_it(ended: Ended, summary, make_spec):

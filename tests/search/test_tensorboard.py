@@ -95,6 +95,23 @@ def test_a_trial_is_a_run_with_curves_scores_and_hyperparameters(tmp_path: Path,
     assert ended.HasField("session_end_info")
 
 
+def test_scores_on_questions_that_were_not_asked_are_left_out(tmp_path: Path, spec):
+    unasked = {"heldout_score": None, "saebench_score": None}
+    log = TensorBoardLog(tmp_path)
+    log.curve(0, spec, [row(1), row(2)])
+    log.rung(rung(2, 0.1) | unasked)
+    log.rung(rung(4, 0.4))
+    log.end(end(spec, 4, 0.4))
+    log.end(end(spec, 2, 0.3, trial=1, state="stopped", rung=rung(2, 0.3) | unasked))
+    found = scalars(tmp_path / "tensorboard" / "0000")
+    assert found["score/search"] == [(2, pytest.approx(0.1)), (4, pytest.approx(0.4))]
+    assert found["score/heldout"] == [(4, pytest.approx(0.2))]
+    assert found["score/all_questions"] == [(4, pytest.approx(0.1))]
+    stopped = scalars(tmp_path / "tensorboard" / "0001")
+    assert stopped["score/search"] == [(2, pytest.approx(0.3))]
+    assert not {"score/heldout", "score/all_questions"} & stopped.keys()
+
+
 def test_a_curve_can_be_read_while_the_trial_runs(tmp_path: Path, spec):
     log = TensorBoardLog(tmp_path)
     log.curve(0, spec, [row(1)])
