@@ -17,6 +17,7 @@ import math
 import numpy as np
 import optuna
 import torch
+from sae_lens import SAE
 from scipy.stats import spearmanr
 
 from raysae.config import find_space, load_config
@@ -24,7 +25,13 @@ from raysae.store.activations import local_store
 from raysae.training.loop import Event, train
 from raysae.training.run import Rung, SAERun
 from raysae.training.spec import TrialSpec
-from raysae.unlearning import CachedEvaluator, build_cache, default_eval_config, halve
+from raysae.unlearning import (
+    CachedEvaluator,
+    UnlearningResult,
+    build_cache,
+    default_eval_config,
+    split_questions,
+)
 from raysae.worlds import load_world
 from raysae.worlds.model import load_model
 
@@ -60,10 +67,13 @@ def main() -> None:
                 found.append(rungs_now)
             return [True] * len(events)
 
-        runs = [SAERun(member, store) for member in spec.members()]
-        train(runs, lambda s, steps: evaluator.evaluate_many(s, training_steps=steps), keep)
+        def ask(saes: list[SAE], steps: int) -> list[UnlearningResult]:
+            return evaluator.evaluate_many(saes, training_steps=steps, questions=half)
+
+        train([SAERun(member, store) for member in spec.members()], ask, keep)
         return found
 
+    half = split_questions(evaluator.known_questions, config.objective.split_seed)
     steps = [rung // batch for rung in rungs]
     print(
         f"{arguments.trials} random trials of {config.search.seeds_per_trial} SAEs, score at step"
@@ -75,8 +85,7 @@ def main() -> None:
     for number in range(arguments.trials):
         spec = config.trial_spec(number, config.space.sample(study.ask()))
         found = trained(spec.model_copy(update={"rungs": rungs}))
-        split = config.objective.split_seed
-        scores.append([np.mean([halve(r.result, split).search.score for r in at]) for at in found])
+        scores.append([np.mean([r.result.score for r in at]) for at in found])
         train_seconds += sum(rung.train_seconds for rung in found[-1])
         score_seconds += sum(rung.score_seconds for at in found for rung in at)
         cells = " | ".join(f"{score:.3f}" for score in scores[-1])
