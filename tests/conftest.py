@@ -25,24 +25,27 @@ from raysae.worlds.world import FORGET_SET, RETAIN_SETS  # noqa: E402
 
 SPARSITY = {"k": 4, "l1_coefficient": 0.5, "l0_coefficient": 0.1}
 STARTS_RAY = re.compile(r"^pytestmark = .*\bmark\.(search|chaos|ray)\b", re.MULTILINE)
+ORDER = ("ray", "", "chaos")
 
 
 @cache
-def starts_ray(path: Path) -> bool:
-    """Whether the tests of a file start Ray, by their marks."""
-    return STARTS_RAY.search(path.read_text(encoding="utf-8")) is not None
+def kind(path: Path) -> str:
+    """Of the tests of a file, by their marks: "chaos", other ones that start "ray", or ""."""
+    found = STARTS_RAY.search(path.read_text(encoding="utf-8"))
+    return "" if found is None else "chaos" if found[1] == "chaos" else "ray"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray begins: it takes longest."""
-    items.sort(key=lambda item: not starts_ray(item.path))
+    """What starts Ray begins: it takes longest. Chaos, alone as long as most of it, is last."""
+    items.sort(key=lambda item: ORDER.index(kind(item.path)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (`-n 2`), what starts Ray is one process's, test after test.
+    """With several processes (`-n 2`), what starts Ray is one process's, test after test, and chaos
+    another's; it has a Ray of its own.
 
-    The other works off the rest, a file at a time: about as much.
+    The other works off the rest, a file at a time, and then chaos: about as much.
     """
     # Not xdist's groups: pytest 9.2 does not take the names that xdist 3.8 gives to their tests.
     from xdist.scheduler import LoadFileScheduling
@@ -50,7 +53,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class OneStartsRay(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "ray" if starts_ray(config.rootpath / file) else file
+            return kind(config.rootpath / file) or file
 
     config.option.loadscopereorder = False
     return OneStartsRay(config, log)
