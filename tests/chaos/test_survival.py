@@ -46,7 +46,7 @@ SEED = 0
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     search = Search(out, *OPTIONS, "--out", str(out))
-    assert search.wait(300) == 0, search.tail()
+    assert search.wait(600) == 0, search.tail()
     return out
 
 
