@@ -305,7 +305,7 @@ def test_the_loss_of_the_activations_on_the_gpu_ends_the_worker_and_fails_no_tri
 ):
     """Ray Train restarts it then, and the trials go on from their checkpoints."""
     delivered, brokers = [], []
-    batch, real = ChunkedActivations.batch, FakeBroker.__init__
+    take, real = ChunkedActivations._take, FakeBroker.__init__
 
     def noted(self: FakeBroker, decide: Decide) -> None:
         real(self, decide)
@@ -315,9 +315,9 @@ def test_the_loss_of_the_activations_on_the_gpu_ends_the_worker_and_fails_no_tri
         delivered.append(args)
         if len(delivered) > 30:
             raise LostCopyError("process 7 has ended")
-        return batch(self, *args)
+        return take(self, *args)
 
-    monkeypatch.setattr(ChunkedActivations, "batch", lost)
+    monkeypatch.setattr(ChunkedActivations, "_take", lost)
     monkeypatch.setattr(FakeBroker, "__init__", noted)
     with pytest.raises(LostCopyError, match="process 7"):
         bench(*trials)
