@@ -31,6 +31,13 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(left, right).to(dtype)
 
 
+def affine(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """bias + left · right, of (m, d), (m, n, k) and (m, k, d), all of one dtype."""
+    if len(left) == 1 and left.is_cuda:  # the bias is added by the product itself
+        return torch.addmm(bias[0], left[0], right[0])[None]
+    return torch.baddbmm(bias[:, None], left, right)
+
+
 def encode(batch: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
     """(batch − b_dec) · W_enc, (m, n, d_sae), differentiable in the parameters.
 
@@ -111,7 +118,7 @@ class _Reconstruct(torch.autograd.Function):
         of_token = grad_l1 / acts.shape[1]  # (m,), of a token's weighted sum
         of_acts = (of_token[:, None] * norms).to(acts.dtype)
         grad_out = grad_decoded.to(acts.dtype)
-        grad = torch.baddbmm(of_acts[:, None], grad_out, W.mT)
+        grad = affine(of_acts, grad_out, W.mT)
         if grad_acts is not None:
             grad += grad_acts
         grad = torch.ops.aten.threshold_backward(grad, acts, 0.0)

@@ -17,7 +17,7 @@ from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 
 from raysae.regularizers.activations import Activations, DenseActivations
-from raysae.training.dense import encode, products_dtype, reconstruct
+from raysae.training.dense import affine, encode, product, products_dtype, reconstruct
 from raysae.training.sparse import SparseActivations, Support, decode, encode_at, largest
 
 SPARSE = 1 / 16
@@ -61,11 +61,11 @@ class DenseActs:
         """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n).
         In float32 at least, as counts over a batch do not fit less."""
         fires, dtype = self.acts > 0, torch.promote_types(self.acts.dtype, torch.float32)
+        tasks = torch.stack([is_forget, ~is_forget], 1)
         if not fires.is_cuda:
-            tasks = torch.stack([is_forget, ~is_forget], 1).to(dtype)
-            return tasks @ fires.to(dtype)
-        on_forget = (fires & is_forget[:, :, None]).sum(1, dtype=dtype)
-        return torch.stack([on_forget, fires.sum(1, dtype=dtype) - on_forget], 1)
+            return tasks.to(dtype) @ fires.to(dtype)
+        half = torch.bfloat16  # ones are exact, and summed up in float32
+        return product(tasks.to(half), fires.to(half), torch.float32).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward: 
     dtype = products_dtype(batch)
     with torch.no_grad():
         centred = (batch - p["b_dec"][:, None]).to(dtype)
-        pre = torch.baddbmm(p["b_enc"].to(dtype)[:, None], centred, p["W_enc"].to(dtype))
+        pre = affine(p["b_enc"].to(dtype), centred, p["W_enc"].to(dtype))
         # Waiting for the count costs a GPU more than it saves.
         if not batch.is_cuda:
             fires = pre > 0
@@ -249,7 +249,7 @@ def _pre_activations_in_pieces(p: Parameters, centred: Tensor) -> Iterator[Tenso
     members, _, d_sae = p["W_enc"].shape
     rows = max(1, PICKED_FROM // (4 * members * d_sae))
     for piece in centred.split(rows, dim=1):
-        yield torch.baddbmm(p["b_enc"][:, None], piece, p["W_enc"])
+        yield affine(p["b_enc"], piece, p["W_enc"])
 
 
 def _largest_of_tokens(

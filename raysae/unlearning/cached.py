@@ -56,11 +56,14 @@ from raysae.worlds.world import World, check_hook
 Questions = Mapping[str, np.ndarray]
 """By data set, bool (known questions,)."""
 
-POSITIONS_AT_ONCE, POSITIONS_AT_ONCE_ON_GPU = 1024, 8192
+POSITIONS_AT_ONCE, POSITIONS_AT_ONCE_ON_GPU = 1024, 16384
 """Rows times positions run at once: what a processor's cache holds; what keeps a GPU busy."""
 POSITIONS_HELD_ON_GPU = 4 * POSITIONS_AT_ONCE_ON_GPU
 """Rows times positions of which one level of a tree holds keys and values: for the layers behind
-gemma-2-2b's twelfth 1.7 GB, less than the logits of one of SAEBench's batches."""
+gemma-2-2b's twelfth 3.5 GB, less than the logits of one of SAEBench's batches."""
+ASKING_FOR_A_LAYER = 1.2e10
+"""What it costs to ask a GPU for a layer, times d_model², in positions: a millisecond of the host
+at 300 Tflop/s and 24 · d_model² operations a position."""
 _CHECKED = 32
 """Prompts asked again when an evaluator is made."""
 
@@ -90,6 +93,7 @@ class CachedEvaluator:
         self.positions_at_once = POSITIONS_AT_ONCE if on_cpu else POSITIONS_AT_ONCE_ON_GPU
         self.positions_held = np.inf if on_cpu else POSITIONS_HELD_ON_GPU
         self.encodes_pieces = on_cpu
+        self.piece_cost = 0.0 if on_cpu else ASKING_FOR_A_LAYER / model.cfg.d_model**2
         if cache.world_name != world.name or cache.config != asdict(config):
             raise ValueError(
                 f"the cache was built for the world {cache.world_name!r} with {cache.config}; "
@@ -271,9 +275,9 @@ class CachedEvaluator:
         resid = shared_tensor(prompts.resid, self.cache.dtype, self.device)
         answers = []
         for group in find_interventions(
-            fires, chosen, multipliers, prompts.tokens, prompts.lengths, asked
+            fires, chosen, multipliers, prompts.tokens, prompts.lengths, asked, self.piece_cost
         ):
-            run = _Run(self, group, group.levels(), resid, acts, directions, fires)
+            run = _Run(self, group, group.levels(self.piece_cost), resid, acts, directions, fires)
             answers.append((run, run.letters()))
         for run, of_states in answers:  # read when all are under way
             group = run.group
@@ -351,7 +355,11 @@ class _Run:
             resid = self._resid(level, low, high)
             here = select(past, self._send(level.parents[low:high] - past_from))
             if depth == len(self.levels) - 1:
-                found[low:high] = layers.letters(resid, here)
+                answering = self.group.ends[level.first[low:high]] - 1
+                at = None if (answering == level.end - 1).all() else answering - level.start
+                found[low:high] = layers.letters(
+                    resid, here, None if at is None else self._send(at)
+                )
             else:
                 here = layers.extend(resid, here)
                 children = self.levels[depth + 1].children(low, high)

@@ -4,6 +4,11 @@ Causal attention makes a row of positions a path: what is computed up to a posit
 tokens so far, the features clamped so far and their multiplier. Interventions that agree so far, on
 one prompt or on two that begin alike, of one SAE or of several, are one computation up to the
 position at which they part. Sorted by path they are a tree, and a row of it lies in one piece.
+
+A processor computes for as long as there are positions. A GPU is asked for a piece in about the
+same time however small it is: where that costs more than positions do, prompts of different lengths
+share a tree, the shorter ones with positions behind their end that nobody looks at, and it is cut
+into fewer pieces.
 """
 
 from __future__ import annotations
@@ -51,9 +56,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Interventions:
-    """Distinct interventions on prompts of one length; those that begin alike lie together."""
+    """Distinct interventions on prompts of about one length; what begins alike lies together."""
 
     length: int
+    """Of the longest prompt; the others are filled up."""
+    ends: np.ndarray
+    """(interventions,) length of the prompt."""
     prompts: np.ndarray
     """(interventions,) position in the cache."""
     saes: np.ndarray
@@ -68,12 +76,18 @@ class Interventions:
     """(interventions,) first position at which it is not as its predecessor; 0 for the first one,
     `length` for the same question asked twice."""
 
-    def levels(self) -> list[Level]:
-        """The tree in levels, cut where the work saved is worth it."""
+    def levels(self, piece_cost: float = 0.0) -> list[Level]:
+        """The tree in levels, cut where the work saved is worth it.
+
+        In the last one every prompt ends.
+
+        Args:
+            piece_cost: of a level, in positions computed.
+        """
         states = np.cumsum(np.bincount(self.departs, minlength=self.length)[: self.length])
         levels: list[Level] = []
         before = np.zeros(1, dtype=int)
-        for start, end in _cuts(states):
+        for start, end in _cuts(states, piece_cost, int(self.ends.min()) - 1):
             first = np.flatnonzero(self.departs < end)
             parents = np.searchsorted(before, first, side="right") - 1
             levels.append(Level(start, end, first, parents))
@@ -88,6 +102,7 @@ def find_interventions(
     tokens: np.ndarray,
     lengths: np.ndarray,
     asked: np.ndarray,
+    piece_cost: float = 0.0,
 ) -> Iterator[Interventions]:
     """Every intervention that can change an answer, once, by length of the prompt.
 
@@ -98,10 +113,13 @@ def find_interventions(
         tokens: (prompts, longest).
         lengths: (prompts,).
         asked: bool (prompts,), the others are left out.
+        piece_cost: of a group, in positions computed: lengths for which that is more than filling
+            up the shorter prompts are one group.
     """
     somewhere = fires.any(axis=1)
-    for length in np.unique(lengths[asked]).tolist():
-        prompts = np.flatnonzero(asked & (lengths == length))
+    saes, rows, _ = chosen.shape
+    for shortest, length in _groups(lengths[asked], piece_cost / (saes * rows)):
+        prompts = np.flatnonzero(asked & (lengths >= shortest) & (lengths <= length))
         patterns = somewhere[prompts][:, None, None] & chosen
         same_as = _first_of_equals(patterns, multipliers)
         own = same_as == np.arange(len(multipliers))
@@ -111,11 +129,16 @@ def find_interventions(
         features = patterns[prompt, sae, row]
         factors = np.asarray(multipliers)[row]
         clamped = fires[prompts[prompt], :length] & features[:, None]
-        paths = _paths(tokens[prompts[prompt], :length], clamped, factors)
+        ends = lengths[prompts[prompt]]
+        own_tokens = np.where(
+            np.arange(length) < ends[:, None], tokens[prompts[prompt], :length], -1
+        )
+        paths = _paths(own_tokens, clamped, factors)
         keys = [path.tobytes() for path in paths]
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
         yield Interventions(
             length=length,
+            ends=ends[order],
             prompts=prompts[prompt][order],
             saes=sae[order],
             features=features[order],
@@ -123,6 +146,20 @@ def find_interventions(
             grid_rows=(same_as[prompt, sae] == row[:, None])[order],
             departs=_departures(paths[order]),
         )
+
+
+def _groups(lengths: np.ndarray, cost: float) -> Iterator[tuple[int, int]]:
+    """Shortest and longest prompt of each group, which takes less than `cost` to fill up."""
+    found, counts = np.unique(lengths, return_counts=True)
+    shortest, filled, inside = int(found[0]), 0, int(counts[0])
+    for before, length, count in zip(found[:-1], found[1:], counts[1:], strict=True):
+        filled += inside * int(length - before)
+        if filled < cost:
+            inside += int(count)
+            continue
+        yield shortest, int(before)
+        shortest, filled, inside = int(length), 0, int(count)
+    yield shortest, int(found[-1])
 
 
 def _first_of_equals(patterns: np.ndarray, multipliers: Sequence[int]) -> np.ndarray:
@@ -163,21 +200,26 @@ def _departures(paths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], found])
 
 
-def _cuts(states: np.ndarray) -> list[tuple[int, int]]:
+def _cuts(
+    states: np.ndarray, piece_cost: float = 0.0, latest: int | None = None
+) -> list[tuple[int, int]]:
     """The pieces (start, end) of least cost.
 
     Args:
         states: (length,) number of different states at each position. A piece is computed for
             as many rows as there are states at its end.
+        piece_cost: of a piece, in positions.
+        latest: the last piece starts no later.
     """
     length = len(states)
+    latest = length - 1 if latest is None else latest
     cost = np.zeros(length + 1)
     came_from = np.zeros(length + 1, dtype=int)
     starts = np.arange(length)
     for end in range(1, length + 1):
-        start = starts[:end]
+        start = starts[: end if end < length else latest + 1]
         parting = np.where(start > 0, CUT_COST + COPY_COST * start, 0.0)
-        costs = cost[:end] + states[end - 1] * (end - start + parting)
+        costs = cost[start] + states[end - 1] * (end - start + parting) + piece_cost
         came_from[end] = costs.argmin()
         cost[end] = costs[came_from[end]]
     pieces: list[tuple[int, int]] = []

@@ -67,17 +67,21 @@ class LayersAfter:
             longer.append(entry)
         return longer
 
-    def letters(self, resid: Tensor, past: Past) -> Tensor:
+    def letters(self, resid: Tensor, past: Past, at: Tensor | None = None) -> Tensor:
         """The answers, int64 (rows,) in 0 to 3, as SAEBench's arg max over the letters.
 
         Args:
-            resid: (rows, positions, d_model) at the hook; the last position answers.
+            resid: (rows, positions, d_model) at the hook.
             past: of the same rows, up to these positions.
+            at: int64 (rows,) which of these positions answers; None: the last one.
         """
         for i in range(len(self.blocks)):
-            is_last = i == len(self.blocks) - 1
-            resid, _ = self._block(i, resid, past, answer_only=is_last)
-        last = resid[:, -1:]
+            answers = i == len(self.blocks) - 1 and at is None
+            resid, _ = self._block(i, resid, past, answer_only=answers)
+        if at is None:
+            last = resid[:, -1:]
+        else:
+            last = resid[torch.arange(len(at), device=at.device), at][:, None]
         if self.model.cfg.normalization_type is not None:
             last = self.model.ln_final(last)
         logits = torch.nn.functional.linear(last[:, 0], self._W_answers, self._b_answers)

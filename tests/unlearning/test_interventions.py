@@ -33,11 +33,17 @@ def state(fires, clamped, multiplier, tokens, end):
     return tuple(tokens[:end]), on.tobytes(), int(multiplier) if on.any() else 0
 
 
+@pytest.mark.parametrize("piece_cost", [0.0, 60.0, 1e9])
 @pytest.mark.parametrize("seed", range(6))
-def test_levels_hold_each_state_once_behind_its_own_past(seed: int):
+def test_levels_hold_each_state_once_behind_its_own_past(seed: int, piece_cost: float):
     fires, chosen, tokens, lengths, asked = drawn(seed)
-    answered = np.zeros((2, 4, 40), dtype=int)
-    for group in find_interventions(fires, chosen, MULTIPLIERS, tokens, lengths, asked):
+    tokens = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 7)
+    answered, groups = np.zeros((2, 4, 40), dtype=int), 0
+    found = find_interventions(fires, chosen, MULTIPLIERS, tokens, lengths, asked, piece_cost)
+    for group in found:
+        groups += 1
+        assert np.array_equal(group.ends, lengths[group.prompts])
+        assert group.length >= group.ends.max()
         intervention, row = np.nonzero(group.grid_rows)
         answered[group.saes[intervention], row, group.prompts[intervention]] += 1
 
@@ -51,7 +57,10 @@ def test_levels_hold_each_state_once_behind_its_own_past(seed: int):
             assert np.array_equal(clamps, fires[group.prompts[i]] & group.features[i])
             assert MULTIPLIERS[r] == group.multipliers[i]
         before, reached = [0], 0
-        for level in group.levels():
+        levels = group.levels(piece_cost)
+        assert levels[-1].start < group.ends.min()
+        assert piece_cost < 1e9 or len(levels) == 1
+        for level in levels:
             assert level.start == reached
             reached = level.end
             everyone = [path(i, level.end) for i in range(len(group.prompts))]
@@ -63,6 +72,7 @@ def test_levels_hold_each_state_once_behind_its_own_past(seed: int):
         assert reached == group.length
     fires_in = (fires.any(axis=1)[None, None] & chosen[:, :, None]).any(axis=-1)
     assert np.array_equal(answered, (fires_in & asked).astype(int))
+    assert groups == (len(set(lengths[asked])) if piece_cost < 1e9 else 1) or piece_cost == 60
 
 
 def cost(states, pieces):

@@ -24,7 +24,7 @@ DEVICES = [
 ]
 """The same on a CPU, so that a test that fails on a GPU says something about the GPU."""
 
-NEAR = {"float32": (2**-17, 0.002, 0.001), "bfloat16": (2**-3, 0.3, 0.05)}
+NEAR = {"float32": (2**-17, 0.002, 0.001), "bfloat16": (2**-2, 0.5, 0.05)}
 """By type: what counts as a near tie, the share of them, and that of answers that differ."""
 
 
@@ -52,7 +52,7 @@ def test_every_answer_of_the_embedded_world(
     smaller_world: World, tmp_path: Path, architecture: str
 ) -> None:
     bench = make_bench(smaller_world, tmp_path, device="cuda")
-    sae = sae_maker(bench.corpus_rows(), steps=100)(architecture, True)
+    sae = sae_maker(bench.corpus_rows(), steps=300)(architecture, True)
     near, ties, differing = NEAR["float32"]
     assert_only_near_ties_differ(bench, sae, near=near, ties=ties, differing=differing)
 

@@ -44,6 +44,9 @@ def test_pieces_and_what_is_held_change_no_answer(bench: Bench, sae_of: Any) -> 
     other.encodes_pieces, other.positions_held = False, 256
     fast = bench.cached().evaluate(sae, training_steps=1)
     assert_equal(other.evaluate(sae, training_steps=1), fast)
+    for piece_cost in (1000.0, 1e9):  # prompts of different lengths together
+        other.piece_cost = piece_cost
+        assert_equal(other.evaluate(sae, training_steps=1), fast)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "random"])

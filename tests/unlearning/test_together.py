@@ -135,9 +135,9 @@ def test_what_is_not_asked_is_not_run(
     evaluator = bench.cached()
     letters, answered = evaluator.layers.letters, []
 
-    def count(resid: Any, past: Any) -> Any:
+    def count(resid: Any, *of_rows: Any) -> Any:
         answered.append(len(resid))
-        return letters(resid, past)
+        return letters(resid, *of_rows)
 
     monkeypatch.setattr(evaluator.layers, "letters", count)
     evaluator.evaluate(saes[0], training_steps=1)
