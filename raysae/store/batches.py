@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from raysae.store.chunks import Moments
 from raysae.store.files import checksum
-from raysae.store.rows import batch_rows, mixed_batch_rows
+from raysae.store.rows import batch_rows, epoch_order, mixed_batch_rows, place_of
 
 BLOCK_BYTES = 1 << 20
 """Rows are gathered, converted and put into the batch in blocks that stay in a core's cache."""
+
+MOST_ORDERS = 64
+"""Epochs' orders on a device at most: more than SAEs are trained at the same time."""
 
 MOST_AHEAD = 32
 """Batches prefetched at most: one for each SAE that is trained at the same time."""
@@ -89,10 +93,17 @@ class ResidentRows:
         self._rows, self._lengths, self._check = rows, list(lengths), check
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
+        self.check()
+        return self.select(_send(torch.from_numpy(rows), self._rows.device), scale)
+
+    def check(self) -> None:
+        """Raise where the memory may not be read."""
         if self._check is not None:
             self._check()
-        wanted = _send(torch.from_numpy(rows), self._rows.device)
-        return self._rows.index_select(0, wanted).float().mul_(scale)
+
+    def select(self, rows: Tensor, scale: float) -> Tensor:
+        """`take`, of row numbers that are on the device already."""
+        return self._rows.index_select(0, rows).float().mul_(scale)
 
     def checksums(self) -> list[str]:
         return [checksum(_as_stored(part)) for part in self._rows.split(self._lengths)]
@@ -177,6 +188,9 @@ class ChunkedActivations:
         self._set_units(scale, mean, variance)
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
         self._mixtures: dict[float, ChunkedActivations] = {}
+        self._orders = None
+        if isinstance(rows, ResidentRows):
+            self._orders = _Orders(rows.n_rows, is_forget, self._device)
         self._thread = ThreadPoolExecutor(1, "prefetch") if prefetch else None
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if prefetch and on_gpu else None
@@ -263,16 +277,32 @@ class ChunkedActivations:
         """`batch` of each seed, one after the other: (seeds, rows, d_in) and (seeds, rows)."""
         if self._thread is not None:
             made = [self.batch(seed, step, batch_size, rank, size) for seed in seeds]
-            acts, labels = zip(*made, strict=True)
-            return torch.stack(acts), torch.stack(labels)
-        rows = np.stack([self._rows_of(seed, step, batch_size, rank, size) for seed in seeds])
-        flat, of_flat = self._take(rows.ravel())
-        return flat.view(*rows.shape, -1), of_flat.view(rows.shape)
+            of_seeds, labels_of_seeds = zip(*made, strict=True)
+            return torch.stack(of_seeds), torch.stack(labels_of_seeds)
+        if self._orders is not None and self._mixed is None:
+            acts, labels = self._select(seeds, step, batch_size, rank, size)
+        else:
+            rows = [self._rows_of(seed, step, batch_size, rank, size) for seed in seeds]
+            acts, labels = self._take(np.concatenate(rows))
+        shape = (len(seeds), -1)
+        return acts.view(*shape, self.d_in), labels.view(shape)
 
     def _make(
         self, seed: int, step: int, batch_size: int, rank: int, size: int
     ) -> tuple[Tensor, Tensor]:
+        if self._orders is not None and self._mixed is None:
+            return self._select([seed], step, batch_size, rank, size)
         return self._take(self._rows_of(seed, step, batch_size, rank, size))
+
+    def _select(
+        self, seeds: Sequence[int], step: int, batch_size: int, rank: int, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """The batches, one behind the other, by orders that lie on the device as the rows do: the
+        host sends nothing, which takes a GPU longer than to gather a batch."""
+        assert self._orders is not None and isinstance(self._rows, ResidentRows)
+        self._rows.check()
+        rows = torch.cat([self._orders.rows(seed, step, batch_size)[rank::size] for seed in seeds])
+        return self._rows.select(rows, self.scale), self._orders.is_forget.index_select(0, rows)
 
     def _rows_of(self, seed: int, step: int, batch_size: int, rank: int, size: int) -> np.ndarray:
         if self._mixed is None:
@@ -288,6 +318,30 @@ class ChunkedActivations:
             return _Ahead(self._make(*request), None)
         with torch.cuda.stream(self._stream):
             return _Ahead(self._make(*request), self._stream.record_event())
+
+
+class _Orders:
+    """Labels and the order of the current epoch on the device: of every seed that asks, as long as
+    it does not stop asking."""
+
+    def __init__(self, n_rows: int, is_forget: np.ndarray, device: torch.device) -> None:
+        self._n_rows, self._device = n_rows, device
+        self.is_forget = torch.tensor(is_forget, device=device)
+        self._made: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()
+
+    def rows(self, seed: int, step: int, batch_size: int) -> Tensor:
+        """As `batch_rows` of one worker."""
+        if batch_size > self._n_rows:
+            batch_rows(self._n_rows, seed, step, batch_size)  # says what is wrong
+        epoch, place = place_of(self._n_rows, step, batch_size)
+        made = self._made.get(seed)
+        if made is None or made[0] != epoch:
+            order = torch.from_numpy(epoch_order(self._n_rows, seed, epoch).copy())
+            made = self._made[seed] = epoch, _send(order, self._device)
+            while len(self._made) > MOST_ORDERS:
+                self._made.popitem(last=False)
+        self._made.move_to_end(seed)
+        return made[1][place]
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,21 @@ def mixed_batch_rows(
     return rows
 
 
-def _cut(n_rows: int, step: int, batch_size: int, seed: int, *stream: int) -> np.ndarray:
+def place_of(n_rows: int, step: int, batch_size: int) -> tuple[int, slice]:
+    """The epoch of a step, and where in the epoch's order its batch is."""
     epoch, position = divmod(step, n_rows // batch_size)
-    order = _PERMUTATIONS.get(n_rows, seed, epoch, *stream)
-    rows: np.ndarray = order[position * batch_size : (position + 1) * batch_size].astype(np.int64)
+    return epoch, slice(position * batch_size, (position + 1) * batch_size)
+
+
+def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """All rows (n_rows,) in the order in which `batch_rows` cuts them into the epoch's batches;
+    int32 where that is enough, read-only."""
+    return _PERMUTATIONS.get(n_rows, seed, epoch)
+
+
+def _cut(n_rows: int, step: int, batch_size: int, seed: int, *stream: int) -> np.ndarray:
+    epoch, place = place_of(n_rows, step, batch_size)
+    rows: np.ndarray = _PERMUTATIONS.get(n_rows, seed, epoch, *stream)[place].astype(np.int64)
     return rows
 
 

@@ -225,6 +225,19 @@ def test_a_copy_on_the_device_and_a_look_ahead_change_no_batch(dtype: str, how, 
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("share", [None, 0.25])
+@pytest.mark.parametrize("how", [{}, {"resident": True}, {"prefetch": True}])
+def test_batches_of_several_seeds_are_those_of_each(how, share, sparse_rows):
+    rows = sparse_rows()
+    store = with_moments(rows, np.arange(len(rows)) % 3 == 0, **how)
+    store = store if share is None else store.with_forget_share(share)
+    for step, rank in [(0, (0, 1)), (1, (0, 1)), (11, (0, 1)), (2, (1, 3))]:
+        several = store.batches([5, 2, 5], step, 100, *rank)
+        alone = [store.batch(seed, step, 100, *rank) for seed in (5, 2, 5)]
+        for ours, theirs in zip(several, zip(*alone, strict=True), strict=True):
+            assert torch.equal(ours, torch.stack(theirs))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
