@@ -267,8 +267,15 @@ class Timed:
 
     def batch(self, *arguments: Any) -> Any:
         """As the source's."""
+        return self._timed(self._source.batch, arguments)
+
+    def batches(self, *arguments: Any) -> Any:
+        """As the source's."""
+        return self._timed(self._source.batches, arguments)
+
+    def _timed(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         started = time.perf_counter()
-        made = self._source.batch(*arguments)
+        made = make(*arguments)
         self.seconds += time.perf_counter() - started
         return made
 
