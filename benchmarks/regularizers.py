@@ -25,6 +25,7 @@ from torch import Tensor
 
 from raysae.regularizers import REGISTRY, Regularizer, State, StepView
 from raysae.training.pack import Pack
+from raysae.training.precision import tf32
 from raysae.training.run import SAERun
 from raysae.training.spec import TrialSpec
 
@@ -70,9 +71,10 @@ def make(name: str, period: int) -> Regularizer:
 def penalty_step(method: Regularizer, view: StepView, state: State) -> None:
     """Forward and backward of the penalty alone."""
     W_dec, acts = (t.detach().requires_grad_() for t in (view.W_dec, view.acts))
-    penalty = method.penalty(StepView(W_dec, acts, view.is_forget, view.error), state)
-    if penalty.requires_grad:
-        penalty.backward()
+    with tf32(True):  # as a training step's, on a GPU
+        penalty = method.penalty(StepView(W_dec, acts, view.is_forget, view.error), state)
+        if penalty.requires_grad:
+            penalty.backward()
 
 
 def measure(size: str, device: torch.device, period: int, repeats: int) -> None:

@@ -18,7 +18,11 @@ from raysae.regularizers.cofiring import (
     is_observed,
     moving_average,
 )
+from raysae.regularizers.lloyd import lloyd
 from raysae.regularizers.periodic import PeriodicRegularizer
+
+ITERATIONS = 20
+"""Of k-means, at most."""
 
 
 class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
@@ -29,7 +33,8 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
     centroids. Before the first update all features are in one group.
 
     Source: spherical k-means (Dhillon & Modha, 2001), except that the centroids, means of unit
-    rows, are not scaled to unit norm; scikit-learn's implementation.
+    rows, are not scaled to unit norm; scikit-learn's implementation, and on a GPU, from the second
+    update on, the same iteration there (`lloyd`).
     """
 
     searchable: ClassVar[frozenset[str]] = PeriodicRegularizer.searchable | {"ema", "n_groups"}
@@ -74,13 +79,20 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
         """What follows new groups, in place on `state`; nothing here."""
 
     def _regroup(self, state: State) -> None:
+        points = cofiring_profiles(state["cofiring"]).double()
+        start = state["centroids"].double()
+        found = lloyd(points, start, ITERATIONS) if points.is_cuda and start.any() else None
+        labels, centroids = self._on_host(points, start) if found is None else found
+        state["groups"].copy_(labels)
+        state["centroids"].copy_(centroids)
+
+    def _on_host(self, points: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         # Imported here: scikit-learn takes seconds to load, and the entry point reads this class
         # only to validate a space file.
         from sklearn.cluster import KMeans
         from threadpoolctl import threadpool_limits
 
-        profiles = cofiring_profiles(state["cofiring"]).double().cpu().numpy()
-        previous = state["centroids"].double().cpu().numpy()
+        profiles, previous = points.cpu().numpy(), start.cpu().numpy()
         warm = bool(np.any(previous))
         # One thread: the sums' order, hence the groups, must not depend on the machine's load.
         with threadpool_limits(limits=1):
@@ -88,8 +100,8 @@ class GroupingRegularizer(PeriodicRegularizer, OrthogonalityRegularizer):
                 self.n_groups,
                 init=previous if warm else "k-means++",
                 n_init=1,
-                max_iter=20,
+                max_iter=ITERATIONS,
                 random_state=0,
             ).fit(profiles)
-        state["groups"].copy_(torch.from_numpy(kmeans.labels_.astype(np.int64)))
-        state["centroids"].copy_(torch.from_numpy(kmeans.cluster_centers_))
+        labels = torch.from_numpy(kmeans.labels_.astype(np.int64))
+        return labels, torch.from_numpy(kmeans.cluster_centers_)
