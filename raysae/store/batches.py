@@ -54,19 +54,20 @@ class _SharedRows:
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
         out = torch.empty(len(rows), self.d_in, pin_memory=self._device.type == "cuda")
         placed = out.numpy()
-        chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(chunk_of, kind="stable")
-        local = (rows - self._starts[chunk_of])[order]
-        ends = np.cumsum(np.bincount(chunk_of, minlength=len(self._chunks)))
+        # By chunk, and in a chunk as they lie in memory: neighbours share pages.
+        order = np.argsort(rows)
+        sorted_rows = rows[order]
+        ends = np.searchsorted(sorted_rows, self._starts[1:])
         per_block = max(1, BLOCK_BYTES // (4 * self.d_in))
         block = np.empty((per_block, self.d_in), self._chunks[0].dtype)
         begin = 0
-        for chunk, end in zip(self._chunks, ends.tolist(), strict=True):
+        for chunk, first, end in zip(self._chunks, self._starts[:-1], ends.tolist(), strict=True):
             for start in range(begin, end, per_block):
                 stop = min(start + per_block, end)
                 # numpy reads the chunk: torch knows no read-only memory. "clip" saves a copy.
                 values = block[: stop - start]
-                np.take(chunk, local[start:stop], axis=0, out=values, mode="clip")
+                wanted = sorted_rows[start:stop] - first
+                np.take(chunk, wanted, axis=0, out=values, mode="clip")
                 placed[order[start:stop]] = _as_float(values).mul_(scale).numpy()
             begin = end
         return _send(out, self._device)
