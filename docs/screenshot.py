@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-WIDTH, HEAD_HEIGHT, PART_HEIGHT = 1180, 1150, 1500
+WIDTH, HEAD_HEIGHT, PART_HEIGHT = 1180, 1150, 1300
 
 
 def main() -> None:

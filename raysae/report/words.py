@@ -256,7 +256,8 @@ def _at_step(step: int, part: pd.DataFrame) -> str:
     if plain.empty:
         first = "no figure of conditioning or overlap goes with the score,"
     else:
-        first = f"{_list(plain, 'rho')} by itself goes with the score,"
+        alone = "by itself goes" if len(plain) == 1 else "go by themselves"
+        first = f"{_list(plain, 'rho')} {alone} with the score,"
     if found.empty:
         second = (
             "and beyond L0, explained variance and dead features there is no evidence for any of "
