@@ -16,6 +16,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars
 from datasets import Sequence as ListOf
 from huggingface_hub._local_folder import write_download_metadata
+from safetensors.torch import load_file, save_file
 from tiny_models import gpt_neox, llama
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -131,12 +132,26 @@ def _fast(
     return tokenizer
 
 
-def write_gemma(folder: Path) -> Path:
-    """The embedded world's model, which knows its questions, with gemma's chat template."""
+def write_gemma(folder: Path, noise: float = 0.0) -> Path:
+    """The embedded world's model, which knows its questions, with gemma's chat template.
+
+    Args:
+        folder: must not exist.
+        noise: on every matrix of its weights, in their standard deviations: another model of the
+            same form, as a base model is to its instruct model.
+    """
     folder.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         if (DATA / name).exists():
             shutil.copy(DATA / name, folder)
+    if noise:
+        weights = load_file(folder / "model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        for weight in weights.values():
+            if weight.ndim > 1:
+                drawn = torch.randn(weight.shape, generator=generator)
+                weight += noise * weight.float().std() * drawn.to(weight.dtype)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     tokenizer = AutoTokenizer.from_pretrained(DATA)
     tokenizer.chat_template = GEMMA_TEMPLATE
     tokenizer.save_pretrained(folder)
