@@ -350,7 +350,7 @@ def _print_plan(config: RunConfig, address: str | None) -> None:
 
 def _console() -> Console:
     """Without a terminal there is no width to fit into."""
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return Console(width=None if sys.stdout.isatty() else 220)
 
 
 def _say(message: str, code: int) -> int:

@@ -155,7 +155,7 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
         box=None,
         pad_edge=False,
     )
-    table.add_column("run", overflow="fold")
+    table.add_column("run", no_wrap=True)
     runs = runs_table(trials)
     columns: dict[str, Callable[[pd.Series[Any]], str]] = {
         "seeds": lambda row: f"{row['seeds']}",
@@ -176,7 +176,7 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     if runs["zeros"].any():
-        table.add_column("why 0", no_wrap=True)
+        table.add_column("why 0", overflow="fold")
     for _, row in runs.iterrows():
         cells = [cell(row) for cell in columns.values()]
         table.add_row(Text(str(row["run"])), *cells, *([row["zeros"]] if row["zeros"] else []))
