@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -15,7 +16,7 @@ WORKER_METRICS = {
 
 
 class TimedSource:
-    """An `ActivationSource` that keeps the time of its `batch`; everything else is passed on.
+    """An `ActivationSource` that keeps the time of its batches; everything else is passed on.
 
     A step must not pay for its being measured: the sums go to Ray's metrics in `publish`, which is
     called as often as a curve gets a row.
@@ -45,11 +46,18 @@ class TimedSource:
 
     def batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's; timed."""
+        return self._timed(1, self._source.batch, *args, **kwargs)
+
+    def batches(self, seeds: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """As the source's; timed."""
+        return self._timed(len(seeds), self._source.batches, seeds, *args, **kwargs)
+
+    def _timed(self, count: int, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        batch = self._source.batch(*args, **kwargs)
+        made = make(*args, **kwargs)
         self._seconds += time.perf_counter() - started
-        self._batches += 1
-        return batch
+        self._batches += count
+        return made
 
     def publish(self) -> None:
         """Add what has been measured since the last call to Ray's metrics."""

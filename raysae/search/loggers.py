@@ -45,11 +45,21 @@ def logger_callbacks(names: tuple[str, ...], run_dir: Path) -> list[Any]:
 
 
 def _wandb(run_dir: Path) -> Any:
-    from ray.air.integrations.wandb import WandbLoggerCallback
+    from ray.air.integrations.wandb import WandbLoggerCallback, _WandbLoggingActor
+
+    class LoggingActor(_WandbLoggingActor):
+        def run(self) -> None:
+            super().run()
+            # `finish` tells wandb's own process to write what is left and does not wait until it
+            # has; Ray kills both as soon as this returns. `teardown` waits.
+            self._wandb.teardown()
+
+    class Callback(WandbLoggerCallback):
+        _logger_actor_cls = LoggingActor
 
     folder = run_dir / "wandb"
     folder.mkdir(exist_ok=True)
-    return WandbLoggerCallback(
+    return Callback(
         project=os.environ.get("WANDB_PROJECT", PROJECT), group=run_dir.name, dir=str(run_dir)
     )
 

@@ -80,9 +80,12 @@ class Batches:
     def batch(self, seed: int, step: int, *, rank: int) -> tuple[int, int, int]:
         return seed, step, rank
 
+    def batches(self, seeds: list[int], step: int) -> tuple[list[int], int]:
+        return seeds, step
+
 
 def test_a_timed_source_gives_the_sources_batches_and_adds_up_its_waits(made, monkeypatch):
-    clock = iter([10.0, 10.5, 20.0, 20.25, 30.0, 31.0])
+    clock = iter([10.0, 10.5, 20.0, 20.25, 30.0, 31.0, 40.0, 40.5])
     monkeypatch.setattr(waits.time, "perf_counter", lambda: next(clock))
     source = TimedSource(Batches(), "0/1", {"object_store": 4096})
     assert source.d_in == 16
@@ -97,6 +100,10 @@ def test_a_timed_source_gives_the_sources_batches_and_adds_up_its_waits(made, mo
     source.batch(3, 6, rank=1)
     source.publish()
     assert made["raysae_batch_wait_seconds"].values == {("0/1",): 1.75}
+    assert source.batches([3, 4, 5], 7) == ([3, 4, 5], 7)  # of the SAEs of a pack
+    source.publish()
+    assert made["raysae_batch_wait_seconds"].values == {("0/1",): 2.25}
+    assert made["raysae_batches"].values == {("0/1",): 6}
 
 
 def test_the_dashboard_asks_for_nothing_that_is_not_exported(made):
