@@ -58,3 +58,6 @@ class Group(Alone):
 
     def broadcast_(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+        # It does not count as a write by itself; what is kept of a tensor as long as it is
+        # unchanged (`raysae.regularizers.layout`) would stay.
+        torch.autograd.graph.increment_version(tensor)
