@@ -123,9 +123,17 @@ def test_a_search_whose_machine_is_lost_goes_on_elsewhere_from_its_mirror(
         search.kill()
         shutil.rmtree(out)
 
-        out = tmp_path / "next"
+        out, started = tmp_path / "next", b'"event": "start"'
+        before = copied()["journal.jsonl"].count(started)
         search = Search(out, "--resume", address, "--out", str(out))
-        assert search.wait_until(lambda: bool(list(out.glob("trials/*/checkpoint.pt"))), 300)
+        journal = out / "journal.jsonl"
+        assert search.wait_until(
+            lambda: journal.exists() and journal.read_bytes().count(started) > before, 300
+        ), search.tail()
+        begun = time.time()  # what is older has come from the mirror
+        assert search.wait_until(
+            lambda: any(p.stat().st_mtime > begun for p in out.glob("trials/*/checkpoint.pt")), 300
+        ), search.tail()
         search.process.send_signal(2)
         assert search.wait(90) == 130, search.tail()
         assert "Mirror: s3://bucket/pre/run" in search.tail()
