@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from raysae.regularizers import layout as module
 from raysae.regularizers.layout import layout, while_unchanged
+from raysae.training.collective import Group
 
 
 def test_it_is_found_once_until_the_labels_are_written_to():
@@ -20,8 +23,19 @@ def test_it_is_found_once_until_the_labels_are_written_to():
     assert layout(labels).sizes == (2, 1, 1)
     labels[0] = 2
     assert layout(labels).sizes == (1, 1, 2)
-    torch.autograd.graph.increment_version(labels)  # as a broadcast does
-    assert layout(labels) is not layout(labels.clone())
+
+
+def test_a_broadcast_is_a_write(tmp_path: Path):
+    """Which torch.distributed does not count as one."""
+    address = (tmp_path / "meeting").as_uri()
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        labels = torch.tensor([1, 0, 1, 1])
+        before = layout(labels)
+        Group(dist.group.WORLD).broadcast_(labels)
+        assert layout(labels) is not before
+    finally:
+        dist.destroy_process_group()
 
 
 def test_each_function_has_its_own_and_nothing_outlives_the_labels():
