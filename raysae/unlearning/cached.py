@@ -34,6 +34,7 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from raysae.products import preferred
 from raysae.unlearning.cache import Corpus, EvaluationCache, as_tensor, shared_tensor
 from raysae.unlearning.gemma_layers import layers_after
 from raysae.unlearning.grid import GridPoint, choose_features, eligible_features
@@ -209,7 +210,7 @@ class CachedEvaluator:
             resid = as_tensor(corpus.resid[batch], self.cache.dtype, self.device)
             counted = as_tensor(corpus.counts[batch], "bool", self.device).flatten().float()
             for sae, count in zip(saes, counts, strict=True):
-                acts = sae.encode(resid).flatten(0, 1)
+                acts = _encode(sae, resid).flatten(0, 1)
                 if fires.shape != acts.shape:
                     fires = torch.empty(acts.shape, device=self.device)
                 torch.gt(acts, 0, out=fires)
@@ -245,7 +246,7 @@ class CachedEvaluator:
             resid = as_tensor(prompts.resid[batch, :length], self.cache.dtype, self.device)
             for i, sae in enumerate(saes):
                 here = slice(bounds[i], bounds[i + 1])
-                chosen[batch, :length, here] = sae.encode(resid)[:, :, features[i]]
+                chosen[batch, :length, here] = _encode(sae, resid)[:, :, features[i]]
         chosen[:, 0] = 0  # SAEBench leaves the BOS position alone
         lengths = as_tensor(prompts.lengths, "int64", self.device)
         beyond = torch.arange(longest, device=self.device) >= lengths[:, None]
@@ -306,6 +307,13 @@ class CachedEvaluator:
                 "as cached: the cache belongs to another model, or its layers depend on more than "
                 "the residual stream"
             )
+
+
+def _encode(sae: Any, resid: Tensor) -> Tensor:
+    """(rows, positions, d_sae) activations, the SAE's own."""
+    with preferred():
+        acts: Tensor = sae.encode(resid)
+    return acts
 
 
 @dataclass(frozen=True)

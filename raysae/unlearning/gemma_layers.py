@@ -8,17 +8,14 @@ factors (norm weights, the attention scale) are multiplied into the weights once
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformer_lens import HookedTransformer
 
+from raysae.products import gelu_linear, linear
 from raysae.unlearning.layers_after import LayersAfter, Past
-
-_GELU = 2 * math.sqrt(2 / math.pi)
 
 
 def is_gemma_shaped(cfg: Any) -> bool:
@@ -89,7 +86,7 @@ class GemmaLayersAfter(LayersAfter):
 
 
 class _FusedBlock:
-    """One block's weights, laid out for `F.linear`, and its three steps.
+    """One block's weights, laid out for `linear`, and its three steps.
 
     Next to the products a step is bound by memory: passes over it are few, and in place.
     """
@@ -112,20 +109,15 @@ class _FusedBlock:
         self.W_KV = torch.cat([_heads_to_rows(_pairs(W_K), ln1), _heads_to_rows(W_V, ln1)])
         self.b_KV = _bias(torch.cat([_pairs(b_K), b_V]))
         self.W_O, self.b_O = attn.W_O.flatten(0, 1).T.contiguous(), _bias(attn.b_O)
-        # gelu(x) = x·σ(2√(2/π)·(x + 0.044715·x³)), for σ takes a third of the time of tanh; the
-        # first factor is moved from the argument into the weights.
-        self.cubic = 0.044715 / _GELU**2
         # Not one product for both: its halves would not be contiguous, at twice the time.
-        self.W_gate = (mlp.W_gate * (_GELU * ln2[:, None])).T.contiguous()
+        self.W_gate = (mlp.W_gate * ln2[:, None]).T.contiguous()
         self.W_in, self.b_in = (mlp.W_in * ln2[:, None]).T.contiguous(), _bias(mlp.b_in)
-        self.W_out, self.b_out = (mlp.W_out / _GELU).T.contiguous(), _bias(mlp.b_out)
-        if self.b_in is not None:
-            self.b_in = self.b_in * _GELU
+        self.W_out, self.b_out = mlp.W_out.T.contiguous(), _bias(mlp.b_out)
         self.post1, self.post2 = block.ln1_post.w, block.ln2_post.w
 
     def keys_values(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Normed (rows, positions, d_model) → two (rows, kv heads, positions, d_head)."""
-        both = F.linear(x, self.W_KV, self.b_KV)
+        both = linear(x, self.W_KV, self.b_KV)
         both = both.view(*x.shape[:2], 2 * self.kv_heads, self.d_head)
         keys, values = both.split(self.kv_heads, dim=2)
         return self._rotate_(keys, first).transpose(1, 2), values.transpose(1, 2)
@@ -133,7 +125,7 @@ class _FusedBlock:
     def attend(self, resid: Tensor, x: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         """The residual stream after attention of the queries at position `first` on."""
         rows, positions, _ = x.shape
-        q = F.linear(x, self.W_Q, self.b_Q).view(rows, positions, self.heads, self.d_head)
+        q = linear(x, self.W_Q, self.b_Q).view(rows, positions, self.heads, self.d_head)
         # Queries that share a key's head are more queries of that head.
         q = self._rotate_(q, first).transpose(1, 2)
         q = q.reshape(rows, self.kv_heads, -1, self.d_head)
@@ -143,18 +135,16 @@ class _FusedBlock:
             scores.masked_fill_(self._hidden(first, positions, keys.shape[2], x.device), -torch.inf)
         weights = scores.softmax(dim=-1).view(rows, self.kv_heads, -1, keys.shape[2])
         z = (weights @ values).view(rows, self.heads, positions, self.d_head)
-        out = F.linear(z.transpose(1, 2).reshape(rows, positions, -1), self.W_O, self.b_O)
+        out = linear(z.transpose(1, 2).reshape(rows, positions, -1), self.W_O, self.b_O)
         return torch.addcmul(resid, _rms_(out, self.eps), self.post1)
 
     def mlp_(self, resid: Tensor) -> Tensor:
         """Bring the residual stream, in place, behind the MLP."""
         x = _rms(resid, self.eps)
-        gate, hidden = F.linear(x, self.W_gate), F.linear(x, self.W_in)
-        sigmoid = torch.addcmul(gate, gate * gate, gate, value=self.cubic).sigmoid_()
-        hidden.mul_(sigmoid.mul_(gate))
+        hidden = linear(x, self.W_in).mul_(gelu_linear(x, self.W_gate))
         if self.b_in is not None:
             hidden += self.b_in
-        out = F.linear(hidden, self.W_out, self.b_out)
+        out = linear(hidden, self.W_out, self.b_out)
         return resid.addcmul_(_rms_(out, self.eps), self.post2)
 
     def _rotate_(self, x: Tensor, first: int) -> Tensor:

@@ -1,0 +1,83 @@
+"""Bare products in float32 on a CPU, by either library that PyTorch brings.
+
+    python benchmarks/products.py [--threads 1] [--repeats 30]
+
+For the products of a training step (x: rows of activations, h: of features, E and D: encoder and
+decoder) and of the evaluator's layers: Gflop/s of MKL and of oneDNN, the ratio, and how far both
+are from float64, in units of float32's rounding at the largest entry. Least time of `--repeats`,
+the libraries in turns. A line says which library raysae takes on this machine, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+
+import torch
+from torch import Tensor
+
+from raysae import products
+
+SIZES = ((1024, 128, 512), (1024, 512, 4096), (256, 2304, 16384))
+LIBRARIES: tuple[products.Library, ...] = ("mkl", "onednn")
+
+
+def operands(rows: int, d_in: int, d_sae: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The products of a dense step, as they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    x, h = (torch.randn(rows, d, generator=generator) for d in (d_in, d_sae))
+    E, D = (torch.randn(d_in, d_sae, generator=generator) for _ in range(2))
+    D = D.T.contiguous()
+    return {"x E": (x, E), "h D": (h, D), "x Dᵀ": (x, D.T), "xᵀ h": (x.T, h), "hᵀ x": (h.T, x)}
+
+
+def least_seconds(left: Tensor, right: Tensor, repeats: int) -> dict[str, float]:
+    """By library."""
+    least = dict.fromkeys(LIBRARIES, float("inf"))
+    for turn in range(repeats + 2):
+        for name in LIBRARIES:
+            with products.made_by(name):
+                started = time.perf_counter()
+                products.matmul(left, right)
+                if turn >= 2:  # the first are slower
+                    least[name] = min(least[name], time.perf_counter() - started)
+    return {str(name): seconds for name, seconds in least.items()}
+
+
+def errors(left: Tensor, right: Tensor) -> list[float]:
+    """By library, the largest error in units of rounding at the largest entry."""
+    exact = left.double() @ right.double()
+    unit = float(exact.abs().max()) * torch.finfo(torch.float32).eps
+    found = []
+    for name in LIBRARIES:
+        with products.made_by(name):
+            found.append(float((products.matmul(left, right) - exact).abs().max()) / unit)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = f"{platform.machine()}, {capability}"
+    print(f"torch {torch.__version__}, {machine}, {arguments.threads} thread(s)")
+    print(f"raysae takes {products.library()} here\n")
+    print("rows, d_in, d_sae    product   mkl  onednn  ratio   errors")
+    for size in SIZES:
+        work = 2 * size[0] * size[1] * size[2]
+        for name, (left, right) in operands(*size).items():
+            mkl, onednn = least_seconds(left, right, arguments.repeats).values()
+            off = " ".join(f"{error:5.1f}" for error in errors(left, right))
+            print(
+                f"{size!s:20} {name:8} {work / mkl / 1e9:5.0f}  {work / onednn / 1e9:6.0f}  "
+                f"{mkl / onednn:5.2f}   {off}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
