@@ -1,8 +1,12 @@
 """The activation store on a GPU: placing a copy, batches from it, and one copy for 1, 2, 4 workers.
 
-    python benchmarks/store_gpu.py [--mib 1024] [--parts placement,delivery,sharing]
+    python benchmarks/store_gpu.py [--mib 1024] [--parts placement,delivery,step,sharing]
+        [--d-sae 16384]
 
-Placement and delivery need no Ray; sharing is left out, and says so, where Ray is not installed.
+`delivery` waits for each batch; `step` is what batches cost where they are used: steps of a pack
+with batches from the copy and with one batch that stands ready, in turns, waited for at the end of
+a turn only. All parts but sharing need no Ray; sharing is left out, and says so, where Ray is not
+installed.
 `--device cpu` tries the script where there is no GPU; its figures are then of no GPU.
 """
 
@@ -10,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,6 +27,9 @@ import torch
 from raysae.store.batches import ChunkedActivations, ResidentRows, copy_to
 from raysae.store.chunks import Moments, add_up
 from raysae.store.files import checksum
+from raysae.training.pack import Pack
+from raysae.training.run import SAERun
+from raysae.training.spec import TrainingSpec, TrialSpec
 
 MIB = 1 << 20
 BATCH = 4096
@@ -124,6 +131,72 @@ def measure_delivery(mib: int, device: torch.device, steps: int = 100, rounds: i
                   f"({min(kept) * 1000:.3f} to {max(kept) * 1000:.3f})")  # fmt: skip
 
 
+class Standing:
+    """One batch of a source, ready for every step."""
+
+    def __init__(self, source: ChunkedActivations) -> None:
+        self.d_in, self.scale, self.mean, self.variance = (
+            source.d_in,
+            source.scale,
+            source.mean,
+            source.variance,
+        )
+        self._made = source.batch(0, 0, BATCH)
+
+    def batch(self, *_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._made
+
+    def batches(self, seeds: Sequence[int], *_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        acts, labels = self._made
+        return acts.expand(len(seeds), -1, -1), labels.expand(len(seeds), -1)
+
+    def with_forget_share(self, forget_share: float) -> Standing:
+        raise ValueError("the benchmark's batches have a share of their own")
+
+
+def measure_step(
+    mib: int, device: torch.device, d_sae: int, width: int = 2304, rounds: int = 5
+) -> None:
+    """Share of delivery in a training step, for one SAE and for three with orders of their own."""
+    chunks = chunks_of(mib, width)
+    labels = np.arange(sum(map(len, chunks))) % 2 == 0
+    units: dict[str, Any] = {"scale": 1.0, "mean": np.zeros(width), "variance": float(width)}
+    resident = ChunkedActivations(chunks, labels, **units, device=str(device), resident=True)
+    steps = 40 if device.type == "cuda" else 2
+    for seeds in (1, 3):
+        packs = {}
+        for name, source in (("standing", Standing(resident)), ("delivered", resident)):
+            spec = TrialSpec(
+                number=0,
+                seed=0,
+                seeds=seeds,
+                sae={"architecture": "standard", "d_sae": d_sae, "l1_coefficient": 5.0},
+                training=TrainingSpec(
+                    tokens=10**6 * BATCH, batch_size=BATCH, autocast="bfloat16", tf32=True
+                ),
+                regularizer={"name": "none"},
+                rungs=(10**6 * BATCH,),
+            )
+            packs[name] = Pack([SAERun(member, source) for member in spec.members()])
+        seconds: dict[str, list[float]] = {name: [] for name in packs}
+        for _ in range(rounds + 1):  # the first of them records the step
+            for name, pack in packs.items():
+                work = partial(advance, pack, steps)
+                seconds[name].append(seconds_of(work, device) / steps)
+        standing, delivered = (median(times[1:]) for times in seconds.values())
+        least, most = (1000 * f(seconds["delivered"][1:]) for f in (min, max))
+        print(f"{seeds} SAEs, {width} to {d_sae}, {BATCH} rows each: {1000 * standing:.3f} ms a "
+              f"step with a standing batch, {1000 * delivered:.3f} ({least:.3f} to {most:.3f}) "
+              f"with batches from the copy: {1 - standing / delivered:.1%} of it",
+              flush=True)  # fmt: skip
+
+
+def advance(pack: Pack, steps: int) -> None:
+    """So many steps."""
+    for _ in range(steps):
+        pack.advance()
+
+
 def measure_sharing(mib: int) -> None:
     """Memory of the GPU that 1, 2 and 4 workers' activations take, shared and each for itself."""
     if find_spec("ray") is None:
@@ -202,13 +275,14 @@ def measure_sharing(mib: int) -> None:
     ray.shutdown()
 
 
-def measure(mib: int, parts: list[str], device: torch.device) -> None:
+def measure(mib: int, parts: list[str], device: torch.device, d_sae: int) -> None:
     """Those parts, with the machine's name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{name}; torch {version('torch')}, CUDA {torch.version.cuda}", flush=True)
     known: dict[str, Callable[[], None]] = {
         "placement": lambda: measure_placement(mib, device),
         "delivery": lambda: measure_delivery(mib, device),
+        "step": lambda: measure_step(mib, device, d_sae),
         "sharing": lambda: measure_sharing(mib),
     }
     for part in parts:
@@ -220,7 +294,8 @@ def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mib", type=int, default=1024)
-    parser.add_argument("--parts", default="placement,delivery,sharing")
+    parser.add_argument("--parts", default="placement,delivery,step,sharing")
+    parser.add_argument("--d-sae", type=int, default=16384, help="of the SAEs in `step`")
     parser.add_argument("--device", default="cuda:0")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -228,7 +303,7 @@ def main() -> None:
         parser.error("--mib: at least 64, or there are fewer rows than in a batch")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    measure(arguments.mib, arguments.parts.split(","), device)
+    measure(arguments.mib, arguments.parts.split(","), device, arguments.d_sae)
 
 
 if __name__ == "__main__":
