@@ -38,6 +38,9 @@ from raysae.training.updates import JointAdam, clip_
 FEATURES_ON_CPU, FEATURES_ON_GPU = 16 << 20, 2 << 30
 """Bytes that one product's features (members · n · d_sae, in float32) take at most."""
 
+LOOK_AHEAD_ON_GPU = 63
+"""Steps after one that looked for dead features in which a GPU is not waited for to look again."""
+
 
 def can_pack(runs: Sequence[SAERun]) -> bool:
     """Whether runs may share their steps: architecture, shapes, kind of step, position agree."""
@@ -103,8 +106,9 @@ class Pack:
         kinds = tuple(run.spec.regularizer.kind(run.step) for run in self.runs)
         if None in kinds:
             self._replay.forget()
-        replayable = None not in kinds and all(stack.alive for stack in self._stacks)
-        return self._replay(kinds if replayable else None, self._step, arguments)
+            return self._step(*arguments)
+        places = tuple(stack.places for stack in self._stacks)
+        return self._replay((kinds, places), self._step, arguments)
 
     def _step(
         self,
@@ -147,9 +151,12 @@ class _Stack:
     def __init__(self, runs: Sequence[SAERun]) -> None:
         self.runs = list(runs)
         self._forward = FORWARD[runs[0].spec.sae.architecture]
-        self._dead: list[Tensor | None] = [None] * len(runs)
-        self._none_dead_before = [0] * len(runs)
-        """Step of each member before which no feature can have died."""
+        self.places = (0,) * len(runs)
+        """For each member's dead features in a step; at least as many as there are."""
+        self._enough = [0] * len(runs)
+        """Places that each member needs before the step of its next look."""
+        self._next_look = [0] * len(runs)
+        self._look_ahead = LOOK_AHEAD_ON_GPU if runs[0].device.type == "cuda" else 0
         self._stack: Parameters = {}
         for name, _ in runs[0].sae.named_parameters():
             parts = [run.sae.get_parameter(name) for run in runs]
@@ -181,14 +188,12 @@ class _Stack:
         return torch.stack(batches), torch.stack(labels)
 
     def look_for_dead(self) -> None:
-        """Find the features that count as dead at this step."""
+        """See to it that there are places enough at this step."""
         if self.runs[0].spec.sae.architecture in REVIVING:
-            self._dead = [self._dead_of(i) for i in range(len(self.runs))]
-
-    @property
-    def alive(self) -> bool:
-        """Whether no feature counts as dead that the step would have to revive."""
-        return all(dead is None for dead in self._dead)
+            places = [self._places_of(i) for i in range(len(self.runs))]
+            if self._look_ahead:  # as many for all: few kinds of step
+                places = [max(places)] * len(places)
+            self.places = tuple(places)
 
     def pull(
         self, batch: Tensor, is_forget: Tensor, alphas: Tensor, coefficients: Tensor
@@ -202,7 +207,7 @@ class _Stack:
         runs, members = self.runs, len(self.runs)
         if batch.ndim == 2:
             batch, is_forget = batch.expand(members, -1, -1), is_forget.expand(members, -1)
-        settings = [_settings(run, dead) for run, dead in zip(runs, self._dead, strict=True)]
+        settings = [_settings(run, n) for run, n in zip(runs, self.places, strict=True)]
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=runs[0].autocast):
             forward = self._forward(self._stack, batch, settings)
         with torch.no_grad():
@@ -258,18 +263,22 @@ class _Stack:
         zero = fired.new_zeros(())
         return torch.stack([zero if penalty is None else penalty for penalty in penalties])
 
-    def _dead_of(self, i: int) -> Tensor | None:
-        """(d_sae,) features of a member that count as dead; None if there are none.
+    def _places_of(self, i: int) -> int:
+        """For a member's dead features at this step.
 
-        To know it waits for the device, so it is asked no sooner than one can have died.
+        To know how many there are it waits for the device. On a GPU it asks seldom, for those that
+        can have died when it asks again, and rounds up: a step with other places is another step.
         """
-        run = self.runs[i]
-        if run.step < self._none_dead_before[i]:
-            return None
-        since, limit = run.firing.steps_since_fired, run.spec.training.dead_after
-        left = limit - int(since.max())
-        self._none_dead_before[i] = run.step + left + 1
-        return since > limit if left < 0 else None
+        run, ahead = self.runs[i], self._look_ahead
+        if run.step >= self._next_look[i]:
+            since, limit = run.firing.steps_since_fired, run.spec.training.dead_after
+            left = limit - int(since.max())
+            self._next_look[i] = run.step + max(left, ahead) + 1
+            dead = int((since + ahead > limit).sum()) if left < ahead else 0
+            if dead and ahead:
+                dead = min(1 << (dead - 1).bit_length(), len(since))
+            self._enough[i] = dead
+        return self._enough[i]
 
     def _follow_threshold(self, acts: DenseActs | SparseActs) -> None:
         """SAELens' moving average of the smallest activation that was picked (BatchTopK), without
@@ -300,8 +309,15 @@ def _on_device(numbers: Sequence[list[float]], device: torch.device) -> list[Ten
     return list(torch.split(sent, [len(of_one) for of_one in numbers]))
 
 
-def _settings(run: SAERun, dead: Tensor | None) -> Settings:
-    spec = run.spec.sae
+def _settings(run: SAERun, places: int) -> Settings:
+    """
+    Args:
+        places: for its dead features, at least as many.
+    """
+    spec, dead = run.spec.sae, None
+    if places:
+        is_dead = run.firing.steps_since_fired > run.spec.training.dead_after
+        dead = torch.nonzero_static(is_dead, size=places, fill_value=-1)[:, 0]
     return Settings(
         k=spec.k or 0,
         dead=dead,

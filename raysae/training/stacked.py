@@ -40,7 +40,7 @@ class Settings:
 
     k: float
     dead: Tensor | None
-    """(d_sae,) bool; None: no feature is."""
+    """Which features count as dead: (places,) int64, −1 in places left over; None: none does."""
     widths: tuple[int, ...]
     """Of a Matryoshka SAE, ascending; () otherwise."""
     bandwidth: float
@@ -322,17 +322,19 @@ def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]
         for i, member in enumerate(members):
             if member.dead is None:
                 continue
-            dead = member.dead.nonzero()[:, 0]
-            W, norms = W_dec[i][dead], W_dec[i][dead].norm(dim=-1)
-            hidden = ((batch[i] - b_dec[i]) @ W_enc[i][:, dead] + b_enc[i][dead]) * norms
-            half = batch.shape[-1] // 2
+            half, places = batch.shape[-1] // 2, len(member.dead)
+            there, dead = member.dead >= 0, member.dead.clamp_min(0)
+            W = W_dec[i].index_select(0, dead)
+            norms = W.norm(dim=-1)
+            hidden = (batch[i] - b_dec[i]) @ W_enc[i].index_select(1, dead)
             acts = calculate_topk_aux_acts(
-                k_aux=min(half, len(dead)),
-                hidden_pre=hidden,
-                dead_neuron_mask=torch.ones_like(dead, dtype=torch.bool),
+                k_aux=min(half, places),
+                hidden_pre=(hidden + b_enc[i].index_select(0, dead)) * norms,
+                dead_neuron_mask=there,
             )
+            acts = acts.where(there, 0)  # of fewer dead ones than places, the others are −∞
             missed = ((acts / norms) @ W + error[i].detach()).pow(2).sum(-1).mean()
-            losses[i] = min(len(dead) / half, 1.0) * missed
+            losses[i] = (there.sum() / half).clamp_max(1) * missed
     return torch.stack(losses)
 
 

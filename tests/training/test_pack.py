@@ -16,6 +16,7 @@ from raysae.training.precision import tf32
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
+from raysae.training.stacked import REVIVING
 
 
 def alone(spec: TrialSpec, store: Any, steps: int) -> tuple[SAERun, list[dict[str, float]]]:
@@ -296,16 +297,39 @@ def test_a_step_multiplies_in_tf32_if_it_is_to_and_what_comes_after_does_not(
 
 
 def test_dead_features_are_looked_for_no_later_than_one_can_have_died(make_spec, make_store):
-    """Every step asks for what a look at every step would have found."""
+    """Every step has as many places as there are dead features."""
     run = SAERun(make_spec("topk", sparsity=1, dead_after=4, steps=24), make_store())
     pack = Pack([run])
     (stack,) = pack._stacks
-    looks = []
+    looks, dead = [], 0
     for _ in range(24):
-        dead = run.firing.steps_since_fired > 4
-        looks.append(stack._none_dead_before[0] <= run.step)
-        found = stack._dead_of(0)
-        assert torch.equal(torch.zeros_like(dead) if found is None else found, dead)
+        dead = int((run.firing.steps_since_fired > 4).sum())
+        looks.append(stack._next_look[0] <= run.step)
         pack.advance()
-    assert dead.any()
+        assert stack.places == (dead,)
+    assert dead
     assert looks[:6] == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("architecture", REVIVING)
+def test_places_left_over_change_nothing(architecture, make_spec, make_store):
+    """As on a GPU, which is asked seldom how many features are dead."""
+    spec = make_spec(architecture, sparsity=1, batch_size=8, dead_after=4, steps=40)
+    spec, store = spec.model_copy(update={"seeds": 2}), make_store()
+    pack = Pack([doubled(SAERun(member, store)) for member in spec.members()])
+    (stack,) = pack._stacks
+    stack._look_ahead = 7
+    packed, left_over, looks = [], 0, 0
+    for _ in range(40):
+        dead = [int((run.firing.steps_since_fired > 4).sum()) for run in pack.runs]
+        looks += stack._next_look[0] <= pack.runs[0].step
+        packed.append(pack.advance())
+        assert stack.places[0] == stack.places[1] >= max(dead)
+        left_over += min(dead) > 0 and stack.places[0] > max(dead)
+    assert left_over and looks <= 6
+    for i, member in enumerate(spec.members()):
+        _, losses = alone(member, store, 40)
+        for ours, expected in zip(packed, losses, strict=True):
+            found = {name: value[i].item() for name, value in ours.items()}
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert max(losses["auxiliary_reconstruction_loss"] for losses in losses) > 0

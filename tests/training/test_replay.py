@@ -80,6 +80,31 @@ def test_steps_of_one_kind_ask_the_same_of_the_device(
     assert of_kind == {(kind, kind) for kind in KINDS.get(regularizer, {"plain"})}
 
 
+@pytest.mark.parametrize("architecture", stacked.REVIVING)
+def test_steps_with_dead_features_do_so_too(architecture, make_spec, make_store, monkeypatch):
+    """Those with places for equally many."""
+    spec = make_spec(architecture, sparsity=1, batch_size=8, dead_after=4, steps=40)
+    runs = [SAERun(m, make_store()) for m in spec.model_copy(update={"seeds": 2}).members()]
+    pack = Pack(runs)
+    (stack,) = pack._stacks
+    stack._look_ahead = 7  # as on a GPU
+    step: Callable[..., Any] = pack._step
+    asked: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def watched(*arguments: Any) -> dict[str, Tensor]:
+        with Operations() as operations:
+            losses = step(*arguments)
+        asked.setdefault(stack.places, []).append(operations.seen)
+        return losses
+
+    monkeypatch.setattr(pack, "_step", watched)
+    for _ in range(40):
+        pack.advance()
+    assert sum(places != (0, 0) for places in asked) >= 1
+    for places, steps in asked.items():
+        assert all(seen == steps[1] for seen in steps[2:]), places
+
+
 OBSERVING = ("adaptive_orthogonal", "grouped", "hierarchical", "subspace_clustered")
 KINDS = {name: {"plain", "observed"} for name in (*OBSERVING, "gradient_disentangled")}
 
