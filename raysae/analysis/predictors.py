@@ -81,8 +81,10 @@ def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     """
     from raysae.training.spec import config_hash
 
+    # Neither seeds nor rungs make a configuration another: the best is trained twice.
+    same = {"seed": 0, "seeds": 1, "rungs": []}
     configurations = {
-        record["trial"]: config_hash(record["spec"] | {"seed": 0, "seeds": 1})
+        record["trial"]: config_hash(record["spec"] | same)
         for record in records
         if record["event"] == "end"
     }

@@ -181,9 +181,13 @@ def test_rungs_have_scores_figures_and_size_matched_ratios(make_spec):
     ends = [
         {"event": "end", "trial": i, "spec": make_spec(number=i, seed=i).to_dict()} for i in (0, 1)
     ]
-    table = rungs_table([record, record | {"trial": 1}, *ends])
+    # Trained again by the confirmation, which scores the end alone.
+    again = make_spec(number=2, seed=9, run="trial 0", stage="confirmation")
+    again = again.model_copy(update={"rungs": again.rungs[-1:], "seeds": 5})
+    ends.append({"event": "end", "trial": 2, "spec": again.to_dict()})
+    table = rungs_table([record | {"trial": i} for i in range(3)] + ends)
     first = table.iloc[0]
     assert (first["condition_number"], first["forget_condition"]) == (5.0, 3.0)
     assert np.isnan(first["retain_condition"])
     assert (first["l0"], first["saebench_score"]) == (4.0, 0.3)
-    assert table["configuration"].nunique() == 1  # another seed of the same
+    assert table["configuration"].nunique() == 1  # other seeds of the same
