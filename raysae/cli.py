@@ -336,7 +336,20 @@ def _configured(
     overrides = base | dict(parse_override(text) for text in set_ or [])
     overrides |= {key: value for key, value in flags.items() if value is not None}
     config = load_config(path, overrides)
+    _check_acts(config, [parse_override(text)[0] for text in set_ or []])
     return path, resolve(config), config.storage
+
+
+def _check_acts(config: RunConfig, set_: list[str]) -> None:
+    """Refuse to set what the space searches: its values would be taken all the same."""
+    for key in set_:
+        section, _, field = key.partition(".")
+        if section not in ("sae", "training") or config.space is None:
+            continue
+        if field in getattr(config.space, section):
+            raise UserError(
+                f"--set {key}: is searched, so that this would do nothing; set space.{key} instead"
+            )
 
 
 def _print_plan(config: RunConfig, address: str | None) -> None:

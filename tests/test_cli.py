@@ -145,6 +145,7 @@ def test_bad_input_ends_with_one_message_before_ray_is_imported(
         (["--set", "space.alpha=-1"], ["space.alpha", "≥ 0, got -1"]),
         (["--set", "hook=blocks.9.hook_resid_post"], ["hook", "blocks.0.hook_resid_post"]),
         (["--set", "hook=resid"], ["unknown hook 'resid'", "valid"]),
+        (["--set", "sae.k=3"], ["--set sae.k: is searched", "set space.sae.k instead"]),
         (["--smoke", "--set", "training.batch_size=65537"], ["32768", "65537", "0 steps"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",

@@ -33,6 +33,7 @@ from raysae.search.loggers import check_loggers
 from raysae.search.mirror import mirroring
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
 from raysae.storage import Location, is_address, public
+from raysae.store.files import replacing
 from raysae.worlds.presets import shape_of
 from raysae.worlds.world import World, check_hook, load_world, score_name
 
@@ -417,7 +418,9 @@ def _write_about(
     session = {"started": started, "host": platform.node(), "raysae": __version__}
     resolved = config.model_dump(mode="json", by_alias=True)
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+    # A session that is killed here must leave what the next one reads.
+    with replacing(run_dir / "config.yaml") as draft:
+        draft.write_text(text, encoding="utf-8")
     about = {
         "sessions": [*earlier.get("sessions", []), session],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -432,7 +435,9 @@ def _write_about(
         "plan": vars(plan),
     }
     # As it was at the start, whatever a later session runs on.
-    path.write_text(json.dumps(about | {**earlier, "sessions": about["sessions"]}, indent=1))
+    whole = json.dumps(about | {**earlier, "sessions": about["sessions"]}, indent=1)
+    with replacing(path) as draft:
+        draft.write_text(whole, encoding="utf-8")
 
 
 def _git_commit() -> str | None:

@@ -178,12 +178,11 @@ def test_rungs_have_scores_figures_and_size_matched_ratios(make_spec):
         "saebench_score": 0.3, "metrics": {"l0": 4.0},
         "conditioning": [row("all", 5.0, 2.0), row("forget", 6.0, 2.0), row("retain", None, None)],
     }  # fmt: skip
-    ends = [
-        {"event": "end", "trial": i, "spec": make_spec(number=i, seed=i).to_dict()} for i in (0, 1)
-    ]
+    specs = [make_spec(number=i, seed=i, rungs=(512, 24 * 64)) for i in (0, 1)]
+    ends = [{"event": "end", "trial": s.number, "spec": s.to_dict()} for s in specs]
     # Trained again by the confirmation, which scores the end alone.
     again = make_spec(number=2, seed=9, run="trial 0", stage="confirmation")
-    again = again.model_copy(update={"rungs": again.rungs[-1:], "seeds": 5})
+    again = again.model_copy(update={"seeds": 5})
     ends.append({"event": "end", "trial": 2, "spec": again.to_dict()})
     table = rungs_table([record | {"trial": i} for i in range(3)] + ends)
     first = table.iloc[0]
