@@ -34,7 +34,7 @@ from raysae.worlds.world import WORLDS
 
 _WORLD: TypeAdapter[Any] = TypeAdapter(WorldSpec)
 LAST_RUNG = 0.95
-"""Share of a run past which stopping a trial saves nothing, and loses its score on all questions."""
+"""Share of a run from which on stopping a trial would save next to nothing."""
 SPACES_FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
 
 
@@ -235,6 +235,16 @@ class RunConfig(_Strict):
     def rungs(self) -> tuple[int, ...]:
         """Tokens at which a trial is scored: the scheduler's rungs, then the end of training."""
         return rungs(self.training, self.search.scheduler)
+
+    def extremes(self, section: Literal["sae", "training"], field: str) -> tuple[int, int]:
+        """The smallest and the largest that any trial has of a field of whole numbers."""
+        values = [getattr(getattr(self, section), field)]
+        if self.space is not None:
+            searched = getattr(self.space, section).get(field)
+            values = values if searched is None else list(searched.extremes)
+        for run in (self.runs or {}).values():
+            values.append(getattr(run, section).get(field, values[0]))
+        return min(values), max(values)
 
     @property
     def is_search(self) -> bool:

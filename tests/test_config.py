@@ -143,9 +143,13 @@ def test_a_space_is_found_by_path_or_bare_name(name: str):
 @pytest.mark.parametrize(
     ("grace", "factor", "steps"),
     [
-        (1 / 3, 3, [100, 300]), (1 / 9, 3, [33, 100, 300]), (0.3333, 3, [100, 300]),
-        (0.1, 4, [30, 120, 300]), (0.3, 3, [90, 270, 300]), (1.0, 3, [300]),
-    ],  # fmt: skip
+        (1 / 3, 3, [100, 300]),
+        (1 / 9, 3, [33, 100, 300]),
+        (0.3333, 3, [100, 300]),
+        (0.1, 4, [30, 120, 300]),
+        (0.3, 3, [90, 270, 300]),
+        (1.0, 3, [300]),
+    ],
 )
 def test_rungs_grow_by_the_reduction_factor_up_to_the_end(
     grace: float, factor: int, steps: list[int]

@@ -89,7 +89,7 @@ def runs_table(seeds: pd.DataFrame) -> pd.DataFrame:
 
 def _what_is_equal(named: pd.DataFrame) -> dict[str, str]:
     """By run, in words, what a comparison holds equal: SAE, its sparsity, and training."""
-    fixed = [name for name in named if name in _SAE or name.startswith("training.")]
+    fixed = [name for name in map(str, named) if name in _SAE or name.startswith("training.")]
     first = named.drop_duplicates("run").set_index("run")[fixed]
     return {str(run): repr(row.to_dict()) for run, row in first.iterrows()}
 

@@ -247,7 +247,7 @@ def test_a_trial_that_ends_after_a_restart_counts_once_at_the_rung_behind_it(num
 
 @pytest.mark.parametrize("lengths", [(300, 900), (294, 882), (900, 2700)])
 def test_trials_of_another_length_or_batch_size_are_stopped_at_the_same_rungs(lengths):
-    """Each at a third and a ninth of its own run: at fewer tokens, too, than the first had there."""
+    """Each at a ninth and a third of its own run, at fewer tokens than the first too."""
     scheduler = BaselineSparingASHA([], rungs=2, reduction_factor=3)
     scheduler.set_search_properties("objective", "max")
 
