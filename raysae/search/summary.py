@@ -134,7 +134,8 @@ def _print_leaderboard(
 
 def _caption(trials: pd.DataFrame, shown: pd.DataFrame, score_name: str) -> str:
     seeds = int(trials["seeds"].max())
-    spread = f"; ±: standard deviation over {seeds} seeds" if seeds > 1 else ""
+    spread = f"; ±: standard deviation over {seeds} seeds; " if seeds > 1 else ""
+    spread += "forget, retain, κ: of the seed with the median score" if seeds > 1 else ""
     why = why_not_asked(shown.loc[shown["heldout_score"].isna(), "training_steps"].tolist())
     missing = f"; {NOT_ASKED}: {why}" if why else ""
     return (
