@@ -102,6 +102,24 @@ def test_rank_interval_is_scipys_correlation_and_about_its_bootstrap():
     assert np.isnan(rank_interval(np.ones(20), np.arange(20))[0])
 
 
+def test_pairs_of_one_witness_are_resampled_together():
+    """Three seeds of each configuration: the interval is that of the configurations, not of three
+    times as many pairs."""
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(2, 24))
+    alone = rank_interval(x, y)
+    copied = rank_interval(np.repeat(x, 3), np.repeat(y, 3), np.repeat(np.arange(24), 3))
+    np.testing.assert_allclose(copied, alone)
+    taken_for_72 = rank_interval(np.repeat(x, 3), np.repeat(y, 3))
+    assert taken_for_72[2] - taken_for_72[1] < 0.7 * (alone[2] - alone[1])
+    names = np.array([f"c{i}" for i in rng.permutation(24)])
+    width = np.diff(rank_interval(x, y, names)[1:])
+    assert width == pytest.approx(alone[2] - alone[1], abs=0.1)
+    few = rank_interval(np.repeat(x[:7], 3), np.repeat(y[:7], 3), np.repeat(np.arange(7), 3))
+    assert np.isfinite(few[0])
+    assert np.isnan(few[1])
+
+
 def rungs(n: int, strength: float, *, step: int = 100, copies: int = 1) -> pd.DataFrame:
     """A rungs table in which κ decides the score with `strength`, and nothing else does."""
     rng = np.random.default_rng(1)
