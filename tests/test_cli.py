@@ -458,10 +458,13 @@ def test_a_folder_without_a_search_cannot_be_resumed(tmp_path: Path, there: list
     assert f"--resume {tmp_path}: no search has begun there" in ended.err
 
 
-def test_a_resumed_search_keeps_its_settings(tmp_path: Path, command):
-    ended = command("--resume", str(tmp_path), "--seed", "3")
+@pytest.mark.parametrize(
+    "option", [["--seed", "3"], ["--seed", "0"], ["--space", "alpha.yaml"], ["--smoke"]]
+)
+def test_a_resumed_search_keeps_its_settings(option: list[str], tmp_path: Path, command):
+    ended = command("--resume", str(tmp_path), *option)
     assert ended.code == 2
-    assert "--seed: a resumed search keeps its own settings" in ended.err
+    assert f"{option[0]}: a resumed search keeps its own settings" in ended.err
 
 
 def test_a_world_that_has_changed_is_not_gone_on_with(tmp_path: Path, command):
