@@ -13,8 +13,9 @@ RANK_RESAMPLES = 1000
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean over resamples of `values` (n,), seeded.
 
-    With few values it says how much they agree, not more: for n seeds that are all ahead it lies
-    above 0, which chance alone does once in 2ⁿ.
+    With few values it says how much they agree, not more: it is narrower than its 95 %. Of normal
+    values around 0 it lies above 0 in an eighth of the cases with three of them, where all agree,
+    and in 7 % with five, not in 2.5 %.
     """
     rng = np.random.default_rng(0)
     means = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
