@@ -52,7 +52,7 @@ def associations(run: Run, folder: Path) -> Plot | None:
             panel.axvline(0, color=BLACK, linewidth=0.9)
             first = part.iloc[0]
             panel.set_title(
-                f"step {step}: {first['trials']} trials, {first['configurations']} configurations"
+                f"step {step}: {first['trials']} SAEs, {first['configurations']} configurations"
             )
             panel.set_xlabel(f"with {OUTCOMES[first['outcome']]}")
             panel.set_xlim(-1, 1)
