@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from raysae.search.conclude import SearchOutcome
     from raysae.storage import Location
 
+DEFAULT_SPACE = "orth.yaml"
 SMOKE_OVERRIDES = {
     "training.tokens": 32_768,
     "training.batch_size": 128,  # 256 steps: room for every group-update period
@@ -58,7 +59,7 @@ RunFolder = Annotated[Path, typer.Argument(help="Run folder of a search.", metav
 
 
 def search(
-    space: SpaceOption = "orth.yaml",
+    space: SpaceOption = DEFAULT_SPACE,
     world: WorldOption = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
     max_concurrent: Annotated[
@@ -90,11 +91,13 @@ def search(
     """
     if resume_ is not None:
         given = {
+            "--space": None if space == DEFAULT_SPACE else space,
             "--num-samples": num_samples, "--max-concurrent": max_concurrent, "--seed": seed,
-            "--world": world, "--set": set_, "--smoke": smoke, "--plan": plan,
+            "--world": world, "--set": set_ or None, "--smoke": smoke or None,
+            "--plan": plan or None,
         }  # fmt: skip
         for name, value in given.items():
-            if value:
+            if value is not None:
                 raise UserError(f"{name}: a resumed search keeps its own settings; leave it out")
         resume(resume_, address, out, storage)
         return
@@ -195,7 +198,7 @@ def _exit_code(outcome: SearchOutcome) -> None:
 
 
 def plan(
-    space: SpaceOption = "orth.yaml",
+    space: SpaceOption = DEFAULT_SPACE,
     world: WorldOption = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to plan for; default: this machine.")
@@ -336,7 +339,20 @@ def _configured(
     overrides = base | dict(parse_override(text) for text in set_ or [])
     overrides |= {key: value for key, value in flags.items() if value is not None}
     config = load_config(path, overrides)
+    _check_acts(config, [parse_override(text)[0] for text in set_ or []])
     return path, resolve(config), config.storage
+
+
+def _check_acts(config: RunConfig, set_: list[str]) -> None:
+    """Refuse to set what the space searches: its values would be taken all the same."""
+    for key in set_:
+        section, _, field = key.partition(".")
+        if section not in ("sae", "training") or config.space is None:
+            continue
+        if field in getattr(config.space, section):
+            raise UserError(
+                f"--set {key}: is searched, so that this would do nothing; set space.{key} instead"
+            )
 
 
 def _print_plan(config: RunConfig, address: str | None) -> None:

@@ -33,6 +33,8 @@ from raysae.worlds.spec import HubWorld, LocalWorld, WorldSpec
 from raysae.worlds.world import WORLDS
 
 _WORLD: TypeAdapter[Any] = TypeAdapter(WorldSpec)
+LAST_RUNG = 0.95
+"""Share of a run from which on stopping a trial would save next to nothing."""
 SPACES_FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
 
 
@@ -67,6 +69,16 @@ class SchedulerConfig(_Strict):
         1 / 3, gt=0, le=1, description="share of the run of the first rung"
     )
     reduction_factor: int = Field(3, ge=2, description="one in this many goes on at a rung")
+
+    def shares(self) -> list[float]:
+        """Of a run, at which trials may be stopped, ascending."""
+        shares: list[float] = []
+        share = self.grace_fraction if self.name == "asha" else 1.0
+        # A third of a third of a third is the end but for rounding, and no rung just before it.
+        while share < LAST_RUNG:
+            shares.append(share)
+            share *= self.reduction_factor
+        return shares
 
 
 class SearchConfig(_Strict):
@@ -224,6 +236,16 @@ class RunConfig(_Strict):
         """Tokens at which a trial is scored: the scheduler's rungs, then the end of training."""
         return rungs(self.training, self.search.scheduler)
 
+    def extremes(self, section: Literal["sae", "training"], field: str) -> tuple[int, int]:
+        """The smallest and the largest that any trial has of a field of whole numbers."""
+        values = [getattr(getattr(self, section), field)]
+        if self.space is not None:
+            searched = getattr(self.space, section).get(field)
+            values = values if searched is None else list(searched.extremes)
+        for run in (self.runs or {}).values():
+            values.append(getattr(run, section).get(field, values[0]))
+        return min(values), max(values)
+
     @property
     def is_search(self) -> bool:
         """Whether a sampler chooses the trials, and not a list or a grid."""
@@ -300,12 +322,7 @@ class RunConfig(_Strict):
 def rungs(training: TrainingSpec, scheduler: SchedulerConfig) -> tuple[int, ...]:
     """Tokens at which a trial is scored, ascending; the last is the end of training."""
     total = training.steps
-    steps = {total}
-    if scheduler.name == "asha":
-        rung = max(1, round(total * scheduler.grace_fraction))
-        while rung < total:
-            steps.add(rung)
-            rung *= scheduler.reduction_factor
+    steps = {total} | {max(1, round(total * share)) for share in scheduler.shares()}
     return tuple(step * training.batch_size for step in sorted(steps))
 
 

@@ -145,6 +145,7 @@ def test_bad_input_ends_with_one_message_before_ray_is_imported(
         (["--set", "space.alpha=-1"], ["space.alpha", "≥ 0, got -1"]),
         (["--set", "hook=blocks.9.hook_resid_post"], ["hook", "blocks.0.hook_resid_post"]),
         (["--set", "hook=resid"], ["unknown hook 'resid'", "valid"]),
+        (["--set", "sae.k=3"], ["--set sae.k: is searched", "set space.sae.k instead"]),
         (["--smoke", "--set", "training.batch_size=65537"], ["32768", "65537", "0 steps"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
@@ -457,10 +458,13 @@ def test_a_folder_without_a_search_cannot_be_resumed(tmp_path: Path, there: list
     assert f"--resume {tmp_path}: no search has begun there" in ended.err
 
 
-def test_a_resumed_search_keeps_its_settings(tmp_path: Path, command):
-    ended = command("--resume", str(tmp_path), "--seed", "3")
+@pytest.mark.parametrize(
+    "option", [["--seed", "3"], ["--seed", "0"], ["--space", "alpha.yaml"], ["--smoke"]]
+)
+def test_a_resumed_search_keeps_its_settings(option: list[str], tmp_path: Path, command):
+    ended = command("--resume", str(tmp_path), *option)
     assert ended.code == 2
-    assert "--seed: a resumed search keeps its own settings" in ended.err
+    assert f"{option[0]}: a resumed search keeps its own settings" in ended.err
 
 
 def test_a_world_that_has_changed_is_not_gone_on_with(tmp_path: Path, command):

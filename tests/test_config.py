@@ -142,7 +142,14 @@ def test_a_space_is_found_by_path_or_bare_name(name: str):
 
 @pytest.mark.parametrize(
     ("grace", "factor", "steps"),
-    [(1 / 3, 3, [100, 300]), (1 / 9, 3, [33, 99, 297, 300]), (0.1, 4, [30, 120, 300])],
+    [
+        (1 / 3, 3, [100, 300]),
+        (1 / 9, 3, [33, 100, 300]),
+        (0.3333, 3, [100, 300]),
+        (0.1, 4, [30, 120, 300]),
+        (0.3, 3, [90, 270, 300]),
+        (1.0, 3, [300]),
+    ],
 )
 def test_rungs_grow_by_the_reduction_factor_up_to_the_end(
     grace: float, factor: int, steps: list[int]
@@ -150,6 +157,15 @@ def test_rungs_grow_by_the_reduction_factor_up_to_the_end(
     training = TrainingSpec(tokens=3000, batch_size=10)
     scheduler = SchedulerConfig(grace_fraction=grace, reduction_factor=factor)
     assert rungs(training, scheduler) == tuple(step * 10 for step in steps)
+
+
+@pytest.mark.parametrize("steps", range(200, 230))
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_rung_is_the_end_but_for_rounding(steps: int, depth: int):
+    """A trial that is stopped a step before its end was trained for nothing."""
+    training = TrainingSpec(tokens=steps, batch_size=1)
+    found = rungs(training, SchedulerConfig(grace_fraction=3.0**-depth))
+    assert len(found) == depth + 1
 
 
 def test_tokens_that_are_no_whole_batch_are_not_trained_on():

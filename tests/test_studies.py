@@ -452,7 +452,8 @@ def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatc
             [
                 "pythia-70m: 6 layers, d_in 512; SAEs at blocks.3.hook_resid_post",
                 "at most 2,000,000 tokens are harvested: 4.1 GB",
-                "a 24 GB card, 20 TFLOP/s: 0.00 h to train an SAE",
+                # 12 · 1e7 · 512 · 4096 operations
+                "a 24 GB card, 20 TFLOP/s: 13 s to train an SAE",
             ],
         ),
     ],

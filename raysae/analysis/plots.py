@@ -146,7 +146,7 @@ def _dots(trials: pd.DataFrame, by: str, columns: dict[str, str], label: str) ->
         baseline = trials.loc[of_first, column].mean()
         axes.axvline(baseline, color=COLOURS[i], linewidth=0.8, linestyle=LINE_STYLES[i + 1])
     axes.set_yticks(range(len(runs)), runs)
-    axes.invert_yaxis()
+    axes.set_ylim(len(runs) - 0.5, -0.5)  # downwards, and room for the marks of few rows
     dot = "a seed" if by == "run" else "a trial"
     if len(set(trials["state"])) > 1:
         dot += "; hollow: stopped early, not in the mean"

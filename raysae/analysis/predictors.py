@@ -45,7 +45,7 @@ OUTCOMES = {
 """Columns of the rungs table that are predicted, with their names for a reader: `outcome_of`."""
 
 MIN_TRIALS = 12
-"""Below, an interval by bootstrap promises more than there is."""
+"""SAEs scored at one step. Below, an interval by bootstrap promises more than there is."""
 
 RESAMPLES = 2000
 
@@ -54,7 +54,7 @@ ASSOCIATION_COLUMNS = {
     "outcome": "which score, a column of the rungs table: saebench_score where all SAEs at this "
     "step were asked all questions, else score",
     "predictor": "column of the rungs table",
-    "trials": "trials compared (count)",
+    "trials": "SAEs compared, of a trial of several seeds each (count)",
     "configurations": "different configurations among them, which are resampled (count)",
     "rho": "Spearman rank correlation with the score (−1..1); nan if either is constant",
     "rho_low": "2.5 % of it over resamples",
@@ -81,8 +81,10 @@ def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
     """
     from raysae.training.spec import config_hash
 
+    # Neither seeds nor rungs make a configuration another: the best is trained twice.
+    same = {"seed": 0, "seeds": 1, "rungs": []}
     configurations = {
-        record["trial"]: config_hash(record["spec"] | {"seed": 0, "seeds": 1})
+        record["trial"]: config_hash(record["spec"] | same)
         for record in records
         if record["event"] == "end"
     }
@@ -126,8 +128,8 @@ def rung_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
     """One row a (step, predictor), columns as in `ASSOCIATION_COLUMNS`.
 
-    Steps at which fewer than `MIN_TRIALS` trials were scored are left out, and so are predictors
-    that fewer trials have.
+    Steps at which fewer than `MIN_TRIALS` SAEs were scored are left out, and so are predictors
+    that fewer have.
     """
     rows: list[dict[str, Any]] = []
     for step, at_step in rungs.groupby("step"):

@@ -39,29 +39,34 @@ RUN_COLUMNS: dict[str, str] = {
     },
     "zeros": "why a score is 0 where one is, with the number of seeds",
     "difference": "mean over seeds of the difference of held-out scores to the run without a "
-    "regularizer, seed by seed",
+    "regularizer of the same SAE and training, seed by seed",
     "difference_low": "2.5 % of it, bootstrap over seeds",
     "difference_high": "97.5 %",
     "ahead": "seeds in which the difference is above 0 (count)",
 }
 """Columns of `runs.csv` with their meaning and unit; the last four where there is such a run."""
 
+_SAE = ("architecture", "d_sae", "k", "l1_coefficient", "l0_coefficient")
+
 BASELINE = "none"
 """Regularizer of the run that the others are compared with."""
 
 
-def runs_table(trials: pd.DataFrame) -> pd.DataFrame:
+def runs_table(seeds: pd.DataFrame) -> pd.DataFrame:
     """One row a run, in the order of the trials' numbers.
 
     Args:
-        trials: `raysae.analysis.tables.trials_table`.
+        seeds: `raysae.analysis.tables.seeds_table`, of the search alone.
 
     Returns:
         Columns as in `RUN_COLUMNS`. Differences are taken seed by seed: same weights, same batches.
     """
-    named = trials[trials["run"] != ""]
+    named = seeds[seeds["run"] != ""]
     done_all = named[named["state"] == "finished"]
-    baseline = named.loc[named["regularizer"] == BASELINE, "run"].head(1)
+    equal = _what_is_equal(named)
+    baselines: dict[str, str] = {}
+    for run in named.loc[named["regularizer"] == BASELINE, "run"].unique():
+        baselines.setdefault(equal[run], run)
     rows = []
     for run, group in named.groupby("run", sort=False):
         done = group[group["state"] == "finished"]
@@ -76,9 +81,17 @@ def runs_table(trials: pd.DataFrame) -> pd.DataFrame:
             row[f"{figure}_std"] = done[figure].std()
         zero = done[done["score"] == 0]["status"].value_counts()
         row["zeros"] = ", ".join(f"{count} × {status}" for status, count in zero.items())
-        row |= _difference(done_all, str(run), baseline.iloc[0]) if len(baseline) else {}
+        baseline = baselines.get(equal[str(run)])
+        row |= {} if baseline is None else _difference(done_all, str(run), baseline)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _what_is_equal(named: pd.DataFrame) -> dict[str, str]:
+    """By run, in words, what a comparison holds equal: SAE, its sparsity, and training."""
+    fixed = [name for name in map(str, named) if name in _SAE or name.startswith("training.")]
+    first = named.drop_duplicates("run").set_index("run")[fixed]
+    return {str(run): repr(row.to_dict()) for run, row in first.iterrows()}
 
 
 def _difference(done: pd.DataFrame, run: str, baseline: str) -> dict[str, float]:

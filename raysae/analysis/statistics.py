@@ -13,8 +13,9 @@ RANK_RESAMPLES = 1000
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean over resamples of `values` (n,), seeded.
 
-    With few values it says how much they agree, not more: for n seeds that are all ahead it lies
-    above 0, which chance alone does once in 2ⁿ.
+    With few values it says how much they agree, not more: it is narrower than its 95 %. Of normal
+    values around 0 it lies above 0 in an eighth of the cases with three of them, where all agree,
+    and in 7 % with five, not in 2.5 %.
     """
     rng = np.random.default_rng(0)
     means = rng.choice(values, size=(RESAMPLES, len(values))).mean(axis=1)
@@ -22,19 +23,35 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def rank_interval(x: ArrayLike, y: ArrayLike, at_least: int = 8) -> tuple[float, float, float]:
-    """Spearman's rank correlation and its 95 % percentile interval over resamples of the pairs.
+def rank_interval(
+    x: ArrayLike, y: ArrayLike, witnesses: ArrayLike | None = None, at_least: int = 8
+) -> tuple[float, float, float]:
+    """Spearman's rank correlation and its 95 % percentile interval over resamples.
+
+    Args:
+        x, y: (n,).
+        witnesses: (n,) labels; pairs of one label, seeds of one configuration for instance, are no
+            independent witnesses and are resampled together. None: every pair is one.
+        at_least: witnesses, below which there is no interval.
 
     Returns:
-        (ρ, low, high); ρ is nan where x or y is constant, the interval also below `at_least` pairs.
+        (ρ, low, high); ρ is nan where x or y is constant, the interval there and below `at_least`.
     """
     pairs = np.column_stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
     rho = float(_spearman(pairs))
-    if len(pairs) < at_least or not np.isfinite(rho):
+    labels = np.arange(len(pairs)) if witnesses is None else np.asarray(witnesses)
+    names, member = np.unique(labels, return_inverse=True)
+    if len(names) < at_least or not np.isfinite(rho):
         return rho, np.nan, np.nan
     rng = np.random.default_rng(0)
-    chosen = rng.integers(len(pairs), size=(RANK_RESAMPLES, len(pairs)))
-    low, high = np.nanquantile(_spearman(pairs[chosen]), [0.025, 0.975])
+    chosen = rng.integers(len(names), size=(RANK_RESAMPLES, len(names)))
+    if len(names) == len(pairs):
+        draws = _spearman(pairs[np.argsort(member)][chosen])
+    else:  # samples of different lengths
+        rows = [np.flatnonzero(member == name) for name in range(len(names))]
+        samples = (np.concatenate([rows[name] for name in taken]) for taken in chosen)
+        draws = np.array([_spearman(pairs[sample]) for sample in samples])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return rho, float(low), float(high)
 
 

@@ -52,7 +52,7 @@ def associations(run: Run, folder: Path) -> Plot | None:
             panel.axvline(0, color=BLACK, linewidth=0.9)
             first = part.iloc[0]
             panel.set_title(
-                f"step {step}: {first['trials']} trials, {first['configurations']} configurations"
+                f"step {step}: {first['trials']} SAEs, {first['configurations']} configurations"
             )
             panel.set_xlabel(f"with {OUTCOMES[first['outcome']]}")
             panel.set_xlim(-1, 1)
@@ -99,7 +99,7 @@ def scatter(run: Run, folder: Path) -> Plot | None:
             marks = panel.scatter(
                 rungs[name], rungs[outcome], c=rungs["l0"], cmap="cividis", s=22, linewidth=0
             )
-            rho, low, high = rank_interval(rungs[name], rungs[outcome])
+            rho, low, high = rank_interval(rungs[name], rungs[outcome], rungs["configuration"])
             if low > 0 or high < 0:
                 clear.append(f"{'higher' if low > 0 else 'lower'} {PREDICTORS[name]}")
             measured += not np.isnan(low)

@@ -136,11 +136,12 @@ def _trend(run: Run, parameter: str) -> str:
         return "no trial to tell from"
     step = rungs["step"].value_counts().sort_index(ascending=False).idxmax()
     at_step = rungs[rungs["step"] == step]
-    rho, low, high = rank_interval(at_step["asked"], at_step["score"])
+    rho, low, high = rank_interval(at_step["asked"], at_step["score"], at_step["configuration"])
+    count = at_step["trial"].nunique()
     if not np.isfinite(low):
-        return f"too few trials for a trend ({len(at_step)})"
+        return f"too few trials for a trend ({count})"
     figures = f"ρ = {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
-    figures += f", {len(at_step)} trials at step {step}"
+    figures += f", {count} trials at step {step}"
     if low > 0 or high < 0:
         return f"higher goes with {'higher' if low > 0 else 'lower'} scores ({figures})"
     over = " over all regularizers" if run.searched["regularizer"].nunique() > 2 else ""

@@ -225,7 +225,7 @@ def prediction(run: Run) -> str:
         most = int(run.rungs["step"].value_counts().max()) if len(run.rungs) else 0
         return (
             "Whether conditioning or overlap predict the unlearning score cannot be said from this "
-            f"run: it needs {MIN_TRIALS} trials scored at one training step, and there are at most "
+            f"run: it needs {MIN_TRIALS} SAEs scored at one training step, and there are at most "
             f"{most}."
         )
     asked = table[~table["predictor"].isin(SENSITIVITY[1:])]
@@ -245,7 +245,7 @@ def prediction(run: Run) -> str:
 def _at_step(step: int, part: pd.DataFrame) -> str:
     usable = part[part["partial_low"].notna()]
     head = (
-        f"At training step {step}, over {part['trials'].max()} trials of "
+        f"At training step {step}, over {part['trials'].max()} SAEs of "
         f"{part['configurations'].max()} configurations{_outcome(part)}:"
     )
     plain = part[(part["rho_low"] > 0) | (part["rho_high"] < 0)]
@@ -320,7 +320,7 @@ def _saturation(run: Run) -> str:
     if full < len(last) / 4:
         return ""
     return (
-        f"The overlap is 1 in {full} of {len(last)} trials at the last step, because the features "
+        f"The overlap is 1 in {full} of {len(last)} SAEs at the last step, because the features "
         "of one side span the whole residual stream: among those it cannot tell."
     )
 

@@ -39,8 +39,9 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
         "harvest": 2 * (shape.store_tokens or 0) * above * layer,
         "evaluation cache": CACHE_TOKENS * above * layer,
     }
-    sae = 2 * shape.d_model * config.sae.d_sae  # operations of one product, a token
-    training = 6 * sae * config.training.tokens
+    # Of the largest SAE and the longest run: operations of one product, a token.
+    sae = 2 * shape.d_model * config.extremes("sae", "d_sae")[1]
+    training = 6 * sae * config.extremes("training", "tokens")[1]
     asking = INTERVENTIONS * SHARED * PROMPT_TOKENS * (shape.n_layers - above) * layer
     scoring = sae * (CACHE_TOKENS + PROMPT_TOKENS) + asking
     on_the_way = scoring - (1 - HALF) * asking
@@ -55,14 +56,21 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
         hours = rate * 3600
         parts = {name: n / hours for name, n in once.items() if n}
         first = sum(parts.values())
-        each = ", ".join(f"{name} {h:.2f}" for name, h in parts.items())
+        each = ", ".join(f"{name} {_span(h).removesuffix(' h')}" for name, h in parts.items())
         spans = [first + n / hours / count for n in (likely, most)]
         lines += [
             f"               {card}, {rate / 1e12:.0f} TFLOP/s{' each' if count > 1 else ''}: "
-            f"{training / hours:.2f} h to train an SAE, {scoring / hours:.3f} h to score it; once "
-            f"{first:.2f} h ({each})",
-            f"                 in all {spans[0]:.1f} h with early stopping as expected, "
-            f"{spans[1]:.1f} h with every trial trained to its end: {count * spans[0]:.1f} and "
+            f"{_span(training / hours)} to train an SAE, {_span(scoring / hours, 3)} to score it; "
+            f"once {_span(first)} ({each})",
+            f"                 in all {_span(spans[0], 1)} with early stopping as expected, "
+            f"{_span(spans[1], 1)} with every trial trained to its end: {count * spans[0]:.1f} and "
             f"{count * spans[1]:.1f} GPU hours, times their price",
         ]
     return lines
+
+
+def _span(hours: float, digits: int = 2) -> str:
+    """In hours, or in seconds where so many digits of an hour would be zeros."""
+    if hours >= 10**-digits:
+        return f"{hours:.{digits}f} h"
+    return f"{3600 * hours:.0f} s" if hours >= 1 / 360 else f"{3600 * hours:.1f} s"

@@ -95,7 +95,7 @@ def conclude(
     facts |= {"wall_seconds": whole, "report_seconds": whole - wall}
     (run_dir / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     name = about.get("score_name", SAEBENCH)
-    print_summary(console, trials, ended, confirmation, run_dir, facts, score_name=name)
+    print_summary(console, trials, ended, confirmation, study, run_dir, facts, score_name=name)
     console.print(note, markup=False, highlight=False, soft_wrap=True)
     failed = trials[trials["state"] == "failed"]
     return SearchOutcome(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -68,9 +68,10 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
         not_here = str(error)  # of a machine with a GPU a plan is worth having on any other
         plan, nodes = imagine(config, world)
     size = None if world is None else corpus_size(world)
-    if size is not None and config.training.batch_size > size.rows:
+    batch_size = config.extremes("training", "batch_size")[1]
+    if size is not None and batch_size > size.rows:
         raise UserError(
-            f"training.batch_size: {config.training.batch_size:,} rows, and the corpora have about "
+            f"training.batch_size: {batch_size:,} rows, and the corpora have about "
             f"{size.rows:,}; set training.batch_size to less, or take longer texts"
         )
     needs = _needs(config, size, world, plan)
@@ -124,7 +125,9 @@ def _harvested(config: RunConfig, world: World) -> bool:
 def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan: Plan) -> Needs:
     sae, seeds = memory_of_sae(config), most_seeds(config)
     model = model_bytes(world)
-    training = plan.trials_per_pack * seeds * sae.total + 4 * config.sae.d_sae**2
+    training = (
+        plan.trials_per_pack * seeds * sae.total + 4 * config.extremes("sae", "d_sae")[1] ** 2
+    )
     return Needs(
         store=None if size is None or world is None else store_size(config, world, size),
         model=model,
@@ -150,20 +153,22 @@ def _what(config: RunConfig) -> Iterator[str]:
         seeds = config.search.seeds
         yield f"search       {len(trials)} trials: {len(names)} runs with {seeds} seeds each"
         yield from (f"               {name}" for name in names)
-    d_sae = config.sae.d_sae
+    d_sae, tokens = config.extremes("sae", "d_sae"), config.extremes("training", "tokens")
     # Forward and backward of encoder and decoder: three times two products of tokens·d_in·d_sae.
-    operations = 12 * training.tokens * entry.d_model * d_sae
+    operations = [f"{12 * t * entry.d_model * d:.2e}" for t, d in zip(tokens, d_sae, strict=True)]
+    steps = [f"{t // training.batch_size:,}" for t in tokens]
+    parameters = [f"{2 * entry.d_model * d + entry.d_model + d:,}" for d in d_sae]
     yield (
         f"model        {entry.label}: {entry.n_layers} layers, d_in {entry.d_model}; SAEs at "
         f"{config.hook}, {layer + 1} of {entry.n_layers} layers are run for activations"
     )
     yield (
-        f"SAE          {config.sae.architecture}, d_sae {d_sae}, "
-        f"{2 * entry.d_model * d_sae + entry.d_model + d_sae:,} parameters"
+        f"SAE          {config.sae.architecture}, d_sae {_range(map(str, d_sae))}, "
+        f"{_range(parameters)} parameters"
     )
     yield (
-        f"training     {training.tokens:,} tokens a trial: {training.steps:,} steps of "
-        f"{training.batch_size}; {operations:.2e} operations a trial without the penalty"
+        f"training     {_range(f'{t:,}' for t in tokens)} tokens a trial: {_range(steps)} steps "
+        f"of {training.batch_size}; {_range(operations)} operations a trial without the penalty"
     )
     yield f"scored at    {', '.join(f'{tokens:,}' for tokens in config.rungs)} tokens"
     yield from on_cards(config, entry)
@@ -358,6 +363,10 @@ def _free(folder: Path) -> int:
 
 def _names(gpus: list[Gpu]) -> str:
     return ", ".join(gpu.name for gpu in gpus) or "no GPU"
+
+
+def _range(ends: Iterable[str]) -> str:
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _span(seconds: float) -> str:

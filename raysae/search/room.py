@@ -35,11 +35,12 @@ class SAEMemory:
 
 
 def memory_of_sae(config: RunConfig) -> SAEMemory:
-    """Of the SAE that the search is about, in float32."""
-    d_in, d_sae = shape_of(config.world).d_model, config.sae.d_sae
+    """Of the largest SAE of the search, in float32."""
+    d_in, d_sae = shape_of(config.world).d_model, config.extremes("sae", "d_sae")[1]
+    batch_size = config.extremes("training", "batch_size")[1]
     return SAEMemory(
         weights=4 * (2 * d_in * d_sae + d_in + d_sae),
-        batch=BATCH_COPIES * 4 * config.training.batch_size * (d_in + d_sae),
+        batch=BATCH_COPIES * 4 * batch_size * (d_in + d_sae),
     )
 
 
@@ -73,7 +74,7 @@ def room_on_gpu(free: int, model: int, workers: int = 1) -> int:
 
 def trials_that_fit(config: RunConfig, room: int) -> int:
     """Trials whose SAEs have room in so many bytes beside each other."""
-    penalty = 4 * config.sae.d_sae**2
+    penalty = 4 * config.extremes("sae", "d_sae")[1] ** 2
     return max(0, room - penalty) // (most_seeds(config) * memory_of_sae(config).total)
 
 

@@ -33,6 +33,7 @@ from raysae.search.loggers import check_loggers
 from raysae.search.mirror import mirroring
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
 from raysae.storage import Location, is_address, public
+from raysae.store.files import replacing
 from raysae.worlds.presets import shape_of
 from raysae.worlds.world import World, check_hook, load_world, score_name
 
@@ -208,7 +209,12 @@ def run_search(
                 f"{plan.concurrent_trials} trials at a time",
                 highlight=False,
             )
-            _write_about(config, run_dir, plan, world, started)
+            changed = _write_about(config, run_dir, plan, world, started)
+            if changed:
+                console.print(
+                    f"Not as when the search began, and scores may differ for it: {changed}",
+                    markup=False, highlight=False, soft_wrap=True,
+                )  # fmt: skip
             broker = _start_broker(run_dir, namespace)
             threads += [background(run_pool, config, plan, namespace, run_dir, broker)]
             store = Store(config, plan, broker, console)
@@ -410,21 +416,31 @@ def _shut_down() -> None:
 
 def _write_about(
     config: RunConfig, run_dir: Path, plan: cluster.Plan, world: World, started: float
-) -> None:
-    """config.yaml and about.json; a resumed search adds itself to its `sessions`."""
+) -> str:
+    """config.yaml and about.json; a resumed search adds itself to its `sessions`.
+
+    Returns:
+        in words, what versions, commit and Python of a resumed search are not those that it began
+        with; "" where all are.
+    """
     path = run_dir / "about.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    session = {"started": started, "host": platform.node(), "raysae": __version__}
+    code = {
+        "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+    }
+    session = {"started": started, "host": platform.node(), **code}
     resolved = config.model_dump(mode="json", by_alias=True)
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+    # A session that is killed here must leave what the next one reads.
+    with replacing(run_dir / "config.yaml") as draft:
+        draft.write_text(text, encoding="utf-8")
     about = {
         "sessions": [*earlier.get("sessions", []), session],
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
+        **code,
         "platform": platform.platform(),
-        "git_commit": _git_commit(),
         "world_fingerprint": world.fingerprint(),
         "world_sources": dict(world.sources),
         "score_name": score_name(world.permutations),
@@ -432,7 +448,26 @@ def _write_about(
         "plan": vars(plan),
     }
     # As it was at the start, whatever a later session runs on.
-    path.write_text(json.dumps(about | {**earlier, "sessions": about["sessions"]}, indent=1))
+    whole = json.dumps(about | {**earlier, "sessions": about["sessions"]}, indent=1)
+    with replacing(path) as draft:
+        draft.write_text(whole, encoding="utf-8")
+    return _changes(earlier, code)
+
+
+def _changes(earlier: dict[str, Any], code: dict[str, Any]) -> str:
+    """What of the code is not as in an earlier about.json, which may have been written by a version
+    that said less."""
+
+    def flat(about: dict[str, Any]) -> dict[str, Any]:
+        one = {name: about.get(name) for name in ("python", "git_commit")}
+        return {k: v for k, v in {**about.get("versions", {}), **one}.items() if v is not None}
+
+    before, now = flat(earlier), flat(code)
+    return ", ".join(
+        f"{name.replace('git_commit', 'commit')} {now[name]}, then {before[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    )
 
 
 def _git_commit() -> str | None:

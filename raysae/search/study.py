@@ -124,7 +124,8 @@ def reconcile(run_dir: Path, storage: BaseStorage) -> list[int] | None:
 
 def decided_rungs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the scheduler has decided on in earlier sessions, in the order in which it heard of it:
-    {"number", "tokens", "objective"} of every rung but the last, of trials that went on or ended.
+    {"number", "tokens", "rungs", "objective"} of every rung but the last, of trials that went on or
+    ended; "rungs" are the tokens of all of the trial's.
     """
     jobs = replay(records, session="")
     decided = []
@@ -137,6 +138,7 @@ def decided_rungs(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "number": record["trial"],
                     "tokens": record["tokens"],
+                    "rungs": job.spec["rungs"],
                     "objective": record["objective"],
                 }
             )

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from raysae.analysis.describe import NOT_ASKED, describe, why_not_asked
-from raysae.analysis.runs import runs_table
 from raysae.worlds.world import SAEBENCH
 
 SHOWN = 10
@@ -24,6 +23,7 @@ def print_summary(
     trials: pd.DataFrame,
     ended: list[dict[str, Any]],
     confirmation: pd.DataFrame,
+    runs: pd.DataFrame,
     run_dir: Path,
     facts: dict[str, Any],
     *,
@@ -32,9 +32,11 @@ def print_summary(
     """Print the result of a search or a study.
 
     Args:
+        console: to print to.
         trials: `raysae.analysis.tables.trials_table`.
         ended: the journal's records behind it.
-        confirmation: `raysae.search.confirm.verdicts`.
+        confirmation: `raysae.analysis.confirmation.verdicts`.
+        runs: `raysae.analysis.runs.runs_table`; empty for a search.
         run_dir: where everything is.
         facts: figures of the run: wall_seconds, first_result_seconds, busy_share, peak_gib.
         score_name: of the score on all questions, see `raysae.worlds.world.score_name`.
@@ -42,8 +44,8 @@ def print_summary(
     specs = {record["trial"]: record["spec"] for record in ended}
     searched = trials[trials["stage"] == "search"]
     console.print()
-    if (searched["run"] != "").any():
-        _print_runs(console, searched)
+    if not runs.empty:
+        _print_runs(console, runs)
     else:
         _print_leaderboard(console, searched, specs, score_name)
     for error, group in trials[trials["state"] == "failed"].groupby("error"):
@@ -132,7 +134,8 @@ def _print_leaderboard(
 
 def _caption(trials: pd.DataFrame, shown: pd.DataFrame, score_name: str) -> str:
     seeds = int(trials["seeds"].max())
-    spread = f"; ±: standard deviation over {seeds} seeds" if seeds > 1 else ""
+    spread = f"; ±: standard deviation over {seeds} seeds; " if seeds > 1 else ""
+    spread += "forget, retain, κ: of the seed with the median score" if seeds > 1 else ""
     why = why_not_asked(shown.loc[shown["heldout_score"].isna(), "training_steps"].tolist())
     missing = f"; {NOT_ASKED}: {why}" if why else ""
     return (
@@ -145,7 +148,7 @@ def _seeds(row: pd.Series[Any]) -> str:
     return "one seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
 
 
-def _print_runs(console: Console, trials: pd.DataFrame) -> None:
+def _print_runs(console: Console, runs: pd.DataFrame) -> None:
     table = Table(
         title="Runs: mean ± standard deviation over seeds",
         caption="score: on the half of the questions that a search sees; held-out: on the other; "
@@ -156,7 +159,6 @@ def _print_runs(console: Console, trials: pd.DataFrame) -> None:
         pad_edge=False,
     )
     table.add_column("run", no_wrap=True)
-    runs = runs_table(trials)
     columns: dict[str, Callable[[pd.Series[Any]], str]] = {
         "seeds": lambda row: f"{row['seeds']}",
         "score": lambda row: _spread(row, "score", 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,9 @@ from raysae.space import FloatRange, IntRange, Parameter
 from raysae.training.spec import TrialSpec
 
 METRIC, MODE = "objective", "max"
+LEVEL = "level"
+"""Reduction factor to the power of a rung's index: what ASHA takes for the time, so that trials of
+other lengths or batch sizes are compared at the same rung."""
 CLIENT = {"CPU": 0.0, "memory": 1.0}
 """Tune wants a trial to hold something: a byte. The CPUs are the pool's, which do the work; a pool
 that shrinks with its cluster counts on all of them.
@@ -45,9 +48,26 @@ class BaselineSparingASHA(ASHAScheduler):
     It begins with the rungs that an earlier session of the search has decided on.
     """
 
-    def __init__(self, past: list[dict[str, Any]], **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, past: list[dict[str, Any]], rungs: int, reduction_factor: int) -> None:
+        """
+        Args:
+            past: of `decided_rungs`.
+            rungs: at which trials may be stopped, at least 1; their end not counted.
+            reduction_factor: one in so many goes on.
+        """
+        super().__init__(
+            time_attr=LEVEL,
+            grace_period=1,
+            max_t=reduction_factor**rungs,
+            reduction_factor=reduction_factor,
+        )
         self._past = past
+
+    def _at_level(self, result: dict[str, Any], rungs: Sequence[int]) -> dict[str, Any]:
+        tokens = result["tokens"]
+        index = list(rungs).index(tokens)
+        level = self._max_t if tokens == rungs[-1] else self._reduction_factor**index
+        return result | {LEVEL: level}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         done = bool(super().set_search_properties(metric, mode, **spec))
@@ -55,12 +75,15 @@ class BaselineSparingASHA(ASHAScheduler):
         for result in past:
             trial = SimpleNamespace(trial_id=f"past {result['number']}", config={})
             self.on_trial_add(None, trial)  # type: ignore[arg-type]
-            super().on_trial_result(None, trial, result)  # type: ignore[arg-type]
+            at_level = self._at_level(result, result["rungs"])
+            super().on_trial_result(None, trial, at_level)  # type: ignore[arg-type]
         return done
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        spec = trial.config["spec"]
+        result = self._at_level(result, spec["rungs"])
         decision = super().on_trial_result(tune_controller, trial, result)
-        is_baseline = trial.config.get("spec", {}).get("number") == 0
+        is_baseline = spec["number"] == 0
         return self.CONTINUE if is_baseline and not result.get("failed") else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -210,13 +233,8 @@ def _middle(parameter: Parameter) -> float | int | None:
 
 
 def _scheduler(config: RunConfig, records: list[dict[str, Any]]) -> TrialScheduler:
-    rungs, scheduler = config.rungs, config.search.scheduler
-    if scheduler.name == "none" or len(rungs) == 1:
+    scheduler = config.search.scheduler
+    rungs = len(scheduler.shares())
+    if not rungs:
         return FIFOScheduler()
-    return BaselineSparingASHA(
-        decided_rungs(records),
-        time_attr="tokens",
-        max_t=rungs[-1],
-        grace_period=rungs[0],
-        reduction_factor=scheduler.reduction_factor,
-    )
+    return BaselineSparingASHA(decided_rungs(records), rungs, scheduler.reduction_factor)

@@ -102,6 +102,24 @@ def test_rank_interval_is_scipys_correlation_and_about_its_bootstrap():
     assert np.isnan(rank_interval(np.ones(20), np.arange(20))[0])
 
 
+def test_pairs_of_one_witness_are_resampled_together():
+    """Three seeds of each configuration: the interval is that of the configurations, not of three
+    times as many pairs."""
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(2, 24))
+    alone = rank_interval(x, y)
+    copied = rank_interval(np.repeat(x, 3), np.repeat(y, 3), np.repeat(np.arange(24), 3))
+    np.testing.assert_allclose(copied, alone)
+    taken_for_72 = rank_interval(np.repeat(x, 3), np.repeat(y, 3))
+    assert taken_for_72[2] - taken_for_72[1] < 0.7 * (alone[2] - alone[1])
+    names = np.array([f"c{i}" for i in rng.permutation(24)])
+    width = np.diff(rank_interval(x, y, names)[1:])
+    assert width == pytest.approx(alone[2] - alone[1], abs=0.1)
+    few = rank_interval(np.repeat(x[:7], 3), np.repeat(y[:7], 3), np.repeat(np.arange(7), 3))
+    assert np.isfinite(few[0])
+    assert np.isnan(few[1])
+
+
 def rungs(n: int, strength: float, *, step: int = 100, copies: int = 1) -> pd.DataFrame:
     """A rungs table in which κ decides the score with `strength`, and nothing else does."""
     rng = np.random.default_rng(1)
@@ -178,12 +196,15 @@ def test_rungs_have_scores_figures_and_size_matched_ratios(make_spec):
         "saebench_score": 0.3, "metrics": {"l0": 4.0},
         "conditioning": [row("all", 5.0, 2.0), row("forget", 6.0, 2.0), row("retain", None, None)],
     }  # fmt: skip
-    ends = [
-        {"event": "end", "trial": i, "spec": make_spec(number=i, seed=i).to_dict()} for i in (0, 1)
-    ]
-    table = rungs_table([record, record | {"trial": 1}, *ends])
+    specs = [make_spec(number=i, seed=i, rungs=(512, 24 * 64)) for i in (0, 1)]
+    ends = [{"event": "end", "trial": s.number, "spec": s.to_dict()} for s in specs]
+    # Trained again by the confirmation, which scores the end alone.
+    again = make_spec(number=2, seed=9, run="trial 0", stage="confirmation")
+    again = again.model_copy(update={"seeds": 5})
+    ends.append({"event": "end", "trial": 2, "spec": again.to_dict()})
+    table = rungs_table([record | {"trial": i} for i in range(3)] + ends)
     first = table.iloc[0]
     assert (first["condition_number"], first["forget_condition"]) == (5.0, 3.0)
     assert np.isnan(first["retain_condition"])
     assert (first["l0"], first["saebench_score"]) == (4.0, 0.3)
-    assert table["configuration"].nunique() == 1  # another seed of the same
+    assert table["configuration"].nunique() == 1  # other seeds of the same

@@ -143,3 +143,22 @@ def test_without_a_baseline_there_are_no_differences():
     runs = table(trial(0, "strong", 0, 0.6), trial(1, "other", 0, 0.2))
     assert "difference" not in runs or runs["difference"].isna().all()
     assert list(runs["score"]) == [0.6, 0.2]
+
+
+def test_a_run_is_compared_with_the_baseline_of_its_own_sparsity_and_training():
+    runs = table(
+        trial(0, "base", 5, 0.2, k=4.0, **{"training.lr": 0.1}),
+        trial(1, "base k=8", 5, 0.7, k=8.0, regularizer="none", **{"training.lr": 0.1}),
+        trial(2, "strong k=8", 5, 0.6, k=8.0, **{"training.lr": 0.1}),
+        trial(3, "strong", 5, 0.3, k=4.0, **{"training.lr": 0.1}),
+        trial(4, "strong k=4 fast", 5, 0.9, k=4.0, **{"training.lr": 0.2}),
+    )
+    found = runs["difference"]
+    assert found["strong k=8"] == pytest.approx(-0.1)
+    assert found["strong"] == pytest.approx(0.1)
+    assert found[["base", "base k=8", "strong k=4 fast"]].isna().all()
+
+
+def test_a_sparsity_that_no_run_has_is_equal_to_itself():
+    runs = table(trial(0, "base", 5, 0.2, k=np.nan), trial(1, "strong", 5, 0.3, k=np.nan))
+    assert runs.loc["strong", "difference"] == pytest.approx(0.1)

@@ -143,7 +143,7 @@ def test_a_study_shows_its_runs_and_its_five_figures(study: Path):
     names = ("unlearning_score", "l2_loss", "sparsity_loss", "loss", "training_curves")
     assert {f"{name}.png" for name in names} <= {p.name for p in (study / FIGURES).iterdir()}
     assert "Plotly" not in (study / REPORT_FILE).read_text(encoding="utf-8")
-    assert "needs 12 trials" in page
+    assert "needs 12 SAEs" in page
     assert (
         "a dot a seed, the line their mean ± standard deviation. Dashed: mean of the seeds without"
         in page

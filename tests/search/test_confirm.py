@@ -297,3 +297,11 @@ def test_the_interval_of_five_values_is_near_that_of_all_resamples():
     assert found == pytest.approx(tuple(exact), abs=0.02)
     assert values.min() < found[0] < values.mean() < found[1] < values.max()
     assert bootstrap_interval(values) == found
+
+
+@pytest.mark.parametrize(("seeds", "chance"), [(3, 0.125), (5, 0.066), (20, 0.03)])
+def test_how_often_chance_alone_is_ahead(seeds: int, chance: float):
+    """As the README says: the interval of few seeds is no test at 2.5 %."""
+    rng = np.random.default_rng(0)
+    ahead = [bootstrap_interval(rng.normal(size=seeds))[0] > 0 for _ in range(1000)]
+    assert np.mean(ahead) == pytest.approx(chance, abs=0.025)

@@ -16,7 +16,7 @@ from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 from raysae.search.plan import describe_plan
-from raysae.search.room import room_on_gpu
+from raysae.search.room import memory_of_sae, room_on_gpu
 from raysae.search.run import resolve, run_search
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
@@ -198,6 +198,21 @@ def test_a_gpu_trains_as_many_trials_as_fit_its_memory(trials: float, expected: 
     made = make_plan(config(resources__use_gpu=True), free, local=True, gpu_bytes=room)
     assert made.trials_per_pack == expected
     assert made.concurrent_trials == 2 * expected
+
+
+@pytest.mark.parametrize("searched", [[256, 2048], {"int": [256, 2048]}])
+def test_where_the_width_is_searched_the_largest_sae_counts(searched: Any):
+    made = config(**{"space__sae__d_sae": searched})
+    assert memory_of_sae(made) == memory_of_sae(config(sae__d_sae=2048))
+    assert memory_of_sae(made).weights == 4 * (2 * 128 * 2048 + 128 + 2048)
+    plan = "\n".join(describe_plan(resolve(made)))
+    assert "d_sae 256 to 2048, 65,920 to 526,464 parameters" in plan
+
+
+def test_where_a_run_of_a_study_has_a_width_of_its_own_it_counts():
+    wide = {"regularizer": {"name": "none"}, "sae": {"d_sae": 2048}}
+    made = config(runs={"a": {"regularizer": {"name": "none"}}, "b": wide}, space=None, sae__k=4)
+    assert memory_of_sae(made) == memory_of_sae(config(sae__d_sae=2048))
 
 
 def test_data_parallel_trials_are_trained_one_at_a_time():

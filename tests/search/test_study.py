@@ -90,7 +90,8 @@ def write(run_dir: Path, *records: dict) -> None:
 
 
 def submit(trial: int) -> dict:
-    return {"event": "submit", "trial": trial, "spec": {"number": trial}, "session": "one"}
+    spec = {"number": trial, "rungs": [10, 30]}
+    return {"event": "submit", "trial": trial, "spec": spec, "session": "one"}
 
 
 def rung(trial: int, objective: float, tokens: int = 10, last: bool = False) -> dict:
@@ -99,7 +100,8 @@ def rung(trial: int, objective: float, tokens: int = 10, last: bool = False) -> 
 
 
 def end(trial: int, state: str, rung: dict) -> dict:
-    return {"event": "end", "trial": trial, "state": state, "spec": {"number": trial},
+    return {"event": "end", "trial": trial, "state": state,
+            "spec": {"number": trial, "rungs": [10, 30]},
             "error": "", "rung": rung, "curve": []}  # fmt: skip
 
 
@@ -191,19 +193,24 @@ def test_only_rungs_that_were_decided_on_are_decided(tmp_path: Path):
     assert [(r["number"], r["tokens"], r["objective"]) for r in found] == [
         (0, 10, 0.4), (1, 10, 0.1), (2, 10, 0.3)
     ]  # fmt: skip
+    assert [r["rungs"] for r in found] == [[10, 30]] * 3
 
 
 class FakeTrial:
-    def __init__(self, number: int) -> None:
-        self.trial_id, self.config = f"t{number}", {"spec": {"number": number}}
+    def __init__(self, number: int, rungs: tuple[int, ...] = (10, 30)) -> None:
+        self.trial_id = f"t{number}"
+        self.config = {"spec": {"number": number, "rungs": list(rungs)}}
+
+
+def decided(number: int, objective: float) -> dict:
+    return {"number": number, "tokens": 10, "rungs": [10, 30], "objective": objective}
 
 
 def test_asha_decides_after_a_restart_as_it_would_have_before():
     scores = [0.5, 0.1, 0.4, 0.2, 0.6, 0.3, 0.45, 0.55]
-    settings = {"time_attr": "tokens", "max_t": 30, "grace_period": 10, "reduction_factor": 3}
 
     def decide(past: list[dict], numbers: range) -> list[str]:
-        scheduler = BaselineSparingASHA(past, **settings)
+        scheduler = BaselineSparingASHA(past, rungs=1, reduction_factor=3)
         scheduler.set_search_properties("objective", "max")
         words = []
         for number in numbers:
@@ -214,7 +221,7 @@ def test_asha_decides_after_a_restart_as_it_would_have_before():
         return words
 
     whole = decide([], range(8))
-    past = [{"number": n, "tokens": 10, "objective": scores[n]} for n in range(4)]
+    past = [decided(n, scores[n]) for n in range(4)]
     assert decide(past, range(4, 8)) == whole[4:]
     assert len(set(whole)) == 2
     assert decide([], range(4, 8)) != whole[4:], "the test must need the past"
@@ -223,12 +230,11 @@ def test_asha_decides_after_a_restart_as_it_would_have_before():
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_trial_that_ends_after_a_restart_counts_once_at_the_rung_behind_it(number: int):
     """Tune tells of a result again when the trial ends, and knows it by another id than before."""
-    settings = {"time_attr": "tokens", "max_t": 20, "grace_period": 10, "reduction_factor": 3}
-    past = [{"number": n, "tokens": 10, "objective": s} for n, s in enumerate([0.5, 0.1, 0.4, 0.6])]
-    scheduler = BaselineSparingASHA(past, **settings)
+    past = [decided(n, s) for n, s in enumerate([0.5, 0.1, 0.4, 0.6])]
+    scheduler = BaselineSparingASHA(past, rungs=1, reduction_factor=3)
     scheduler.set_search_properties("objective", "max")
     trial = FakeTrial(number)
-    last = {"tokens": 20, "objective": 0.9, "number": number}
+    last = {"tokens": 30, "objective": 0.9, "number": number}
     scheduler.on_trial_add(None, trial)
     scheduler.on_trial_result(None, trial, last)
     scheduler.on_trial_complete(None, trial, last)
@@ -237,3 +243,25 @@ def test_a_trial_that_ends_after_a_restart_counts_once_at_the_rung_behind_it(num
     # Of 0.1, 0.4, 0.5 and 0.6 the upper third begins at 0.5; with 0.9 counted too, at 0.57.
     result = {"tokens": 10, "objective": 0.52, "number": 4}
     assert scheduler.on_trial_result(None, later, result) == scheduler.CONTINUE
+
+
+@pytest.mark.parametrize("lengths", [(300, 900), (294, 882), (900, 2700)])
+def test_trials_of_another_length_or_batch_size_are_stopped_at_the_same_rungs(lengths):
+    """Each at a ninth and a third of its own run, at fewer tokens than the first too."""
+    scheduler = BaselineSparingASHA([], rungs=2, reduction_factor=3)
+    scheduler.set_search_properties("objective", "max")
+
+    def words(number: int, total: int, objectives: tuple[float, ...]) -> list[str]:
+        trial = FakeTrial(number, (total // 9, total // 3, total))
+        scheduler.on_trial_add(None, trial)
+        told = zip(trial.config["spec"]["rungs"], objectives, strict=False)
+        return [
+            scheduler.on_trial_result(None, trial, {"tokens": t, "objective": o}) for t, o in told
+        ]
+
+    go, stop = scheduler.CONTINUE, scheduler.STOP
+    short, long = lengths
+    assert words(1, short, (0.5, 0.6)) == [go, go]
+    assert words(2, long, (0.4,)) == [stop]  # 0.5 at the first rung
+    assert words(3, long, (0.7, 0.5)) == [go, stop]  # 0.6 at the second
+    assert words(4, short, (0.7, 0.7, 0.1)) == [go, go, stop]  # at its end, whatever it is

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from raysae.analysis.confirmation import COLUMNS
-from raysae.analysis.runs import FIGURES
+from raysae.analysis.runs import FIGURES, runs_table
 from raysae.search.summary import SHOWN, print_summary
 from raysae.training.spec import TrialSpec
 
@@ -81,7 +81,9 @@ def summary(ended: Ended) -> Callable[..., list[str]]:
         out = StringIO()
         console = Console(file=out, width=width)
         trials = pd.DataFrame(ended.rows)
-        print_summary(console, trials, ended.records, confirmation, Path("/runs/mine"), FACTS)
+        runs = runs_table(trials[trials["stage"] == "search"])
+        folder = Path("/runs/mine")
+        print_summary(console, trials, ended.records, confirmation, runs, folder, FACTS)
         return [line.rstrip() for line in out.getvalue().splitlines()]
 
     return lines
