@@ -26,9 +26,9 @@ from raysae.unlearning import halve, split_questions
 VERDICTS = (
     ",".join(COLUMNS)
     + """
-1,none,2,0.3,0.2,0.1,0.05,0.15,2,True
-1,fixed_orthogonal,2,0.3,0.35,-0.05,-0.1,0.02,0,False
-7,none,2,0.9,0.2,0.7,0.6,0.8,2,True
+1,none,2,0.3,0.2,0.1,0.05,0.15,0.01,2,True,False
+1,fixed_orthogonal,2,0.3,0.35,-0.05,-0.1,0.02,0.3,0,False,False
+7,none,2,0.9,0.2,0.7,0.6,0.8,0.01,2,True,False
 """
 )
 

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from raysae.analysis.seeds import seed_records
-from raysae.analysis.statistics import bootstrap_interval
+from raysae.analysis.statistics import bootstrap_interval, p_of_mean
 from raysae.training.spec import TrialSpec
 
 BASELINES = ("none", "fixed_orthogonal")
+SIGNIFICANT = 0.05
+"""Two-sided; chance alone finds one better in half as many comparisons."""
 COLUMNS = {
     "candidate": "trial of the search that was trained again",
     "baseline": "what it is compared with: same budget, sparsity and seeds",
@@ -23,8 +25,10 @@ COLUMNS = {
     "difference": "mean of the differences by seed",
     "low": "2.5 % of the difference, bootstrap over seeds",
     "high": "97.5 %",
+    "p": "two-sided p of a paired t-test: by chance the seeds would differ so much so often",
     "wins": "seeds in which the candidate is ahead",
-    "beats": "whether low is above 0",
+    "beats": f"whether low is above 0 and p below {SIGNIFICANT}",
+    "worse": f"whether high is below 0 and p below {SIGNIFICANT}",
 }
 
 
@@ -32,7 +36,8 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
     """One row a (candidate, baseline), columns as in `COLUMNS`; empty without a confirmation.
 
     Differences are taken seed by seed: both were trained from the same weights on the same batches.
-    The interval resamples seeds, of which there are few: it says how much they agree, not more.
+    The interval resamples seeds, of which there are few: it says how much they agree, not more;
+    what that is worth with so few says the t-test.
     """
     records = [
         r for r in ended if r["spec"]["stage"] == "confirmation" and r["state"] == "finished"
@@ -58,6 +63,7 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
                 continue
             mine, theirs = (np.array([s[seed] for seed in seeds]) for s in (scores[run], other))
             low, high = bootstrap_interval(mine - theirs)
+            p = p_of_mean(mine - theirs)
             rows.append(
                 {
                     "candidate": int(run.removeprefix("trial ")),
@@ -68,8 +74,10 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
                     "difference": (mine - theirs).mean(),
                     "low": low,
                     "high": high,
+                    "p": p,
                     "wins": int((mine > theirs).sum()),
-                    "beats": bool(low > 0),
+                    "beats": bool(low > 0 and p < SIGNIFICANT),
+                    "worse": bool(high < 0 and p < SIGNIFICANT),
                 }
             )
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -157,6 +157,12 @@ def trials_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = Non
     return _in_order(frame)
 
 
+def best_first(trials: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `trials_table` by score, equal ones (zeros, most often) by the frontier below it."""
+    by = ["score", "frontier"] if "frontier" in trials else ["score"]
+    return trials.sort_values(by, ascending=False, kind="stable")
+
+
 def seeds_table(ended: list[dict[str, Any]], about: dict[str, Any] | None = None) -> pd.DataFrame:
     """One row an SAE, with its own figures: columns as in `TRIAL_COLUMNS`, and `seed_index`.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from raysae.analysis.tables import best_first
 from raysae.report.run import Run
 
 SPACE_FILE = "reproduce.yaml"
@@ -21,7 +22,7 @@ def write_space(run: Run) -> Path | None:
     done = run.finished if not run.finished.empty else run.scored
     if done.empty or not run.config:
         return None
-    best = done.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"]
+    best = best_first(done).iloc[0]["trial"]
     path = run.folder / SPACE_FILE
     text = yaml.safe_dump(_space(run, int(best)), sort_keys=False, allow_unicode=True)
     head = f"# Trains trial {best} of this run again: python run_search.py --space {path.name}\n"

@@ -15,6 +15,7 @@ from raysae.analysis.confirmation import verdicts
 from raysae.analysis.predictors import associations_table, rung_rows, rungs_table
 from raysae.analysis.runs import runs_table
 from raysae.analysis.tables import (
+    best_first,
     conditioning_rows,
     curves_table,
     seeds_table,
@@ -69,8 +70,7 @@ class Run:
     @property
     def finished(self) -> pd.DataFrame:
         """Those of them that were trained to the end, the best first."""
-        done = self.searched[self.searched["state"] == "finished"]
-        return done.sort_values("score", ascending=False, kind="stable")
+        return best_first(self.searched[self.searched["state"] == "finished"])
 
 
 def read_run(folder: Path) -> Run:

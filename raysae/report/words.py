@@ -46,7 +46,7 @@ def headline(run: Run) -> str:
     top = against_none.sort_values("difference", ascending=False).iloc[0]
     found = (
         "The best of this search are worse than an SAE without a regularizer"
-        if top["high"] < 0
+        if top["worse"]
         else "No configuration of this search is shown to beat an SAE without a regularizer"
     )
     return (
@@ -58,7 +58,7 @@ def headline(run: Run) -> str:
 def _but(run: Run, candidate: int) -> str:
     """What the winner loses to, for who reads no further."""
     rows = run.confirmation
-    lost = rows[(rows["candidate"] == candidate) & (rows["high"] < 0)]
+    lost = rows[(rows["candidate"] == candidate) & rows["worse"]]
     if lost.empty:
         return ""
     row = lost.iloc[0]
@@ -208,13 +208,14 @@ def _wilson(run: Run, trial: int) -> str:
 
 def verdict(run: Run, row: pd.Series[Any]) -> str:
     """One line of the confirmation."""
-    word = "is worse than" if row["high"] < 0 else "is not shown to beat"
+    word = "is worse than" if row["worse"] else "is not shown to beat"
     word = "beats" if row["beats"] else word
     return (
         f"Trial {row['candidate']} ({describe(run.specs[row['candidate']])}) {word} "
         f"{row['baseline']} at equal budget and sparsity: held-out "
         f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
-        f"{_difference(row)}, ahead in {row['wins']} of {row['seeds']} fresh seeds."
+        f"{_difference(row)}, p {row['p']:.2g}, ahead in {row['wins']} of {row['seeds']} fresh "
+        "seeds."
     )
 
 

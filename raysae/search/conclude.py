@@ -49,6 +49,7 @@ def conclude(
     from raysae.analysis.confirmation import verdicts
     from raysae.analysis.runs import runs_table
     from raysae.analysis.tables import (
+        best_first,
         curves_table,
         rename_score,
         seeds_table,
@@ -87,7 +88,7 @@ def conclude(
     }
     finished = trials[(trials["state"] == "finished") & (trials["stage"] == "search")]
     if not finished.empty:
-        best = int(finished.sort_values("score", ascending=False, kind="stable").iloc[0]["trial"])
+        best = int(best_first(finished).iloc[0]["trial"])
         copy_best(run_dir, next(record for record in ended if record["trial"] == best))
         write_card(run_dir)
     note = _report(run_dir, facts)

@@ -31,7 +31,7 @@ def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[
     """
     ended = [record for record in ended if record["spec"]["stage"] == "search"]
     finished = [record for record in ended if record["state"] == "finished"]
-    ranked = sorted(finished, key=lambda record: -record["rung"]["score"])
+    ranked = sorted(finished, key=_rank, reverse=True)
     best = [TrialSpec.model_validate(r["spec"]) for r in ranked[: config.confirm.top]]
     fixed = [
         r["spec"]
@@ -66,6 +66,12 @@ def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[
         spec.model_copy(update=fresh | {"number": number + index})
         for index, spec in enumerate(chosen.values())
     ]
+
+
+def _rank(record: dict[str, Any]) -> tuple[float, float]:
+    """Score, and between equal ones the frontier, as on the leaderboard."""
+    rung = record["rung"]
+    return rung["score"], rung.get("halves", {}).get("search", {}).get("frontier", 0.0)
 
 
 def _score(record: dict[str, Any]) -> tuple[bool, float]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysae.analysis.describe import NOT_ASKED, describe, why_not_asked
+from raysae.analysis.tables import best_first
 from raysae.worlds.world import SAEBENCH
 
 SHOWN = 10
@@ -69,9 +70,8 @@ def print_summary(
 def _print_leaderboard(
     console: Console, trials: pd.DataFrame, specs: dict[int, dict[str, Any]], score_name: str
 ) -> None:
-    ranked = trials[trials["state"] != "failed"].sort_values(
-        ["tokens", "score"], ascending=False, kind="stable"
-    )
+    ranked = best_first(trials[trials["state"] != "failed"])
+    ranked = ranked.sort_values("tokens", ascending=False, kind="stable")
     baseline = ranked[ranked["trial"] == 0]
     shown = ranked.head(SHOWN)
     if not baseline.empty and 0 not in set(shown["trial"]):
@@ -114,7 +114,7 @@ def _print_leaderboard(
     finished = trials[trials["state"] == "finished"]
     if finished.empty:
         return
-    best = finished.sort_values("score", ascending=False, kind="stable").iloc[0]
+    best = best_first(finished).iloc[0]
     _say(
         console,
         f"Best: trial {best['trial']}, unlearning score {_spread(best, 'score', 3)} (held-out "
@@ -191,8 +191,8 @@ def _verdict(row: pd.Series[Any], specs: dict[int, dict[str, Any]]) -> str:
         f"Confirmation: trial {row['candidate']} ({describe(specs[row['candidate']])}) {beaten} "
         f"{row['baseline']} at the same budget and sparsity: held-out score "
         f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
-        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], ahead in "
-        f"{row['wins']} of {row['seeds']} fresh seeds"
+        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.2g}, "
+        f"ahead in {row['wins']} of {row['seeds']} fresh seeds"
     )
 
 

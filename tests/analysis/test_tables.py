@@ -18,6 +18,7 @@ from raysae.analysis.tables import (
     CURVE_COLUMNS,
     DIVERGED_ERROR,
     TRIAL_COLUMNS,
+    best_first,
     conditioning_rows,
     curves_table,
     seeds_table,
@@ -458,3 +459,11 @@ def test_a_search_without_results_still_writes_tables(which: str, records, tmp_p
     assert list(columns[: len(TRIAL_COLUMNS)]) == list(TRIAL_COLUMNS)
     assert {"trial", "step", "tokens", "loss"} <= set(pd.read_csv(tmp_path / "curves.csv").columns)
     assert pd.read_parquet(tmp_path / "conditioning.parquet").empty
+
+
+def test_the_best_come_first_and_of_equal_ones_those_with_the_better_frontier():
+    trials = pd.DataFrame(
+        {"trial": [0, 1, 2, 3], "score": [0.0, 0.2, 0.0, 0.0], "frontier": [0.01, 0.0, 0.03, 0.01]}
+    )
+    assert best_first(trials)["trial"].tolist() == [1, 2, 0, 3]
+    assert best_first(trials.drop(columns="frontier"))["trial"].tolist() == [1, 0, 2, 3]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysae.analysis.confirmation import COLUMNS, bootstrap_interval, verdicts
+from raysae.analysis.confirmation import COLUMNS, verdicts
+from raysae.analysis.statistics import bootstrap_interval, p_of_mean
 from raysae.config import RunConfig
 from raysae.search.confirm import confirmation_trials
 from raysae.training.spec import TrialSpec
@@ -69,6 +70,17 @@ def test_the_best_trials_that_were_trained_to_the_end_are_trained_again(grouped)
     again = of_run(confirmation_trials(config(), ended), "trial 4")
     assert {spec.regularizer for spec in again} == {grouped(4).regularizer}
     assert {spec.alpha for spec in again} == {1.0}
+
+
+def test_of_equal_scores_the_one_with_the_better_frontier_is_trained_again(grouped):
+    """Where all are 0 the first would always be the one without a regularizer."""
+    ended = [record(grouped(i), 0.0) for i in range(4)]
+    for r, frontier in zip(ended, [0.01, 0.03, 0.04, 0.02], strict=True):
+        r["rung"]["halves"] = {"search": {"frontier": frontier}}
+    assert [r for r in runs(confirmation_trials(config(), ended)) if "trial" in r] == [
+        "trial 2",
+        "trial 1",
+    ]
 
 
 @pytest.mark.parametrize("top", [1, 3, 9])
@@ -215,17 +227,45 @@ def test_a_verdict_compares_seed_by_seed_on_the_held_out_half(grouped):
         # one in 27 resamples, 3.7 %, holds either three times
         assert (row["low"], row["high"]) == pytest.approx((low, high))
         assert row["wins"] == wins
-    assert (none["beats"], fixed["beats"]) == (True, False)
+    # t = mean / (s / √3) of the differences 0.3, 0.3, 0.1, at two degrees of freedom
+    t = (0.7 / 3) / (np.std([0.3, 0.3, 0.1], ddof=1) / 3**0.5)
+    assert none["p"] == pytest.approx(1 - t / (t * t + 2) ** 0.5)
+    assert fixed["p"] == pytest.approx(1)
+    assert (none["beats"], fixed["beats"]) == (False, False)
 
 
 @pytest.mark.parametrize(
-    ("baseline", "beats"), [([0.4, 0.4, 0.4], True), ([0.4, 0.4, 0.5], False), ([0.6] * 3, False)]
+    ("baseline", "above", "beats", "worse"),
+    [
+        ([0.4, 0.4, 0.4], True, True, False),
+        ([0.40, 0.41, 0.42], True, True, False),  # t = 15.6
+        ([0.2, 0.4, 0.45], True, False, False),  # t = 2: by chance once in five times
+        ([0.4, 0.4, 0.5], False, False, False),
+        ([0.6, 0.6, 0.6], False, False, True),
+        ([0.8, 0.6, 0.55], False, False, False),
+    ],
 )
-def test_one_beats_another_where_the_whole_interval_is_above_0(baseline, beats: bool, grouped):
+def test_one_beats_another_where_chance_would_seldom_have_it_so(
+    baseline, above: bool, beats: bool, worse: bool, grouped
+):
     scores = {"trial 0": [0.5] * 3, "none": baseline, "fixed_orthogonal": baseline}
     table = verdicts(confirmed([record(grouped(0), 0.7)], scores))
+    assert (table["low"] > 0).tolist() == [above, above]
     assert table["beats"].tolist() == [beats, beats]
-    assert (table["low"] > 0).tolist() == [beats, beats]
+    assert table["worse"].tolist() == [worse, worse]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_without_a_difference_one_beats_another_once_in_forty(seeds: int):
+    rng = np.random.default_rng(0)
+    draws = [rng.normal(size=seeds) for _ in range(4000)]
+    found = np.mean([p_of_mean(x) < 0.05 and x.mean() > 0 for x in draws])
+    assert found == pytest.approx(0.025, abs=0.0075)  # three standard errors
+
+
+def test_a_single_difference_shows_nothing():
+    assert p_of_mean(np.array([0.3])) == 1.0
+    assert p_of_mean(np.zeros(3)) == 1.0
 
 
 def test_a_baseline_that_could_not_be_trained_gives_no_verdict(grouped):

@@ -267,8 +267,10 @@ def verdict(**changes: Any) -> dict[str, Any]:
         "difference": 0.25,
         "low": 0.125,
         "high": 0.375,
+        "p": 0.0123,
         "wins": 3,
         "beats": True,
+        "worse": False,
     }
     return row | changes
 
@@ -283,9 +285,9 @@ def test_a_confirmation_says_who_beats_whom_by_how_much(ended: Ended, summary, m
     first, second = (line for line in lines if line.startswith("Confirmation:"))
     assert "trial 1 (importance α=0.5 constant k=4) beats none" in first
     assert "held-out score 0.500 against 0.250" in first
-    assert "difference +0.250 [+0.125, +0.375], ahead in 3 of 3 fresh seeds" in first
+    assert "difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3 of 3 fresh seeds" in first
     assert "is not shown to beat fixed_orthogonal" in second
-    assert "[-0.125, +0.375], ahead in 2 of 3 fresh seeds" in second
+    assert "[-0.125, +0.375], p 0.012, ahead in 2 of 3 fresh seeds" in second
 
 
 def test_trials_of_the_confirmation_are_not_on_the_leaderboard(ended: Ended, summary, make_spec):
