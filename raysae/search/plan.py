@@ -99,6 +99,20 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     ]
 
 
+def shortages(config: RunConfig, world: World) -> list[str]:
+    """What a search of this machine's own will be short of, and the setting to change, a line each.
+
+    As far as it can be said at once: without the size of the corpora.
+
+    Raises:
+        UserError: it cannot run.
+    """
+    plan, nodes = look(config, None, world)
+    cores = len(os.sched_getaffinity(0))
+    needs = _needs(config, None, world, plan)
+    return list(_short(config, plan, nodes, needs, list_gpus(), cores))
+
+
 def _world_here(world: str | HubWorld | LocalWorld) -> World | None:
     """The world, where all of it is on this machine already: a plan fetches nothing."""
     before = {variable: os.environ.get(variable) for variable in OFFLINE}

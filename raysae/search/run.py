@@ -31,6 +31,7 @@ from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
 from raysae.search.mirror import mirroring
+from raysae.search.plan import shortages
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
 from raysae.storage import Location, is_address, public
 from raysae.store.files import replacing
@@ -203,6 +204,9 @@ def run_search(
             # Ray's dashboard shows it with the pool's run, the trials' experiment and the broker.
             shown = re.sub(r"[^\w.-]", "-", run_dir.name)[:40]
             namespace = f"raysae-{shown}-{uuid.uuid4().hex[:8]}"
+            if address is None:
+                for line in shortages(config, world):
+                    console.print(f"Short of {line}", markup=False, highlight=False, soft_wrap=True)
             plan, dashboard = cluster.start(config, address, namespace, world)
             console.print(
                 f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "

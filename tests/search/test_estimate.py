@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from raysae.config import RunConfig, load_config
+from raysae.search import cluster
 from raysae.search import estimate as module
 from raysae.search import plan as planning
 from raysae.search.cluster import Gpu, NodeRoom, make_plan
 from raysae.search.estimate import estimate
-from raysae.search.plan import describe_plan
+from raysae.search.plan import describe_plan, shortages
 from raysae.search.run import resolve
 from raysae.search.sizes import CorpusSize, corpus_size
 from raysae.store.activations import corpus_tokens
@@ -257,3 +260,12 @@ def test_a_gpu_that_is_too_small_is_named(lines: Any, monkeypatch: pytest.Monkey
     assert said["workers"].startswith("1, ")
     assert "set sae.d_sae or training.batch_size lower" in said["short"]
     assert "have room for 0" in said["packs"] and "1 trial of" in said["packs"]
+
+
+def test_a_search_says_before_it_starts_what_it_will_be_short_of(monkeypatch):
+    memory = SimpleNamespace(available=8 << 30, total=8 << 30)
+    monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: memory)
+    world = load_world("embedded")
+    (short,) = [x for x in shortages(config(resources__workers=64), world) if "memory" in x]
+    assert re.match(r"memory: 64 workers take about [\d.]+ GiB, 8.0 GiB are free; set ", short)
+    assert [x for x in shortages(config(resources__workers=2), world) if "memory" in x] == []
