@@ -61,7 +61,7 @@ def explain(
     root: type[BaseModel],
     prefix: Loc = (),
 ) -> str:
-    """A line a mistake, with file, line and field.
+    """A line a mistake, with file, line and field, or the command line where it was set there.
 
     Args:
         path: of the file.
@@ -79,6 +79,8 @@ def explain(
             known = known[:-1]
         dotted = ".".join(known or loc)
         where = f"{path}:{line}" if line else str(path)
+        if any(loc[:n] in overridden for n in range(1, len(loc) + 1)):
+            where = f"{path}, set on the command line"
         messages.append(f"{where}: {dotted + ': ' if dotted else ''}{_problem(item, full, root)}")
     return "\n".join(dict.fromkeys(messages))
 

@@ -136,8 +136,14 @@ def test_bad_input_ends_with_one_message_before_ray_is_imported(
     [
         (["--space", "orht"], ["--space orht", "valid: alpha.yaml, "]),
         (["--space", "orht.yaml"], ["--space orht.yaml: no such file"]),
-        (["--set", "training.tokns=5"], ["unknown key 'tokns'"]),
-        (["--set", "training.tokens=-1"], ["training.tokens", "greater than or equal to 1", "-1"]),
+        (
+            ["--set", "training.tokns=5"],
+            ["set on the command line: training.tokns", "unknown key 'tokns'"],
+        ),
+        (
+            ["--set", "training.tokens=-1"],
+            ["set on the command line: training.tokens", "greater than or equal to 1", "-1"],
+        ),
         (["--set", "search.num_samples=-1"], ["search.num_samples", "-1"]),
         (["--set", "training.tokens"], ["--set training.tokens: must be key=value"]),
         (["--set", "trainig.tokens=5"], ["unknown key 'trainig'", "mean 'training'?"]),

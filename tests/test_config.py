@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,16 +274,17 @@ def test_a_bad_value_is_answered_with_field_value_and_choices(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key"),
-    [
-        ({"training.tokens": "many"}, "tokens"),
-        ({"search.num_samples": 0}, "num_samples"),
-        ({"space.alpha": -1}, "alpha"),
-        ({"sae.architecture": "x"}, "architecture"),
-    ],
+    ("key", "value"),
+    [("tokens", "many"), ("num_samples", "0"), ("alpha", "-1"), ("architecture", "x")],
 )
-def test_a_bad_value_is_answered_with_its_line(overrides: dict, key: str, complain):
-    assert f"mine.yaml:{line_of(key)}: " in complain(overrides)
+def test_a_bad_value_is_answered_with_its_line(key: str, value: str, complain):
+    text = re.sub(rf"(?m)^( +{key}:).*$", rf"\1 {value}", ORTH.read_text())
+    assert f"mine.yaml:{line_of(key)}: " in complain(text=text)
+
+
+def test_a_bad_value_of_the_command_line_is_not_blamed_on_a_line_of_the_file(complain):
+    message = complain({"search.num_samples": 0})
+    assert message.startswith("/mine.yaml, set on the command line: search.num_samples: ")
 
 
 @pytest.mark.parametrize(

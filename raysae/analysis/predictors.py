@@ -47,6 +47,10 @@ OUTCOMES = {
 MIN_TRIALS = 12
 """SAEs scored at one step. Below, an interval by bootstrap promises more than there is."""
 
+MOST_EQUAL = 0.75
+"""Share of the SAEs that may have one and the same value of a predictor: what lies at its bound in
+nearly all of them says something about the few others alone."""
+
 RESAMPLES = 2000
 
 ASSOCIATION_COLUMNS = {
@@ -129,12 +133,13 @@ def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
     """One row a (step, predictor), columns as in `ASSOCIATION_COLUMNS`.
 
     Steps at which fewer than `MIN_TRIALS` SAEs were scored are left out, and so are predictors
-    that fewer have.
+    that fewer have, or of which more than `MOST_EQUAL` have the same value.
     """
     rows: list[dict[str, Any]] = []
     for step, at_step in rungs.groupby("step"):
         asked = [name for name in PREDICTORS if name in at_step]
         present = at_step[asked].apply(pd.to_numeric, errors="coerce").replace(np.inf, np.nan)
+        asked = [name for name in asked if _varies(present[name])]
         # Predictors that the same trials have share their resamples.
         masks = {name: tuple(present[name].notna()) for name in asked}
         outcome = outcome_of(at_step)
@@ -161,6 +166,12 @@ def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
         ["step", "predictor"], key=lambda c: c.map(order) if c.name == "predictor" else c,
         ignore_index=True,
     )  # fmt: skip
+
+
+def _varies(values: pd.Series[float]) -> bool:
+    """Whether enough of them differ, to six digits."""
+    counts = values.dropna().map("{:.6g}".format).value_counts()
+    return not counts.empty and bool(counts.iloc[0] <= MOST_EQUAL * counts.sum())
 
 
 def rank_correlations(

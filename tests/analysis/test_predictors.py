@@ -169,6 +169,18 @@ def test_steps_are_apart_and_those_with_few_trials_are_left_out():
     assert associations_table(rungs_table([])).empty
 
 
+def test_a_predictor_that_is_the_same_for_nearly_all_is_left_out():
+    """Of 20 SAEs 16 at the bound say what the four others are like, 15 more than that."""
+    saturated = rungs(20, 0.5)
+    for equal, left_out in ((16, True), (15, False)):
+        saturated["forget_retain_overlap"] = [1 - 1e-9] * equal + list(
+            np.linspace(0, 0.9, 20 - equal)
+        )
+        asked = set(associations_table(saturated)["predictor"])
+        assert ("forget_retain_overlap" not in asked) == left_out
+        assert "condition_number" in asked
+
+
 def test_where_not_all_were_asked_all_questions_the_half_that_the_search_sees_is_compared():
     """Half of them at one step: κ decides the score of their half, and chance what is left."""
     early, late = rungs(40, 0.9), rungs(40, 0.9, step=200)
