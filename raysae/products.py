@@ -77,6 +77,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return _product(left, right)
 
 
+def affine(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """bias + left · right, of stacks (s, n), (s, m, k) and (s, k, n), without gradient."""
+    if not _by_onednn(left, right):
+        return torch.baddbmm(bias[:, None], left, right)
+    members = zip(left, right, bias, strict=True)
+    return _stacked([_onednn(x, W.T, b) for x, W, b in members])
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, of (…, d_in), (d_out, d_in) and (d_out,), differentiable."""
     needs_grad = torch.is_grad_enabled() and any(
@@ -140,9 +148,11 @@ class _Product(torch.autograd.Function):
 def _product(left: Tensor, right: Tensor) -> Tensor:
     if right.ndim == 2:
         return _onednn(left, right.T)
-    if len(left) == 1:
-        return _onednn(left[0], right[0].T)[None]
-    return torch.stack([_onednn(a, b.T) for a, b in zip(left, right, strict=True)])
+    return _stacked([_onednn(a, b.T) for a, b in zip(left, right, strict=True)])
+
+
+def _stacked(members: list[Tensor]) -> Tensor:
+    return members[0][None] if len(members) == 1 else torch.stack(members)
 
 
 def _onednn(

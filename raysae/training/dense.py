@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raysae import products
+
 
 def products_dtype(like: Tensor) -> torch.dtype:
     """In which products are made: autocast's where that is on, else that of `like`."""
@@ -25,7 +27,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left · right, of three axes and one dtype, given in `dtype`: not rounded to theirs first
     where the device can."""
     if left.dtype == dtype:
-        return torch.bmm(left, right)
+        return products.matmul(left, right)
     if left.is_cuda:
         return torch.bmm(left, right, out_dtype=dtype)
     return torch.bmm(left, right).to(dtype)
@@ -35,7 +37,7 @@ def affine(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """bias + left · right, of (m, d), (m, n, k) and (m, k, d), all of one dtype."""
     if len(left) == 1 and left.is_cuda:  # the bias is added by the product itself
         return torch.addmm(bias[0], left[0], right[0])[None]
-    return torch.baddbmm(bias[:, None], left, right)
+    return products.affine(bias, left, right)
 
 
 def encode(batch: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class _Encode(torch.autograd.Function):
     ) -> Tensor:
         centred = (batch - b_dec[:, None]).to(dtype)
         ctx.save_for_backward(centred, W_enc)
-        return torch.bmm(centred, W_enc.to(dtype))
+        return product(centred, W_enc.to(dtype), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

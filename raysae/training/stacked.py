@@ -16,9 +16,11 @@ from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 
+from raysae import products
 from raysae.regularizers.activations import Activations, DenseActivations
 from raysae.training.dense import affine, encode, product, products_dtype, reconstruct
-from raysae.training.sparse import SparseActivations, Support, decode, encode_at, largest
+from raysae.training.largest import largest, largest_of_rows
+from raysae.training.sparse import SparseActivations, Support, decode, encode_at
 
 SPARSE = 1 / 16
 """Share of the activations below which sums over what fires are faster than matrix products."""
@@ -142,13 +144,15 @@ def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # 
     gate = pre + p["b_gate"][:, None]
     magnitude = (pre * p["r_mag"].exp()[:, None] + p["b_mag"][:, None]).relu()
     acts = (gate > 0).to(batch.dtype) * magnitude
-    error = _error(acts @ p["W_dec"], p, batch)
+    error = _error(products.matmul(acts, p["W_dec"]), p, batch)
     gate = gate.relu()
     l1 = _weighted_l1(gate, p["W_dec"])
     losses = {
         "mse_loss": _mse(error),
         "l1_loss": l1,
-        "auxiliary_reconstruction_loss": _mse(_error(gate @ p["W_dec"], p, batch)),
+        "auxiliary_reconstruction_loss": _mse(
+            _error(products.matmul(gate, p["W_dec"]), p, batch)
+        ),
     }
     return Forward(error, DenseActs(acts), losses)
 
@@ -159,7 +163,7 @@ def jumprelu(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     pre = pre.transpose(0, 1)  # the estimators sum over axis 0
     threshold, bandwidth = p["threshold"].to(pre.dtype), members[0].bandwidth
     acts = JumpReLU.apply(pre, threshold, bandwidth, False).transpose(0, 1)
-    error = _error(acts @ p["W_dec"], p, batch)
+    error = _error(products.matmul(acts, p["W_dec"]), p, batch)
     l0 = Step.apply(pre, threshold, bandwidth, False).sum(-1).mean(0)
     losses = {"mse_loss": _mse(error), "l0_loss": l0}
     return Forward(error, DenseActs(acts), losses)
@@ -221,8 +225,17 @@ def _picked(
     """Also the support and the values at it without SAELens' factor, the decoder's norm."""
     with torch.no_grad():
         centred = batch - p["b_dec"][:, None]
-        shape = torch.Size((*centred.shape[:2], p["W_enc"].shape[-1]))
-        support, values = pick(_pre_activations_in_pieces(p, centred), shape, members)
+        operands = (p["b_enc"], centred, p["W_enc"])
+        if batch.is_cuda:
+            support, values = pick(*_pre_activations_in_pieces(*operands), members)
+        else:  # each member's pre-activations are picked from while a cache has them
+            of_members = zip(*(x.split(1) for x in operands), strict=True)
+            picks = [
+                pick(*_pre_activations_in_pieces(*of_member), [member])
+                for of_member, member in zip(of_members, members, strict=True)
+            ]
+            support = Support.joined([own for own, _ in picks])
+            values = torch.cat([found for _, found in picks])
         values = values.to(batch.dtype)
     laid_out = products_dtype(batch) if _lays_out(support) else None
     parameters = (p["W_enc"], p["b_enc"], p["b_dec"])
@@ -244,12 +257,15 @@ def _lays_out(support: Support) -> bool:
     return support.features.is_cuda and len(support.features) > at_most
 
 
-def _pre_activations_in_pieces(p: Parameters, centred: Tensor) -> Iterator[Tensor]:
-    """(m, rows, d_sae) of some tokens after the others: to pick from, no more is needed at once."""
-    members, _, d_sae = p["W_enc"].shape
+def _pre_activations_in_pieces(
+    b_enc: Tensor, centred: Tensor, W_enc: Tensor
+) -> tuple[Iterator[Tensor], torch.Size]:
+    """(m, rows, d_sae) of some tokens after the others: to pick from, no more is needed at once.
+    And the shape (m, n, d_sae) of all."""
+    (members, n, _), d_sae = centred.shape, W_enc.shape[-1]
     rows = max(1, PICKED_FROM // (4 * members * d_sae))
-    for piece in centred.split(rows, dim=1):
-        yield affine(p["b_enc"], piece, p["W_enc"])
+    pieces = (affine(b_enc, piece, W_enc) for piece in centred.split(rows, dim=1))
+    return pieces, torch.Size((members, n, d_sae))
 
 
 def _largest_of_tokens(
@@ -258,15 +274,15 @@ def _largest_of_tokens(
     """The k largest of each token.
 
     Args:
-        pieces: pre-activations, see `_pre_activations_in_pieces`.
-        shape: (m, n, d_sae) of all of them.
+        pieces, shape: pre-activations, see `_pre_activations_in_pieces`.
+        members: of the stack.
 
     Returns:
         The support, and the pre-activations at it.
     """
     ks = [int(member.k) for member in members]
     if len(set(ks)) == 1:
-        picked = [hidden.topk(ks[0], sorted=False) for hidden in pieces]
+        picked = [_top(hidden, ks[0]) for hidden in pieces]
         values, indices = (torch.cat(parts, 1) for parts in zip(*picked, strict=True))
         return Support.from_indices(indices, shape[-1]), values.flatten()
     tops = [[hidden[i].topk(k, sorted=False) for i, k in enumerate(ks)] for hidden in pieces]
@@ -280,6 +296,14 @@ def _largest_of_tokens(
     return Support.from_flat(torch.cat(at), sizes, *shape), torch.cat(found)
 
 
+def _top(hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns of the k largest of every token of (m, n, d_sae), (m, n, k) each."""
+    if hidden.is_cuda:
+        return hidden.topk(k, sorted=False)
+    columns = largest_of_rows(hidden.flatten(0, 1), k).view(*hidden.shape[:2], k)
+    return hidden.gather(2, columns), columns
+
+
 def _largest_of_batch(
     pieces: Iterator[Tensor], shape: torch.Size, members: list[Settings]
 ) -> tuple[Support, Tensor]:
@@ -289,28 +313,30 @@ def _largest_of_batch(
     best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in members]
     start = 0
     for hidden in pieces:
-        acts = hidden.relu().flatten(1)
-        for i, chosen in enumerate(_largest_of_each(acts, wanted)):
-            best[i].append((acts[i][chosen], chosen + start))
+        flat = hidden.flatten(1)
+        for i, chosen in enumerate(_largest_of_each(flat, wanted)):
+            best[i].append((flat[i].index_select(0, chosen), chosen + start))
         start += hidden[0].numel()
     at, found = [], []
     for i, of_member in enumerate(best):
         values, positions = (torch.cat(parts) for parts in zip(*of_member, strict=True))
         if len(of_member) > 1:
-            values, among = values.topk(wanted[i], sorted=False)
-            positions = positions[among]
-        order = positions.argsort()
-        at.append(positions[order] + i * n * d_sae)
-        found.append(values[order])
+            among = largest(values, wanted[i])
+            values, positions = values[among], positions[among]
+        if positions.is_cuda:
+            order = positions.argsort()
+            values, positions = values[order], positions[order]
+        at.append(positions + i * n * d_sae)
+        found.append(values)
     return Support.from_flat(torch.cat(at), tuple(wanted), *shape), torch.cat(found)
 
 
-def _largest_of_each(acts: Tensor, wanted: list[int]) -> Sequence[Tensor]:
-    """Of every member's activations (m, size) the indices of the largest ones, in no order."""
-    ks = [min(k, acts.shape[1]) for k in wanted]
-    if acts.is_cuda and len(set(ks)) == 1:
-        return acts.topk(ks[0], sorted=False).indices.unbind()
-    return [largest(of_one, k) for of_one, k in zip(acts, ks, strict=True)]
+def _largest_of_each(entries: Tensor, wanted: list[int]) -> Sequence[Tensor]:
+    """Of every member's entries (m, size) the indices of the largest ones, as `largest`."""
+    ks = [min(k, entries.shape[1]) for k in wanted]
+    if entries.is_cuda and len(set(ks)) == 1:
+        return entries.topk(ks[0], sorted=False).indices.unbind()
+    return [largest(of_one, k) for of_one, k in zip(entries, ks, strict=True)]
 
 
 def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from raysae.training import stacked
-from raysae.training.sparse import largest
+from raysae.training.largest import largest
 
 
 @pytest.mark.parametrize(("size", "k"), [(4096, 8), (4096, 64), (1000, 5), (997, 3), (64, 64)])
