@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLU, Step
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
@@ -19,6 +21,7 @@ from torch import Tensor
 from raysae import products
 from raysae.regularizers.activations import Activations, DenseActivations
 from raysae.training.dense import affine, encode, product, products_dtype, reconstruct
+from raysae.training.fit import fit
 from raysae.training.largest import largest, largest_of_rows
 from raysae.training.sparse import SparseActivations, Support, decode, encode_at
 
@@ -32,6 +35,7 @@ LAID_OUT = 1 / 600
 PICKED_FROM = 256 << 20
 """Bytes of pre-activations that are there at once where the largest of them are picked."""
 
+Mask = npt.NDArray[np.bool_]
 Parameters = dict[str, Tensor]
 """SAELens' parameters by name, stacked: W_enc (m, d_in, d_sae), W_dec (m, d_sae, d_in), …"""
 
@@ -86,7 +90,7 @@ class SparseActs:
     def fired(self, is_forget: Tensor) -> Tensor:
         """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n)."""
         fires = (self.values > 0).to(self.values.dtype)
-        on_forget = fires * is_forget.flatten()[self.support.rows]
+        on_forget = fires * is_forget.flatten().index_select(0, self.support.rows)
         counts = [self.support.count_by_feature(v) for v in (on_forget, fires - on_forget)]
         return torch.stack(counts, 1)
 
@@ -107,34 +111,47 @@ def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward: 
     dtype = products_dtype(batch)
     with torch.no_grad():
         centred = (batch - p["b_dec"][:, None]).to(dtype)
-        pre = affine(p["b_enc"].to(dtype), centred, p["W_enc"].to(dtype))
-        # Waiting for the count costs a GPU more than it saves.
-        if not batch.is_cuda:
-            fires = pre > 0
-            if int(fires.count_nonzero()) < SPARSE * fires.numel():
+        operands = (p["b_enc"].to(dtype), centred, p["W_enc"].to(dtype))
+        if batch.is_cuda:  # to wait for the count costs it more than is saved
+            pre = affine(*operands)
+        else:
+            of_members = zip(*(x.split(1) for x in operands), strict=True)
+            pres = [affine(*of_member) for of_member in of_members]
+            fires = [_positive(of_one) for of_one in pres]
+            if sum(map(np.count_nonzero, fires)) < SPARSE * sum(mask.size for mask in fires):
                 with torch.enable_grad():
-                    return _standard_where(fires, pre.to(batch.dtype), centred, p, batch)
+                    return _standard_where(fires, pres, centred, p, batch)
+            pre = pres[0] if len(pres) == 1 else torch.cat(pres)
         acts = pre.relu_()
     decoded, acts, l1 = reconstruct(acts, centred, p["W_enc"], p["b_enc"], p["W_dec"], p["b_dec"])
-    error = _error(decoded, p, batch)
-    return Forward(error, DenseActs(acts), {"mse_loss": _mse(error), "l1_loss": l1})
+    centred = centred if centred.dtype == batch.dtype else None
+    error, mse = fit(decoded, batch, p["b_dec"], centred)
+    return Forward(error, DenseActs(acts), {"mse_loss": mse, "l1_loss": l1})
+
+
+def _positive(x: Tensor) -> Mask:
+    """Where `x` is positive: NumPy finds out, and where, in a fifth of PyTorch's time."""
+    return (x > 0).numpy() if x.dtype == torch.bfloat16 else x.numpy() > 0
 
 
 def _standard_where(
-    fires: Tensor, pre: Tensor, centred: Tensor, p: Parameters, batch: Tensor
+    fires: list[Mask], pres: list[Tensor], centred: Tensor, p: Parameters, batch: Tensor
 ) -> Forward:
     """The same from what fires alone: a ReLU passes no gradient elsewhere."""
-    at, sizes = fires.flatten().nonzero()[:, 0], fires.flatten(1).sum(1).tolist()
-    support = Support.from_flat(at, tuple(sizes), *pre.shape)
-    values = pre.flatten().index_select(0, at)
-    centred = centred.to(batch.dtype)
-    values = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"])
-    error = _error(decode(support, values, p["W_dec"]), p, batch)
+    supports, values = [], []
+    for mask, pre in zip(fires, pres, strict=True):
+        at = torch.from_numpy(np.flatnonzero(mask))
+        supports.append(Support.from_flat(at, (len(at),), *pre.shape))
+        values.append(pre.flatten().index_select(0, at).to(batch.dtype))
+    support, centred = Support.joined(supports), centred.to(batch.dtype)
+    found = encode_at(
+        support, torch.cat(values), centred, p["W_enc"], p["b_enc"], p["b_dec"]
+    )
+    error, mse = fit(decode(support, found, p["W_dec"]), batch, p["b_dec"], centred)
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
-    of_member = values.new_zeros(len(sizes)).index_add(0, support.rows // support.n, values * norms)
-    l1 = of_member / support.n
-    losses = {"mse_loss": _mse(error), "l1_loss": l1}
-    return Forward(error, SparseActs(support, values), losses)
+    of_members = (found * norms).split(support.sizes)
+    l1 = torch.stack([weighted.sum() for weighted in of_members]) / support.n
+    return Forward(error, SparseActs(support, found), {"mse_loss": mse, "l1_loss": l1})
 
 
 def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # noqa: ARG001
@@ -144,16 +161,11 @@ def gated(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:  # 
     gate = pre + p["b_gate"][:, None]
     magnitude = (pre * p["r_mag"].exp()[:, None] + p["b_mag"][:, None]).relu()
     acts = (gate > 0).to(batch.dtype) * magnitude
-    error = _error(products.matmul(acts, p["W_dec"]), p, batch)
+    error, mse = fit(products.matmul(acts, p["W_dec"]), batch, p["b_dec"])
     gate = gate.relu()
     l1 = _weighted_l1(gate, p["W_dec"])
-    losses = {
-        "mse_loss": _mse(error),
-        "l1_loss": l1,
-        "auxiliary_reconstruction_loss": _mse(
-            _error(products.matmul(gate, p["W_dec"]), p, batch)
-        ),
-    }
+    _, of_gate = fit(products.matmul(gate, p["W_dec"]), batch, p["b_dec"])
+    losses = {"mse_loss": mse, "l1_loss": l1, "auxiliary_reconstruction_loss": of_gate}
     return Forward(error, DenseActs(acts), losses)
 
 
@@ -163,10 +175,9 @@ def jumprelu(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     pre = pre.transpose(0, 1)  # the estimators sum over axis 0
     threshold, bandwidth = p["threshold"].to(pre.dtype), members[0].bandwidth
     acts = JumpReLU.apply(pre, threshold, bandwidth, False).transpose(0, 1)
-    error = _error(products.matmul(acts, p["W_dec"]), p, batch)
+    error, mse = fit(products.matmul(acts, p["W_dec"]), batch, p["b_dec"])
     l0 = Step.apply(pre, threshold, bandwidth, False).sum(-1).mean(0)
-    losses = {"mse_loss": _mse(error), "l0_loss": l0}
-    return Forward(error, DenseActs(acts), losses)
+    return Forward(error, DenseActs(acts), {"mse_loss": mse, "l0_loss": l0})
 
 
 def topk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
@@ -181,12 +192,12 @@ def batchtopk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
 
 def matryoshka_batchtopk(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward:
     """BatchTopK, with the reconstruction of every prefix of the features as a further term."""
-    forward, support, values = _picked(p, batch, members, _largest_of_batch)
+    forward, support, values, centred = _picked(p, batch, members, _largest_of_batch)
     laid_out = products_dtype(batch) if _lays_out(support) else None
     local = support.features % support.d_sae
     for width in members[0].widths[:-1]:
         inner = decode(support, values * (local < width), p["W_dec"], laid_out=laid_out)
-        forward.losses[f"inner_mse_loss_{width}"] = _mse(_error(inner, p, batch))
+        _, forward.losses[f"inner_mse_loss_{width}"] = fit(inner, batch, p["b_dec"], centred)
     return forward
 
 
@@ -207,22 +218,14 @@ def _weighted_l1(acts: Tensor, W_dec: Tensor) -> Tensor:
     return weighted.squeeze(-1).mean(1)
 
 
-def _error(decoded: Tensor, p: Parameters, batch: Tensor) -> Tensor:
-    return decoded + (p["b_dec"][:, None] - batch)
-
-
-def _mse(error: Tensor) -> Tensor:
-    """(m,) squared error of a token, mean over the batch."""
-    return error.pow(2).sum((1, 2)) / error.shape[1]
-
-
 def _picked(
     p: Parameters,
     batch: Tensor,
     members: list[Settings],
     pick: Callable[[Iterator[Tensor], torch.Size, list[Settings]], tuple[Support, Tensor]],
-) -> tuple[Forward, Support, Tensor]:
-    """Also the support and the values at it without SAELens' factor, the decoder's norm."""
+) -> tuple[Forward, Support, Tensor, Tensor]:
+    """Also the support, the values at it without SAELens' factor, the decoder's norm, and
+    batch − b_dec."""
     with torch.no_grad():
         centred = batch - p["b_dec"][:, None]
         operands = (p["b_enc"], centred, p["W_enc"])
@@ -241,13 +244,14 @@ def _picked(
     parameters = (p["W_enc"], p["b_enc"], p["b_dec"])
     values = encode_at(support, values, centred, *parameters, laid_out=laid_out).relu()
     decoded = decode(support, values, p["W_dec"], laid_out=laid_out)
-    error = _error(decoded, p, batch)
+    error, mse = fit(decoded, batch, p["b_dec"], centred)
     losses = {
-        "mse_loss": _mse(error),
+        "mse_loss": mse,
         "auxiliary_reconstruction_loss": _revive(p, batch, error, members),
     }
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
-    return Forward(error, SparseActs(support, values * norms), losses), support, values
+    forward = Forward(error, SparseActs(support, values * norms), losses)
+    return forward, support, values, centred
 
 
 def _lays_out(support: Support) -> bool:

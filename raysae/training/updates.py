@@ -19,6 +19,8 @@ def clip_(gradients: Sequence[Tensor], limits: Tensor) -> None:
     """
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
     factors = (limits / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    if factors.is_cpu and bool((factors == 1).all()):
+        return
     for gradient in gradients:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
