@@ -29,6 +29,9 @@ LEAST_WORK = 1 << 20
 """Multiply-adds below which asking oneDNN, 10 µs, takes longer than what it saves."""
 LEAST_ROWS = 8
 """Rows and columns of a product below which it is bound by memory, and oneDNN slower."""
+PART = 512
+"""Of a long inner axis; see `_product_of_two`. Of (2304, 16384) · (16384, 2304), the left one
+transposed, 209 Gflop/s rather than 143."""
 
 CPU_INFO = Path("/proc/cpuinfo")
 """Where Linux describes the processor."""
@@ -147,8 +150,20 @@ class _Product(torch.autograd.Function):
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     if right.ndim == 2:
+        return _product_of_two(left, right)
+    return _stacked([_product_of_two(a, b) for a, b in zip(left, right, strict=True)])
+
+
+def _product_of_two(left: Tensor, right: Tensor) -> Tensor:
+    """By parts of the inner axis where it is long and `left` a transposed view, which oneDNN copies
+    first: a part and its copy fit a processor's cache."""
+    if left.ndim > 2 or left.stride(-1) == 1 or len(right) <= 2 * PART:
         return _onednn(left, right.T)
-    return _stacked([_onednn(a, b.T) for a, b in zip(left, right, strict=True)])
+    first, *others = zip(left.split(PART, dim=1), right.split(PART), strict=True)
+    total = _onednn(first[0], first[1].T)
+    for a, b in others:
+        total += _onednn(a, b.T)
+    return total
 
 
 def _stacked(members: list[Tensor]) -> Tensor:

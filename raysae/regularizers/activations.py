@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raysae.products import matmul
+
 
 class Activations(Protocol):
     """At least 0, in a batch of n tokens."""
@@ -90,7 +92,7 @@ class DenseActivations:
         return torch.stack([is_forget, ~is_forget]).to(values.dtype) @ values
 
     def transposed_product(self, values: Tensor, of: Tensor) -> Tensor:
-        return values.T @ of
+        return matmul(values.T, of)
 
     def folded(self, values: Tensor, columns: int) -> Tensor:
         if columns >= self.d_sae:

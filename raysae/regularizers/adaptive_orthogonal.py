@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.products import matmul
 from raysae.regularizers.base import OrthogonalityRegularizer, State, StepView
 from raysae.regularizers.chunks import by_chunk, draw_chunks
 from raysae.regularizers.cofiring import (
@@ -67,7 +68,7 @@ class AdaptiveOrthogonal(PeriodicRegularizer, OrthogonalityRegularizer):
                 return {}
             fired = (view.acts > 0).to(torch.float32).T
             fired = by_chunk(fired, self._chunks(len(fired), step).to(chunks.device))
-            cofiring = fired @ fired.transpose(1, 2)
+            cofiring = matmul(fired, fired.transpose(1, 2))
         else:
             cofiring = cofiring_counts(view.activations)[None]
         return {"cofiring": cofiring, "tokens": view.tokens}
@@ -102,7 +103,7 @@ class _SquaredExcess(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, U: Tensor, allowance: Tensor) -> Tensor:
-        cosines = U @ U.transpose(1, 2)
+        cosines = matmul(U, U.transpose(1, 2))
         # i = j: cos is 1 by construction and carries no gradient worth having.
         cosines.diagonal(dim1=1, dim2=2).zero_()
         allowed = allowance.to(cosines.dtype)
@@ -113,4 +114,4 @@ class _SquaredExcess(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         U, excess = ctx.saved_tensors
-        return (excess @ U).mul_(4 * grads[0]), None
+        return matmul(excess, U).mul_(4 * grads[0]), None

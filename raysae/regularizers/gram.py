@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raysae.products import matmul
 from raysae.regularizers.layout import layout
 
 
@@ -91,7 +92,7 @@ class _SquaredGram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, U: Tensor) -> Tensor:
         wide = U.shape[1] < U.shape[0]
-        gram = U.T @ U if wide else U @ U.T
+        gram = matmul(U.T, U) if wide else matmul(U, U.T)
         ctx.save_for_backward(U, gram)
         ctx.wide = wide
         return gram.pow(2).sum()
@@ -99,7 +100,7 @@ class _SquaredGram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
         U, gram = ctx.saved_tensors
-        product = U @ gram if ctx.wide else gram @ U
+        product = matmul(U, gram) if ctx.wide else matmul(gram, U)
         gradient: Tensor = product.mul_(4 * grad[0])
         return gradient
 
@@ -113,7 +114,7 @@ class _SquaredGrams(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, U: Tensor, sizes: tuple[int, ...]) -> Tensor:
         grams = [
-            part.T @ part if len(part) > part.shape[1] else part @ part.T
+            matmul(part.T, part) if len(part) > part.shape[1] else matmul(part, part.T)
             for part in U.split(list(sizes))
         ]
         ctx.save_for_backward(U, *grams)
@@ -124,12 +125,13 @@ class _SquaredGrams(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
         U, *grams = ctx.saved_tensors
-        gradient = torch.empty_like(U)
-        for part, gram, out in zip(
-            U.split(list(ctx.sizes)), grams, gradient.split(list(ctx.sizes)), strict=True
-        ):
-            wide = len(part) > part.shape[1]
-            torch.mm(*((part, gram) if wide else (gram, part)), out=out)
+        parts = zip(U.split(list(ctx.sizes)), grams, strict=True)
+        gradient = torch.cat(
+            [
+                matmul(part, gram) if len(part) > part.shape[1] else matmul(gram, part)
+                for part, gram in parts
+            ]
+        )
         return gradient.mul_(4 * grad[0]), None
 
 
@@ -141,10 +143,10 @@ class _SquaredCrossGram(torch.autograd.Function):
         (n, d_in), m = U.shape, len(V)
         ctx.cross = n * m <= (n + m) * d_in
         if ctx.cross:
-            cosines = U @ V.T
+            cosines = matmul(U, V.T)
             ctx.save_for_backward(U, V, cosines)
             return cosines.pow(2).sum()
-        of_U, of_V = U.T @ U, V.T @ V
+        of_U, of_V = matmul(U.T, U), matmul(V.T, V)
         ctx.save_for_backward(U, V, of_U, of_V)
         return (of_U * of_V).sum()
 
@@ -153,6 +155,6 @@ class _SquaredCrossGram(torch.autograd.Function):
         factor = 2 * grad[0]
         if ctx.cross:
             U, V, cosines = ctx.saved_tensors
-            return (cosines @ V).mul_(factor), (cosines.T @ U).mul_(factor)
+            return matmul(cosines, V).mul_(factor), matmul(cosines.T, U).mul_(factor)
         U, V, of_U, of_V = ctx.saved_tensors
-        return (U @ of_V).mul_(factor), (V @ of_U).mul_(factor)
+        return matmul(U, of_V).mul_(factor), matmul(V, of_U).mul_(factor)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.products import matmul
 from raysae.regularizers.base import OrthogonalityRegularizer, State
 from raysae.regularizers.chunks import by_chunk, draw_chunks
 from raysae.regularizers.gram import unit_rows
@@ -41,11 +42,27 @@ class OrtSAEChunked(PeriodicRegularizer, OrthogonalityRegularizer):
         n, d_in = W_dec.shape
         U = by_chunk(unit_rows(W_dec), state["chunks"])
         with torch.no_grad():
-            cosines = U @ U.transpose(1, 2)
+            cosines = matmul(U, U.transpose(1, 2))
             cosines.diagonal(dim1=1, dim2=2).fill_(-1)  # a feature is not its own neighbour
-            neighbours = cosines.argmax(2)
+            neighbours = _argmax(cosines)
         # The gradient of a maximum is that of the pair that attains it; the zeros that fill a
         # chunk are neighbours at a cosine of 0, which costs nothing.
-        nearest = U.gather(1, neighbours[..., None].expand_as(U))
+        nearest = _rows(U, neighbours)
         cosine = (U * nearest).sum(2).relu()
         return cosine.pow(2).sum() * (d_in / (2 * n * math.log(max(2, U.shape[1]))))
+
+
+def _argmax(cosines: Tensor) -> Tensor:
+    """Of the last of three axes; NumPy's is ten times as fast as PyTorch's on a CPU."""
+    if cosines.is_cuda:
+        return cosines.argmax(2)
+    return torch.from_numpy(cosines.numpy().argmax(2))
+
+
+def _rows(U: Tensor, at: Tensor) -> Tensor:
+    """Rows of each chunk of `U` (chunks, s, d_in) at its own `at` (chunks, s)."""
+    if U.is_cuda:
+        return U.gather(1, at[..., None].expand_as(U))
+    chunks, s, _ = U.shape
+    first = torch.arange(0, chunks * s, s)[:, None]
+    return U.flatten(0, 1).index_select(0, (at + first).flatten()).view_as(U)

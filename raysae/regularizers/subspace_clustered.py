@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from raysae.products import matmul
 from raysae.regularizers.base import State
 from raysae.regularizers.gram import unit_rows
 from raysae.regularizers.hierarchical import Hierarchical
@@ -57,7 +58,7 @@ class SubspaceClustered(Hierarchical):
     def decoder_penalty(self, W_dec: Tensor, state: State) -> Tensor:
         bases, groups = state["bases"].to(W_dec.dtype), state["groups"]
         U, ranks = unit_rows(W_dec), dimensions(bases)
-        projected = (U @ bases.flatten(0, 1).T).pow(2).view(len(U), *bases.shape[:2]).sum(2)
+        projected = matmul(U, bases.flatten(0, 1).T).pow(2).view(len(U), *bases.shape[:2]).sum(2)
         energy = projected / ranks.clamp_min(1)
         exists = ranks > 0
         pairs = (exists.sum() * (exists.sum() - 1)).clamp_min(1)
