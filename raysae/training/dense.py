@@ -105,17 +105,16 @@ class _Reconstruct(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,  # noqa: ARG004
     ) -> tuple[Tensor, Tensor, Tensor]:
-        W, norms = W_dec.to(acts.dtype), W_dec.norm(dim=-1)
-        ctx.save_for_backward(acts, centred, W_enc, W_dec, W, norms)
+        W, norms, sums = W_dec.to(acts.dtype), W_dec.norm(dim=-1), acts.sum(1, dtype=W_dec.dtype)
+        ctx.save_for_backward(acts, centred, W_enc, W_dec, W, norms, sums)
         ctx.set_materialize_grads(False)
         decoded = product(acts, W, W_dec.dtype)
-        weighted = product(acts, norms.to(acts.dtype)[:, :, None], W_dec.dtype)
-        return decoded, acts.view_as(acts), weighted[:, :, 0].mean(1)
+        return decoded, acts.view_as(acts), (sums * norms).sum(1) / acts.shape[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_decoded, grad_acts, grad_l1 = grads
-        acts, centred, W_enc, W_dec, W, norms = ctx.saved_tensors
+        acts, centred, W_enc, W_dec, W, norms, sums = ctx.saved_tensors
         assert grad_decoded is not None and grad_l1 is not None
         of_token = grad_l1 / acts.shape[1]  # (m,), of a token's weighted sum
         of_acts = (of_token[:, None] * norms).to(acts.dtype)
@@ -123,9 +122,9 @@ class _Reconstruct(torch.autograd.Function):
         grad = affine(of_acts, grad_out, W.mT)
         if grad_acts is not None:
             grad += grad_acts
-        grad = torch.ops.aten.threshold_backward(grad, acts, 0.0)
+        torch.ops.aten.threshold_backward.grad_input(grad, acts, 0.0, grad_input=grad)
         grad_W_enc, grad_b_enc, grad_b_dec = _of_encoder(centred, grad, W_enc)
         grad_W_dec = product(acts.mT, grad_out, W_dec.dtype)
-        of_norms = of_token[:, None] * acts.sum(1, dtype=W_dec.dtype)
+        of_norms = of_token[:, None] * sums
         grad_W_dec.addcmul_(W_dec, (of_norms / norms.clamp_min(1e-30))[:, :, None])
         return None, None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec

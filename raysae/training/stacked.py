@@ -25,7 +25,7 @@ from raysae.training.fit import fit
 from raysae.training.largest import largest, largest_of_rows
 from raysae.training.sparse import SparseActivations, Support, decode, encode_at
 
-SPARSE = 1 / 16
+SPARSE = 1 / 10
 """Share of the activations below which sums over what fires are faster than matrix products."""
 
 LAID_OUT = 1 / 600
@@ -66,12 +66,12 @@ class DenseActs:
     def fired(self, is_forget: Tensor) -> Tensor:
         """(m, 2, d_sae): forget and retain tokens on which each feature fires; labels (m, n).
         In float32 at least, as counts over a batch do not fit less."""
-        fires, dtype = self.acts > 0, torch.promote_types(self.acts.dtype, torch.float32)
+        dtype = torch.promote_types(self.acts.dtype, torch.float32)
         tasks = torch.stack([is_forget, ~is_forget], 1)
-        if not fires.is_cuda:
-            return tasks.to(dtype) @ fires.to(dtype)
+        if not self.acts.is_cuda:  # a comparison takes it longer than a sign
+            return tasks.to(dtype) @ self.acts.sign().to(dtype)
         half = torch.bfloat16  # ones are exact, and summed up in float32
-        return product(tasks.to(half), fires.to(half), torch.float32).to(dtype)
+        return product(tasks.to(half), (self.acts > 0).to(half), torch.float32).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward: 
             pre = pres[0] if len(pres) == 1 else torch.cat(pres)
         acts = pre.relu_()
     decoded, acts, l1 = reconstruct(acts, centred, p["W_enc"], p["b_enc"], p["W_dec"], p["b_dec"])
-    centred = centred if centred.dtype == batch.dtype else None
-    error, mse = fit(decoded, batch, p["b_dec"], centred)
+    same = centred.dtype == batch.dtype
+    error, mse = fit(decoded, batch, p["b_dec"], centred if same else None)
     return Forward(error, DenseActs(acts), {"mse_loss": mse, "l1_loss": l1})
 
 
@@ -144,9 +144,7 @@ def _standard_where(
         supports.append(Support.from_flat(at, (len(at),), *pre.shape))
         values.append(pre.flatten().index_select(0, at).to(batch.dtype))
     support, centred = Support.joined(supports), centred.to(batch.dtype)
-    found = encode_at(
-        support, torch.cat(values), centred, p["W_enc"], p["b_enc"], p["b_dec"]
-    )
+    found = encode_at(support, torch.cat(values), centred, p["W_enc"], p["b_enc"], p["b_dec"])
     error, mse = fit(decode(support, found, p["W_dec"]), batch, p["b_dec"], centred)
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
     of_members = (found * norms).split(support.sizes)
