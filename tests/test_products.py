@@ -69,6 +69,38 @@ def test_leading_axes_and_stacks(library: products.Library):
 
 
 @with_onednn
+@pytest.mark.parametrize("shape", [(96, 3000, 160), (96, 1100, 160)], ids=["odd", "two parts"])
+def test_a_long_inner_axis_of_a_transposed_operand_is_taken_by_parts(
+    shape: tuple[int, int, int], asked: list[tuple[int, ...]]
+):
+    m, k, n = shape
+    left, right = random(k, m).T, random(k, n, seed=1)
+    with products.made_by("onednn"):
+        found = products.matmul(left, right)
+        laid_out = products.matmul(left.contiguous(), right)
+    *parts, whole = asked
+    assert len(parts) > 1
+    assert sum(part[1] for part in parts) == k
+    assert whole == (m, k, n)
+    for product in (found, laid_out):
+        torch.testing.assert_close(
+            product.double(), left.double() @ right.double(), rtol=0, atol=1e-3
+        )
+
+
+def test_a_bias_is_added_to_every_member(library: products.Library):
+    left, right, bias = random(3, 100, 96), random(3, 96, 160, seed=1), random(3, 160, seed=2)
+    exact = left.double() @ right.double() + bias.double()[:, None]
+    with products.made_by(library):
+        found = products.affine(bias, left, right)
+        alone = products.affine(bias[1:2], left[1:2], right[1:2])
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone.double(), exact[1:2], rtol=0, atol=1e-4)
+    if library == "onednn":
+        assert torch.equal(alone[0], found[1])
+
+
+@with_onednn
 def test_members_of_a_stack_round_as_each_alone():
     left, right = random(3, 100, 96), random(3, 96, 160, seed=1)
     with products.made_by("onednn"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_bench import PAIRS, doubled, every_architecture, small
 
+from raysae import products
 from raysae.training import pack as pack_module
 from raysae.training.loop import stepper, train, train_one
 from raysae.training.pack import Pack, can_pack
@@ -57,6 +58,18 @@ def test_every_member_gets_what_saelens_own_step_gives(
             torch.testing.assert_close(vars(pack.runs[i].firing)[name], tensor)
 
 
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request, monkeypatch):
+    """Makes every product, however small."""
+    if request.param == "onednn" and not products._has_onednn():
+        pytest.skip("this PyTorch was built without oneDNN's linear layer")
+    monkeypatch.setattr(products, "LEAST_WORK", 0)
+    monkeypatch.setattr(products, "LEAST_ROWS", 1)
+    with products.made_by(request.param):
+        yield request.param
+
+
+@pytest.mark.usefixtures("library")
 @every_architecture
 def test_in_float32_members_agree_to_rounding(architecture, make_spec, make_store):
     spec = make_spec(architecture, "fixed_orthogonal", steps=24)
@@ -69,15 +82,13 @@ def test_in_float32_members_agree_to_rounding(architecture, make_spec, make_stor
             assert ours[i].item() == pytest.approx(run.advance()["loss"].item(), rel=2e-4)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka_batchtopk"])
 @pytest.mark.parametrize("regularizer", ["none", "fixed_orthogonal", "cross_task_inhibition"])
 def test_what_picks_features_is_bit_for_bit_what_it_is_alone(
     regularizer, architecture, make_spec, make_store
 ):
     """Or a last digit would decide between two features one day, and training go another way."""
-    a, b = torch.randn(3, 64, 16), torch.randn(3, 16, 32)
-    if any(not torch.equal((a @ b)[i], (a[i : i + 1] @ b[i : i + 1])[0]) for i in range(3)):
-        pytest.skip("this machine's batched products round otherwise than single ones")
     spec = make_spec(architecture, regularizer, small(regularizer), sparsity=3, dead_after=5)
     spec, store = spec.model_copy(update={"seeds": 3}), make_store()
     pack = Pack([SAERun(member, store) for member in spec.members()])

@@ -60,6 +60,28 @@ def test_products_and_folds_agree(columns, both):
     assert folds[0].shape == (N, columns)
 
 
+def test_a_stack_s_support_is_that_of_its_members_joined():
+    generator = torch.Generator().manual_seed(3)
+    chosen = (torch.rand(3, N, D_SAE, generator=generator) < 0.2).flatten().nonzero()[:, 0]
+    sizes = tuple(torch.bincount(chosen // (N * D_SAE), minlength=3).tolist())
+    whole = Support.from_flat(chosen, sizes, 3, N, D_SAE)
+    joined = Support.joined(whole.of_members())
+    assert joined.sizes == whole.sizes
+    for name in ("features", "rows", "offsets"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+
+
+def test_entries_by_feature_are_those_of_a_stable_sort():
+    chosen = torch.tensor([3, 19, 20, 23, 63, 119])  # rows 0, 0, 1, 1, 3, 5; most features never
+    support = Support.from_flat(chosen, (4, 2), 2, 3, D_SAE)
+    order, rows, offsets = support.by_feature
+    by_sort = support.features.argsort(stable=True)
+    assert torch.equal(order.long(), by_sort)
+    assert torch.equal(rows, support.rows[by_sort])
+    counts = torch.bincount(support.features, minlength=2 * D_SAE)
+    assert torch.equal(offsets, counts.cumsum(0) - counts)
+
+
 def test_detached_they_carry_no_gradient(both):
     sparse, _ = both
     assert sparse.values.requires_grad

@@ -7,20 +7,6 @@ import torch
 from torch import Tensor
 
 from raysae.training import stacked
-from raysae.training.largest import largest
-
-
-@pytest.mark.parametrize(("size", "k"), [(4096, 8), (4096, 64), (1000, 5), (997, 3), (64, 64)])
-def test_the_largest_are_those_of_a_sort(size, k):
-    x = torch.randn(size, generator=torch.Generator().manual_seed(size + k))
-    assert sorted(largest(x, k).tolist()) == sorted(x.argsort(descending=True)[:k].tolist())
-
-
-def test_the_largest_of_equal_ones_are_distinct_and_no_smaller():
-    x = (torch.arange(4096) % 7).float()
-    chosen = largest(x, 600)
-    assert len(chosen.unique()) == 600
-    assert x[chosen].sort().values.equal(x.sort().values[-600:])
 
 
 def test_a_standard_sae_has_the_same_gradients_from_what_fires_alone(monkeypatch):
