@@ -9,10 +9,11 @@ on activations that lie on the device, after `--warm-up` steps. It needs torch a
 
 - tokens/s: of one SAE; times the members is what the device trains.
 - share of peak: operations of the SAE's own products over time and peak. The peak is the fastest
-  of a few bare products in the same run and dtype (and TF32 setting). Of n tokens an SAE needs
-  10 · n · d_in · d_sae operations (encoder forward and its weights' gradient 4, decoder 6), gated
-  16 (two decoders), or 2 · n · d_in · d_sae + 8 · n · k · d_in where k features are picked. A
-  penalty's operations are not among them: it costs share.
+  of a few bare products in the same run and dtype (and TF32 setting), on a CPU by the faster of
+  the libraries that raysae/products.py takes. Of n tokens an SAE needs 10 · n · d_in · d_sae
+  operations (encoder forward and its weights' gradient 4, decoder 6), gated 16 (two decoders), or
+  2 · n · d_in · d_sae + 8 · n · k · d_in where k features are picked. A penalty's operations are
+  not among them: it costs share.
 - memory: the most that was allocated during the steps, weights, gradients and Adam's moments
   included; on a CPU the most that the process held, above what it held before the case.
 - waits: times a step that the host waits for the GPU (torch.cuda.set_sync_debug_mode).
@@ -41,6 +42,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from raysae import products
 from raysae.regularizers import REGISTRY
 from raysae.training.pack import Pack
 from raysae.training.precision import tf32
@@ -151,7 +153,7 @@ def seconds_each(run: Callable[[], object], repeats: int, device: torch.device) 
 
 
 def peak(rows: int, d_in: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of the fastest of some bare products."""
+    """Operations a second of the fastest of some bare products, by the faster library."""
     shapes = [(rows, d_in, d_sae), (d_in, rows, d_sae)]
     shapes += [(8192, 8192, 8192)] if device.type == "cuda" else [(1024, 1024, 1024)]
     found = 0.0
@@ -163,9 +165,13 @@ def peak(rows: int, d_in: int, d_sae: int, dtype: torch.dtype, device: torch.dev
         def product(left: Tensor = left, right: Tensor = right, out: Tensor = out) -> None:
             torch.mm(left, right, out=out)
 
-        product()
+        def raysaes(left: Tensor = left, right: Tensor = right) -> None:
+            products.matmul(left, right)
+
         repeats = 20 if device.type == "cuda" else 3
-        found = max(found, 2 * n * k * m / min(seconds_each(product, repeats, device)))
+        for run in (product, raysaes) if device.type == "cpu" else (product,):
+            run()
+            found = max(found, 2 * n * k * m / min(seconds_each(run, repeats, device)))
     return found
 
 

@@ -8,6 +8,8 @@ others. NaN counts as the largest of all, as it does for `topk`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,22 +34,30 @@ def largest_of_rows(x: Tensor, k: int) -> Tensor:
 
 def largest(x: Tensor, k: int) -> Tensor:
     """Indices of the k largest entries of `x` (size,): ascending on a CPU, else in no order."""
-    if not _sorts_fast(x):
-        chosen = x.topk(k, sorted=False).indices
-        return chosen if x.is_cuda else chosen.sort().values
+    if x.is_cuda:
+        return x.topk(k, sorted=False).indices
+    x = x.float() if x.dtype == torch.bfloat16 else x  # which NumPy does not have
     width = 1
     while 8 * width * k <= len(x) and len(x) % (2 * width) == 0:
         width *= 2  # of a group; there are four times as many of them as are wanted
-    maxima = np.sort(x.view(width, -1).amax(0).numpy())
-    if np.isnan(maxima[-1]):
+    bound = _kth_largest(x.view(width, -1).amax(0), k)
+    if math.isnan(bound):
         return x.topk(k, sorted=False).indices.sort().values
     values = x.numpy()
-    candidates = np.flatnonzero(values >= maxima[-k])
+    candidates = np.flatnonzero(values >= bound)
     values = values[candidates]
-    least = np.sort(values)[-k]
+    least = _kth_largest(torch.from_numpy(values), k)
     kept = values > least
     kept[np.flatnonzero(values == least)[: k - np.count_nonzero(kept)]] = True
     return torch.from_numpy(candidates[kept])
+
+
+def _kth_largest(x: Tensor, k: int) -> float:
+    """Of `x` (size,); NaN if it has one."""
+    if not _sorts_fast(x):
+        return float(x.topk(k, sorted=False).values.min())
+    ordered = np.sort(x.numpy())
+    return float(ordered[-1] if np.isnan(ordered[-1]) else ordered[-k])
 
 
 def _by_sort(x: Tensor, k: int) -> Tensor:
