@@ -354,14 +354,15 @@ def _revive(p: Parameters, batch: Tensor, error: Tensor, members: list[Settings]
             there, dead = member.dead >= 0, member.dead.clamp_min(0)
             W = W_dec[i].index_select(0, dead)
             norms = W.norm(dim=-1)
-            hidden = (batch[i] - b_dec[i]) @ W_enc[i].index_select(1, dead)
+            hidden = products.matmul(batch[i] - b_dec[i], W_enc[i].index_select(1, dead))
             acts = calculate_topk_aux_acts(
                 k_aux=min(half, places),
                 hidden_pre=(hidden + b_enc[i].index_select(0, dead)) * norms,
                 dead_neuron_mask=there,
             )
             acts = acts.where(there, 0)  # of fewer dead ones than places, the others are −∞
-            missed = ((acts / norms) @ W + error[i].detach()).pow(2).sum(-1).mean()
+            missed = products.matmul(acts / norms, W) + error[i].detach()
+            missed = missed.pow(2).sum(-1).mean()
             losses[i] = (there.sum() / half).clamp_max(1) * missed
     return torch.stack(losses)
 
