@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +17,11 @@ from raysae.store.chunks import Moments
 from raysae.store.files import checksum
 from raysae.store.rows import batch_rows, epoch_order, mixed_batch_rows, place_of
 
+CACHED_BYTES = 8 << 20
+"""A batch that stays in a cache: its rows are gathered as they lie in memory, and put in
+order afterwards."""
 BLOCK_BYTES = 1 << 20
-"""Rows are gathered, converted and put into the batch in blocks that stay in a core's cache."""
+"""Of a larger one rows are gathered, converted and put into the batch in blocks that do."""
 
 MOST_ORDERS = 64
 """Epochs' orders on a device at most: more than SAEs are trained at the same time."""
@@ -48,29 +52,38 @@ class _SharedRows:
 
     def __init__(self, chunks: list[np.ndarray], device: torch.device) -> None:
         self._chunks, self._device = chunks, device
+        self._tensors = [_read_only(chunk) for chunk in chunks]
         self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
         self.n_rows, self.d_in = int(self._starts[-1]), int(chunks[0].shape[1])
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
-        out = torch.empty(len(rows), self.d_in, pin_memory=self._device.type == "cuda")
-        placed = out.numpy()
         # By chunk, and in a chunk as they lie in memory: neighbours share pages.
         order = np.argsort(rows)
-        sorted_rows = rows[order]
-        ends = np.searchsorted(sorted_rows, self._starts[1:])
-        per_block = max(1, BLOCK_BYTES // (4 * self.d_in))
-        block = np.empty((per_block, self.d_in), self._chunks[0].dtype)
-        begin = 0
-        for chunk, first, end in zip(self._chunks, self._starts[:-1], ends.tolist(), strict=True):
-            for start in range(begin, end, per_block):
-                stop = min(start + per_block, end)
-                # numpy reads the chunk: torch knows no read-only memory. "clip" saves a copy.
-                values = block[: stop - start]
-                wanted = sorted_rows[start:stop] - first
-                np.take(chunk, wanted, axis=0, out=values, mode="clip")
-                placed[order[start:stop]] = _as_float(values).mul_(scale).numpy()
-            begin = end
+        n, on_gpu = len(rows), self._device.type == "cuda"
+        if 4 * n * self.d_in <= CACHED_BYTES and not on_gpu:
+            gathered = torch.empty(n, self.d_in, dtype=self._tensors[0].dtype)
+            for chunk, wanted, here in self._by_chunk(rows[order]):
+                torch.index_select(chunk, 0, wanted, out=gathered[here])
+            places = np.empty_like(order)
+            places[order] = np.arange(n)
+            return gathered.index_select(0, torch.from_numpy(places)).float().mul_(scale)
+        out, into = torch.empty(n, self.d_in, pin_memory=on_gpu), torch.from_numpy(order)
+        for chunk, wanted, here in self._by_chunk(rows[order], BLOCK_BYTES // (4 * self.d_in)):
+            values = chunk.index_select(0, wanted).float().mul_(scale)
+            out.index_copy_(0, into[here], values)
         return _send(out, self._device)
+
+    def _by_chunk(
+        self, rows: np.ndarray, at_once: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Each chunk that has some of the ascending `rows`, their numbers in it, and where they are
+        among `rows`; `at_once` of them at most."""
+        begin = 0
+        for i, end in enumerate(np.searchsorted(rows, self._starts[1:]).tolist()):
+            for start in range(begin, end, max(1, at_once or end - begin)):
+                here = slice(start, min(end, start + max(1, at_once or end - begin)))
+                yield self._tensors[i], torch.from_numpy(rows[here] - self._starts[i]), here
+            begin = end
 
     def checksums(self) -> list[str]:
         return [checksum(chunk) for chunk in self._chunks]
@@ -374,7 +387,10 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def _as_float(values: np.ndarray) -> Tensor:
-    """float32, in the same memory if that is what it holds."""
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.bfloat16).float() if tensor.dtype == torch.int16 else tensor
+def _read_only(chunk: np.ndarray) -> Tensor:
+    """The chunk's memory as float32 or bfloat16, for reading: torch knows no memory that must not
+    be written to, and says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.from_numpy(chunk)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
