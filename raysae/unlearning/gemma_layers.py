@@ -94,7 +94,12 @@ class GemmaLayersAfter(LayersAfter):
         else:
             queries, keys_values = block.queries_keys_values(x, first)
             longer = block.extended(before, parents, keys_values)
-        return block.mlp_(block.attend(resid, queries, longer, first)), longer
+        resid = block.attend(resid, queries, longer, first)
+        is_last = i == len(self._fused) - 1  # whose MLP is left to `letters`
+        return resid if is_last else block.mlp_(resid), longer
+
+    def _behind_blocks(self, answering: Tensor) -> Tensor:
+        return self._fused[-1].mlp_(answering) if self._fused else answering
 
 
 class _FusedBlock:

@@ -69,10 +69,10 @@ class LayersAfter:
             longer.append(entry)
         return longer
 
-    def letters(
+    def answering(
         self, resid: Tensor, past: Past, parents: Tensor, at: Tensor | None = None
     ) -> Tensor:
-        """The answers, int64 (rows,) in 0 to 3, as SAEBench's arg max over the letters.
+        """What `letters` reads of each row: (rows, d_model).
 
         Args:
             resid: (rows, positions, d_model) at the hook.
@@ -84,15 +84,24 @@ class LayersAfter:
             answers = i == len(self.blocks) - 1 and at is None
             resid, _ = self._block(i, resid, past, parents, answer_only=answers)
         if at is None:
-            last = resid[:, -1:]
-        else:
-            last = resid[torch.arange(len(at), device=at.device), at][:, None]
+            return resid[:, -1]
+        return resid[torch.arange(len(at), device=at.device), at]
+
+    def letters(self, answering: Tensor) -> Tensor:
+        """The answers, int64 (rows,) in 0 to 3, as SAEBench's arg max over the letters.
+
+        Better asked for many rows at once. `answering` is not kept.
+        """
+        last = self._behind_blocks(answering)
         if self.model.cfg.normalization_type is not None:
-            last = self.model.ln_final(last)
-        logits = torch.nn.functional.linear(last[:, 0], self._W_answers, self._b_answers)
+            last = self.model.ln_final(last[:, None])[:, 0]
+        logits = torch.nn.functional.linear(last, self._W_answers, self._b_answers)
         logits = apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
         # The larger of "A" and " A" counts; the soft-max that SAEBench takes keeps the order.
         return logits.reshape(-1, 2, 4).amax(dim=1).argmax(dim=1)
+
+    def _behind_blocks(self, answering: Tensor) -> Tensor:
+        return answering
 
     def _block(
         self,

@@ -191,7 +191,7 @@ def test_layers_in_pieces_equal_one_forward_pass(shape: dict[str, Any]) -> None:
         same, rows = torch.arange(6), torch.tensor([5, 0, 0, 3])
         past = layers.extend(resid[:, :4], [], same)
         past = layers.extend(resid[:, 4:7], past, same)
-        letters = layers.letters(resid[rows, 7:], past, rows)
+        letters = layers.letters(layers.answering(resid[rows, 7:], past, rows))
     expected = logits[:, -1, answers].reshape(-1, 2, 4).amax(1).argmax(1)[rows]
     assert letters.tolist() == expected.tolist()
 
