@@ -95,7 +95,7 @@ def _largest(sae: Any, resid: Tensor) -> _Largest | None:
         return None
     pre = _pre_activations(sae, resid)
     n, values = len(pre), pre.numpy()
-    maxima = pre.view(n, -1, groups).amax(dim=1).numpy()
+    maxima = pre.view(n, d_sae // groups, groups).amax(dim=1).numpy()
     maxima.sort(axis=1)
     least = np.maximum(maxima[:, -k], _ABOVE_ZERO)
     at = np.flatnonzero(values >= least[:, None])

@@ -137,4 +137,3 @@ class LayersAfter:
         x = block.ln1(resid)
         _, keys, values = block.attn.calculate_qkv_matrices(x, x, x)
         return keys, values
-
