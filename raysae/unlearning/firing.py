@@ -117,7 +117,7 @@ def _largest(sae: Any, resid: Tensor) -> _Largest | None:
 def _pre_activations(sae: TopKSAE, resid: Tensor) -> Tensor:
     """(tokens, d_sae), as in `TopKSAE.encode`."""
     with preferred():
-        pre = sae.process_sae_in(resid).flatten(0, 1) @ sae.W_enc.detach()
+        pre: Tensor = sae.process_sae_in(resid).flatten(0, 1) @ sae.W_enc.detach()
     pre += sae.b_enc.detach()
     if sae.cfg.rescale_acts_by_decoder_norm:
         pre *= sae.W_dec.detach().norm(dim=-1)
