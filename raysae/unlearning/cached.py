@@ -34,12 +34,13 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from raysae.products import preferred
+from raysae.products import matmul
 from raysae.unlearning.cache import Corpus, EvaluationCache, as_tensor, shared_tensor
+from raysae.unlearning.firing import activations_of, count_firing
 from raysae.unlearning.gemma_layers import layers_after
 from raysae.unlearning.grid import GridPoint, choose_features, eligible_features
 from raysae.unlearning.interventions import Interventions, Level, find_interventions
-from raysae.unlearning.layers_after import Past, select
+from raysae.unlearning.layers_after import Past
 from raysae.unlearning.protocol import saebench_view, sparsity_through_text
 from raysae.unlearning.result import (
     MIN_KNOWN_QUESTIONS,
@@ -202,20 +203,14 @@ class CachedEvaluator:
         As SAEBench reads it, and in pieces of its batches, see `raysae.unlearning.cache`.
         """
         counts = [torch.zeros(len(sae.W_dec), device=self.device) for sae in saes]
-        fires = torch.empty(0, device=self.device)
         n, length = corpus.counts.shape
         size = self.config.llm_batch_size
         starts = range(0, n, size)
         for batch, _ in self._pieces((start, min(start + size, n), length) for start in starts):
             resid = as_tensor(corpus.resid[batch], self.cache.dtype, self.device)
-            counted = as_tensor(corpus.counts[batch], "bool", self.device).flatten().float()
+            counted = as_tensor(corpus.counts[batch], "bool", self.device)
             for sae, count in zip(saes, counts, strict=True):
-                acts = _encode(sae, resid).flatten(0, 1)
-                if fires.shape != acts.shape:
-                    fires = torch.empty(acts.shape, device=self.device)
-                torch.gt(acts, 0, out=fires)
-                # Sums of ones: exact in float32 up to 2^24 tokens, in whatever order.
-                count += counted @ fires
+                count += count_firing(sae, resid, counted)
         total = int(corpus.counts.sum())
         return [sparsity_through_text((count / total).cpu().numpy()) for count in counts]
 
@@ -246,7 +241,7 @@ class CachedEvaluator:
             resid = as_tensor(prompts.resid[batch, :length], self.cache.dtype, self.device)
             for i, sae in enumerate(saes):
                 here = slice(bounds[i], bounds[i + 1])
-                chosen[batch, :length, here] = _encode(sae, resid)[:, :, features[i]]
+                chosen[batch, :length, here] = activations_of(sae, resid, features[i])
         chosen[:, 0] = 0  # SAEBench leaves the BOS position alone
         lengths = as_tensor(prompts.lengths, "int64", self.device)
         beyond = torch.arange(longest, device=self.device) >= lengths[:, None]
@@ -297,8 +292,10 @@ class CachedEvaluator:
         for length in np.unique(prompts.lengths[asked]).tolist():
             rows = asked[prompts.lengths[asked] == length]
             resid = as_tensor(prompts.resid[rows, :length], dtype, self.device)
-            past = self.layers.extend(resid[:, :2], [])
-            found = self.layers.letters(resid[:, 2:], past).cpu().numpy()
+            same = torch.arange(len(rows), device=self.device)
+            past = self.layers.extend(resid[:, :2], [], same)
+            answering = self.layers.answering(resid[:, 2:], past, same)
+            found = self.layers.letters(answering).cpu().numpy()
             agree += int((found == prompts.baseline[rows]).sum())
         # A short type rounds more answers over: at chance a quarter agree.
         if agree < (0.9 if dtype == "float32" else 0.75) * len(asked):
@@ -307,13 +304,6 @@ class CachedEvaluator:
                 "as cached: the cache belongs to another model, or its layers depend on more than "
                 "the residual stream"
             )
-
-
-def _encode(sae: Any, resid: Tensor) -> Tensor:
-    """(rows, positions, d_sae) activations, the SAE's own."""
-    with preferred():
-        acts: Tensor = sae.encode(resid)
-    return acts
 
 
 @dataclass(frozen=True)
@@ -345,49 +335,55 @@ class _Run:
 
     def letters(self) -> Tensor:
         """int64 (states of the last level,) the answers, on the device."""
-        found = self.acts.new_empty(len(self.levels[-1].first), dtype=torch.int64)
+        evaluator = self.evaluator
+        found = self.resid.new_empty(
+            len(self.levels[-1].first), self.resid.shape[-1], device=self.acts.device
+        )
         self._descend(0, (0, len(self.levels[0].first)), [], 0, found)
-        return found
+        pieces = found.split(evaluator.positions_at_once)
+        return torch.cat([evaluator.layers.letters(piece) for piece in pieces])
 
     def _descend(
         self, depth: int, states: tuple[int, int], past: Past, past_from: int, found: Tensor
     ) -> None:
         """Run these states of a level and all that follow from them.
 
-        `past` is that of the level before, from its state `past_from` on.
+        `past` is that of the level before, from its state `past_from` on. What the last level's
+        states answer by goes to `found`, (states, d_model).
         """
         level, evaluator = self.levels[depth], self.evaluator
         layers = evaluator.layers
         sizes = (evaluator.positions_at_once, evaluator.positions_held)
         for low, high in level.chunks(*states, *sizes):
             resid = self._resid(level, low, high)
-            here = select(past, self._send(level.parents[low:high] - past_from))
+            parents = self._send(level.parents[low:high] - past_from)
             if depth == len(self.levels) - 1:
                 answering = self.group.ends[level.first[low:high]] - 1
                 at = None if (answering == level.end - 1).all() else answering - level.start
-                found[low:high] = layers.letters(
-                    resid, here, None if at is None else self._send(at)
+                found[low:high] = layers.answering(
+                    resid, past, parents, None if at is None else self._send(at)
                 )
             else:
-                here = layers.extend(resid, here)
+                here = layers.extend(resid, past, parents)
                 children = self.levels[depth + 1].children(low, high)
                 self._descend(depth + 1, children, here, low, found)
 
     def _resid(self, level: Level, low: int, high: int) -> Tensor:
         """(states, positions, d_model) at the hook after the intervention."""
-        group = self.group
-        first, span = level.first[low:high], slice(level.start, level.end)
+        group, first = self.group, level.first[low:high]
         prompts = group.prompts[first]
-        resid = self.resid[self._send(prompts), span]
-        on = self.fires[prompts, span] & group.features[first][:, None]
-        row, position = np.nonzero(on.any(axis=-1))
+        # Whole rows of a narrowed view, which is several times as fast as an index of two axes.
+        resid = self.resid[:, level.start : level.end].index_select(0, self._send(prompts))
+        strengths = group.strengths[first, level.start : level.end]
+        row, position = np.nonzero(strengths)
         if len(row):
-            where = [self._send(i) for i in (row, position)]
-            at = [self._send(i) for i in (prompts[row], level.start + position)]
-            z = self.acts[at[0], at[1]]
-            target = -self._send(group.multipliers[first][row]).to(z.dtype)[:, None]
-            change = torch.where(self._send(on[row, position]), target - z, 0.0)
-            resid[where[0], where[1]] += change @ self.directions
+            prompt, at = prompts[row], level.start + position
+            on = self._send(self.fires[prompt, at] & group.features[first[row]])
+            z = self.acts[self._send(prompt), self._send(at)]
+            target = -self._send(strengths[row, position]).to(z.dtype)[:, None]
+            change = matmul(torch.where(on, target - z, 0.0), self.directions)
+            where = self._send(row * (level.end - level.start) + position)
+            resid.view(-1, resid.shape[-1]).index_add_(0, where, change)
         return resid
 
     def _send(self, array: np.ndarray) -> Tensor:

@@ -68,8 +68,8 @@ class Interventions:
     """(interventions,) position among the SAEs."""
     features: np.ndarray
     """bool (interventions, features): the chosen features that fire somewhere in the prompt."""
-    multipliers: np.ndarray
-    """(interventions,)"""
+    strengths: np.ndarray
+    """(interventions, length) the multiplier where a feature is clamped, elsewhere 0."""
     grid_rows: np.ndarray
     """bool (interventions, grid rows): the grid's interventions that amount to this one."""
     departs: np.ndarray
@@ -129,11 +129,12 @@ def find_interventions(
         features = patterns[prompt, sae, row]
         factors = np.asarray(multipliers)[row]
         clamped = fires[prompts[prompt], :length] & features[:, None]
+        strengths = np.where(clamped.any(axis=-1), factors[:, None], 0)
         ends = lengths[prompts[prompt]]
         own_tokens = np.where(
             np.arange(length) < ends[:, None], tokens[prompts[prompt], :length], -1
         )
-        paths = _paths(own_tokens, clamped, factors)
+        paths = _paths(own_tokens, clamped, strengths)
         keys = [path.tobytes() for path in paths]
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
         yield Interventions(
@@ -142,7 +143,7 @@ def find_interventions(
             prompts=prompts[prompt][order],
             saes=sae[order],
             features=features[order],
-            multipliers=factors[order],
+            strengths=strengths[order],
             grid_rows=(same_as[prompt, sae] == row[:, None])[order],
             departs=_departures(paths[order]),
         )
@@ -180,16 +181,15 @@ def _first_of_equals(patterns: np.ndarray, multipliers: Sequence[int]) -> np.nda
     return first
 
 
-def _paths(tokens: np.ndarray, clamped: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
+def _paths(tokens: np.ndarray, clamped: np.ndarray, strengths: np.ndarray) -> np.ndarray:
     """uint8 (interventions, length, bytes): all that each position adds to what is computed.
 
     Args:
         tokens: (interventions, length).
         clamped: bool (interventions, length, features).
-        multipliers: (interventions,); counts where something is clamped.
+        strengths: (interventions, length); counts where something is clamped.
     """
-    strength = np.where(clamped.any(axis=-1), multipliers[:, None], 0)
-    numbers = np.stack([tokens, strength], axis=-1).astype(np.int64)
+    numbers = np.stack([tokens, strengths], axis=-1).astype(np.int64)
     return np.concatenate([numbers.view(np.uint8), np.packbits(clamped, axis=-1)], axis=-1)
 
 

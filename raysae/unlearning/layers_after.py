@@ -20,8 +20,9 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.utilities.activation_functions import apply_softcap
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-Past = list[tuple[Tensor, Tensor]]
-"""By layer, keys and values of the positions so far; rows come first. Empty at position 0."""
+Past = list[Any]
+"""By layer, keys and values of the positions so far, rows first, as each class keeps them. Empty at
+position 0."""
 
 # These transform queries and keys between the projection and the key/value entry.
 _OTHER_KEYS = {"OlmoeForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", *POST_NORM_ARCHITECTURES}
@@ -53,51 +54,65 @@ class LayersAfter:
         plain = cfg.original_architecture not in _OTHER_KEYS and cfg.clip_qkv is None
         self._last_keys_only = plain and not (cfg.use_attn_in or cfg.use_split_qkv_input)
 
-    def extend(self, resid: Tensor, past: Past) -> Past:
+    def extend(self, resid: Tensor, past: Past, parents: Tensor) -> Past:
         """Keys and values with these positions appended.
 
         Args:
             resid: (rows, positions, d_model) at the hook.
-            past: of the same rows, up to these positions.
+            past: up to these positions.
+            parents: int64 (rows,) which of the past's rows each one goes on from.
         """
         longer: Past = []
         for i in range(len(self.blocks)):
             is_last = i == len(self.blocks) - 1
-            resid, entry = self._block(i, resid, past, keys_only=is_last)
+            resid, entry = self._block(i, resid, past, parents, keys_only=is_last)
             longer.append(entry)
         return longer
 
-    def letters(self, resid: Tensor, past: Past, at: Tensor | None = None) -> Tensor:
-        """The answers, int64 (rows,) in 0 to 3, as SAEBench's arg max over the letters.
+    def answering(
+        self, resid: Tensor, past: Past, parents: Tensor, at: Tensor | None = None
+    ) -> Tensor:
+        """What `letters` reads of each row: (rows, d_model).
 
         Args:
             resid: (rows, positions, d_model) at the hook.
-            past: of the same rows, up to these positions.
+            past: up to these positions.
+            parents: int64 (rows,) which of the past's rows each one goes on from.
             at: int64 (rows,) which of these positions answers; None: the last one.
         """
         for i in range(len(self.blocks)):
             answers = i == len(self.blocks) - 1 and at is None
-            resid, _ = self._block(i, resid, past, answer_only=answers)
+            resid, _ = self._block(i, resid, past, parents, answer_only=answers)
         if at is None:
-            last = resid[:, -1:]
-        else:
-            last = resid[torch.arange(len(at), device=at.device), at][:, None]
+            return resid[:, -1]
+        return resid[torch.arange(len(at), device=at.device), at]
+
+    def letters(self, answering: Tensor) -> Tensor:
+        """The answers, int64 (rows,) in 0 to 3, as SAEBench's arg max over the letters.
+
+        Better asked for many rows at once. `answering` is not kept.
+        """
+        last = self._behind_blocks(answering)
         if self.model.cfg.normalization_type is not None:
-            last = self.model.ln_final(last)
-        logits = torch.nn.functional.linear(last[:, 0], self._W_answers, self._b_answers)
+            last = self.model.ln_final(last[:, None])[:, 0]
+        logits = torch.nn.functional.linear(last, self._W_answers, self._b_answers)
         logits = apply_softcap(logits, self.model.cfg.output_logits_soft_cap)
         # The larger of "A" and " A" counts; the soft-max that SAEBench takes keeps the order.
         return logits.reshape(-1, 2, 4).amax(dim=1).argmax(dim=1)
+
+    def _behind_blocks(self, answering: Tensor) -> Tensor:
+        return answering
 
     def _block(
         self,
         i: int,
         resid: Tensor,
         past: Past,
+        parents: Tensor,
         *,
         keys_only: bool = False,
         answer_only: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Any]:
         """One block over new positions: its output, and all keys and values.
 
         With `keys_only` the output is not needed, with `answer_only` only its last position.
@@ -107,7 +122,7 @@ class LayersAfter:
             self.model.cfg, resid.device, len(resid)
         )
         if past:
-            entry.past_keys, entry.past_values = past[i]
+            entry.past_keys, entry.past_values = (t.index_select(0, parents) for t in past[i])
         if keys_only and self._last_keys_only:
             entry.append(*self._keys_values(block, resid))
         elif answer_only and self._last_keys_only:
@@ -122,8 +137,3 @@ class LayersAfter:
         x = block.ln1(resid)
         _, keys, values = block.attn.calculate_qkv_matrices(x, x, x)
         return keys, values
-
-
-def select(past: Past, rows: Tensor) -> Past:
-    """The pasts of some rows, repetitions allowed; rows int64 (n,)."""
-    return [(keys[rows], values[rows]) for keys, values in past]

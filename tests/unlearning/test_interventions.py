@@ -49,13 +49,15 @@ def test_levels_hold_each_state_once_behind_its_own_past(seed: int, piece_cost: 
 
         def path(i: int, end: int, group=group):
             prompt = group.prompts[i]
-            clamps = (fires[prompt], group.features[i], group.multipliers[i], tokens[prompt])
+            multiplier = group.strengths[i].max()
+            clamps = (fires[prompt], group.features[i], multiplier, tokens[prompt])
             return state(*clamps, end)
 
         for i, r in zip(intervention, row, strict=True):
             clamps = fires[group.prompts[i]] & chosen[group.saes[i], r]
             assert np.array_equal(clamps, fires[group.prompts[i]] & group.features[i])
-            assert MULTIPLIERS[r] == group.multipliers[i]
+            strengths = np.where(clamps.any(axis=1), MULTIPLIERS[r], 0)
+            assert np.array_equal(group.strengths[i], strengths[: group.length])
         before, reached = [0], 0
         levels = group.levels(piece_cost)
         assert levels[-1].start < group.ends.min()

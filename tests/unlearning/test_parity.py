@@ -24,7 +24,7 @@ from unlearning_bench import (
 
 from raysae.unlearning import SAEBenchEvaluator, UnlearningResult
 from raysae.unlearning.gemma_layers import GemmaLayersAfter
-from raysae.unlearning.layers_after import LayersAfter, select
+from raysae.unlearning.layers_after import LayersAfter
 from raysae.worlds import World
 
 
@@ -188,10 +188,10 @@ def test_layers_in_pieces_equal_one_forward_pass(shape: dict[str, Any]) -> None:
         logits, cache = model.run_with_cache(tokens)
         resid = cache["blocks.0.hook_resid_post"]
         layers = LayersAfter(model, 0, answers)
-        past = layers.extend(resid[:, :4], [])
-        past = layers.extend(resid[:, 4:7], past)
-        rows = torch.tensor([5, 0, 0, 3])
-        letters = layers.letters(resid[rows, 7:], select(past, rows))
+        same, rows = torch.arange(6), torch.tensor([5, 0, 0, 3])
+        past = layers.extend(resid[:, :4], [], same)
+        past = layers.extend(resid[:, 4:7], past, same)
+        letters = layers.letters(layers.answering(resid[rows, 7:], past, rows))
     expected = logits[:, -1, answers].reshape(-1, 2, 4).amax(1).argmax(1)[rows]
     assert letters.tolist() == expected.tolist()
 
