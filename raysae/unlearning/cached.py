@@ -63,6 +63,9 @@ POSITIONS_AT_ONCE, POSITIONS_AT_ONCE_ON_GPU = 1024, 16384
 POSITIONS_HELD_ON_GPU = 4 * POSITIONS_AT_ONCE_ON_GPU
 """Rows times positions of which one level of a tree holds keys and values: for the layers behind
 gemma-2-2b's twelfth 3.5 GB, less than the logits of one of SAEBench's batches."""
+SAES_AT_ONCE, SAES_AT_ONCE_ON_GPU = 4, 16
+"""SAEs of which interventions are found together: what they have in common is little, and what each
+intervention does at each position takes memory, about 100 MB an SAE of the embedded world."""
 ASKING_FOR_A_LAYER = 1.2e10
 """What it costs to ask a GPU for a layer, times d_model², in positions: a millisecond of the host
 at 300 Tflop/s and 24 · d_model² operations a position."""
@@ -95,6 +98,7 @@ class CachedEvaluator:
         self.positions_at_once = POSITIONS_AT_ONCE if on_cpu else POSITIONS_AT_ONCE_ON_GPU
         self.positions_held = np.inf if on_cpu else POSITIONS_HELD_ON_GPU
         self.encodes_pieces = on_cpu
+        self.saes_at_once = SAES_AT_ONCE if on_cpu else SAES_AT_ONCE_ON_GPU
         self.piece_cost = 0.0 if on_cpu else ASKING_FOR_A_LAYER / model.cfg.d_model**2
         if cache.world_name != world.name or cache.config != asdict(config):
             raise ValueError(
@@ -155,11 +159,12 @@ class CachedEvaluator:
             choose_features(of_forget, of_retain, self.config)
             for of_forget, of_retain in zip(forget, retain, strict=True)
         ]
-        letters = self._letters(views, grids, asked)
+        groups = [slice(i, i + self.saes_at_once) for i in range(0, len(saes), self.saes_at_once)]
+        letters = [self._letters(views[group], grids[group], asked) for group in groups]
         return [
             self._result(grid, answers, asked, of_forget, of_retain)
             for grid, answers, of_forget, of_retain in zip(
-                grids, letters, forget, retain, strict=True
+                grids, np.concatenate(letters), forget, retain, strict=True
             )
         ]
 

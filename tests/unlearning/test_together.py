@@ -36,10 +36,13 @@ def alone(bench: Bench, saes: list[Any]) -> list[UnlearningResult]:
     return [bench.cached().evaluate(sae, training_steps=1) for sae in saes]
 
 
+@pytest.mark.parametrize("at_once", [2, 4])
 def test_several_saes_are_scored_as_each_alone(
-    bench: Bench, saes: list[Any], alone: list[UnlearningResult]
+    bench: Bench, saes: list[Any], alone: list[UnlearningResult], at_once: int
 ) -> None:
-    together = bench.cached().evaluate_many(saes, training_steps=1)
+    evaluator = bench.cached()
+    evaluator.saes_at_once = at_once
+    together = evaluator.evaluate_many(saes, training_steps=1)
     for ours, theirs in zip(together, alone, strict=True):
         assert_same(ours, theirs)
     turned = [{n: v.tobytes() for n, v in r.is_correct.items()} for r in together]
