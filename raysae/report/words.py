@@ -146,7 +146,7 @@ def _conditioning_line(run: Run) -> str:
         return "Whether conditioning predicts the score cannot be said from this run."
     last = table[table["step"] == table["step"].max()]
     found = last[last["evidence"]]
-    at = f"at step {last['step'].iloc[0]}, {last['trials'].max()} trials"
+    at = f"at step {last['step'].iloc[0]}, {last['trials'].max()} SAEs"
     if found.empty:
         return (
             "No figure of conditioning or overlap is shown to predict the score beyond L0, "
