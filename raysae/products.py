@@ -1,4 +1,4 @@
-"""Matrix products in float32 on a CPU, by the faster of two libraries that PyTorch brings.
+"""Matrix products in float32 on a CPU, and tanh, by the faster of two libraries of PyTorch's.
 
 PyTorch asks MKL, which keeps to AVX2 on AMD's processors: half of what one with AVX-512 can do. The
 other library is oneDNN, which generates its code for the processor that it finds; PyTorch uses it

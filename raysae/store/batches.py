@@ -62,26 +62,25 @@ class _SharedRows:
         n, on_gpu = len(rows), self._device.type == "cuda"
         if 4 * n * self.d_in <= CACHED_BYTES and not on_gpu:
             gathered = torch.empty(n, self.d_in, dtype=self._tensors[0].dtype)
-            for chunk, wanted, here in self._by_chunk(rows[order]):
+            for chunk, wanted, here in self._by_chunk(rows[order], n):
                 torch.index_select(chunk, 0, wanted, out=gathered[here])
             places = np.empty_like(order)
             places[order] = np.arange(n)
             return gathered.index_select(0, torch.from_numpy(places)).float().mul_(scale)
         out, into = torch.empty(n, self.d_in, pin_memory=on_gpu), torch.from_numpy(order)
-        for chunk, wanted, here in self._by_chunk(rows[order], BLOCK_BYTES // (4 * self.d_in)):
+        at_once = max(1, BLOCK_BYTES // (4 * self.d_in))
+        for chunk, wanted, here in self._by_chunk(rows[order], at_once):
             values = chunk.index_select(0, wanted).float().mul_(scale)
             out.index_copy_(0, into[here], values)
         return _send(out, self._device)
 
-    def _by_chunk(
-        self, rows: np.ndarray, at_once: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    def _by_chunk(self, rows: np.ndarray, at_once: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Each chunk that has some of the ascending `rows`, their numbers in it, and where they are
         among `rows`; `at_once` of them at most."""
         begin = 0
         for i, end in enumerate(np.searchsorted(rows, self._starts[1:]).tolist()):
-            for start in range(begin, end, max(1, at_once or end - begin)):
-                here = slice(start, min(end, start + max(1, at_once or end - begin)))
+            for start in range(begin, end, at_once):
+                here = slice(start, min(end, start + at_once))
                 yield self._tensors[i], torch.from_numpy(rows[here] - self._starts[i]), here
             begin = end
 
