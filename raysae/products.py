@@ -1,4 +1,4 @@
-"""Matrix products in float32 on a CPU, and tanh, by the faster of two libraries of PyTorch's.
+"""Matrix products in float32 on a CPU by the faster of two libraries of PyTorch's.
 
 PyTorch asks MKL, which keeps to AVX2 on AMD's processors: half of what one with AVX-512 can do. The
 other library is oneDNN, which generates its code for the processor that it finds; PyTorch uses it
@@ -32,8 +32,6 @@ LEAST_ROWS = 8
 PART = 512
 """Of a long inner axis; see `_product_of_two`. Of (2304, 16384) · (16384, 2304), the left one
 transposed, 209 Gflop/s rather than 143."""
-LEAST_ENTRIES = 1 << 14
-"""Entries of a tensor below which handing it to oneDNN and back takes longer than what it saves."""
 
 CPU_INFO = Path("/proc/cpuinfo")
 """Where Linux describes the processor."""
@@ -118,14 +116,6 @@ def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")
         return found
     return F.linear(x, weight).mul_(factor)
-
-
-def tanh(x: Tensor) -> Tensor:
-    """The hyperbolic tangent of float32, without gradient; MKL takes four times as long for it."""
-    if library() == "onednn" and x.is_cpu and x.numel() >= LEAST_ENTRIES:
-        found: Tensor = torch.tanh_(x.to_mkldnn()).to_dense()
-        return found
-    return x.tanh()
 
 
 class preferred(TorchFunctionMode):  # noqa: N801 - a context manager

@@ -278,7 +278,9 @@ class CachedEvaluator:
         for group in find_interventions(
             fires, chosen, multipliers, prompts.tokens, prompts.lengths, asked, self.piece_cost
         ):
-            run = _Run(self, group, group.levels(self.piece_cost), resid, acts, directions, fires)
+            levels = group.levels(self.piece_cost)
+            altered = [_Altered.of(group, level) for level in levels]
+            run = _Run(self, group, levels, altered, resid, acts, directions, fires)
             answers.append((run, run.letters()))
         for run, of_states in answers:  # read when all are under way
             group = run.group
@@ -312,6 +314,49 @@ class CachedEvaluator:
 
 
 @dataclass(frozen=True)
+class _Altered:
+    """Where the interventions of some states of a level alter the residual stream."""
+
+    where: np.ndarray
+    """(alterations,) ascending, of the states' positions one after the other."""
+    intervention: np.ndarray
+    """(alterations,) the state's first."""
+    prompt: np.ndarray
+    """(alterations,) position in the cache."""
+    position: np.ndarray
+    """(alterations,) of the prompt."""
+    target: np.ndarray
+    """float32 (alterations,) what a clamped feature that fires is set to."""
+    positions: int
+    """Of a state."""
+
+    @classmethod
+    def of(cls, group: Interventions, level: Level) -> _Altered:
+        """Of all states of a level."""
+        strengths = group.strengths[level.first, level.start : level.end]
+        where = np.flatnonzero(strengths)
+        positions = level.end - level.start
+        intervention = level.first[where // positions]
+        target = -strengths.reshape(-1)[where].astype(np.float32)
+        position = level.start + where % positions
+        prompt = group.prompts[intervention]
+        return cls(where, intervention, prompt, position, target, positions)
+
+    def of_states(self, low: int, high: int) -> _Altered:
+        """Of the states `low` to `high`, now counted from 0."""
+        first = low * self.positions
+        here = slice(*np.searchsorted(self.where, [first, high * self.positions]))
+        return _Altered(
+            self.where[here] - first,
+            self.intervention[here],
+            self.prompt[here],
+            self.position[here],
+            self.target[here],
+            self.positions,
+        )
+
+
+@dataclass(frozen=True)
 class _Run:
     """One tree of interventions on its way through the layers, depth first.
 
@@ -322,6 +367,8 @@ class _Run:
     evaluator: CachedEvaluator
     group: Interventions
     levels: list[Level]
+    altered: list[_Altered]
+    """By level."""
     resid: Tensor
     """(prompts, longest, d_model) at the hook without an intervention; not to be written into."""
     acts: Tensor
@@ -360,7 +407,7 @@ class _Run:
         layers = evaluator.layers
         sizes = (evaluator.positions_at_once, evaluator.positions_held)
         for low, high in level.chunks(*states, *sizes):
-            resid = self._resid(level, low, high)
+            resid = self._resid(depth, low, high)
             parents = self._send(level.parents[low:high] - past_from)
             if depth == len(self.levels) - 1:
                 answering = self.group.ends[level.first[low:high]] - 1
@@ -373,22 +420,20 @@ class _Run:
                 children = self.levels[depth + 1].children(low, high)
                 self._descend(depth + 1, children, here, low, found)
 
-    def _resid(self, level: Level, low: int, high: int) -> Tensor:
+    def _resid(self, depth: int, low: int, high: int) -> Tensor:
         """(states, positions, d_model) at the hook after the intervention."""
-        group, first = self.group, level.first[low:high]
-        prompts = group.prompts[first]
+        level = self.levels[depth]
+        prompts = self._send(self.group.prompts[level.first[low:high]])
         # Whole rows of a narrowed view, which is several times as fast as an index of two axes.
-        resid = self.resid[:, level.start : level.end].index_select(0, self._send(prompts))
-        strengths = group.strengths[first, level.start : level.end]
-        row, position = np.nonzero(strengths)
-        if len(row):
-            prompt, at = prompts[row], level.start + position
-            on = self._send(self.fires[prompt, at] & group.features[first[row]])
+        resid = self.resid[:, level.start : level.end].index_select(0, prompts)
+        altered = self.altered[depth].of_states(low, high)
+        if len(altered.where):
+            prompt, at = altered.prompt, altered.position
+            on = self._send(self.fires[prompt, at] & self.group.features[altered.intervention])
             z = self.acts[self._send(prompt), self._send(at)]
-            target = -self._send(strengths[row, position]).to(z.dtype)[:, None]
+            target = self._send(altered.target).to(z.dtype)[:, None]
             change = matmul(torch.where(on, target - z, 0.0), self.directions)
-            where = self._send(row * (level.end - level.start) + position)
-            resid.view(-1, resid.shape[-1]).index_add_(0, where, change)
+            resid.view(-1, resid.shape[-1]).index_add_(0, self._send(altered.where), change)
         return resid
 
     def _send(self, array: np.ndarray) -> Tensor:

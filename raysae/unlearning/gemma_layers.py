@@ -12,11 +12,12 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from raysae.products import gelu_linear, linear, linear_times, tanh
+from raysae.products import gelu_linear, linear, linear_times
 from raysae.unlearning.layers_after import LayersAfter, Past
 
 _GREATEST_CAP = 64
@@ -57,49 +58,38 @@ def layers_after(
 
 
 class GemmaLayersAfter(LayersAfter):
-    """As `LayersAfter`.
-
-    Keys, rotated, and values are kept as one tensor, (rows, kv heads, 2, positions, d_head): one
-    copy takes both to another row, and either of them is a stack of matrices.
-    """
+    """As `LayersAfter`; see the blocks for what `Past` holds."""
 
     @torch.no_grad()
     def __init__(
         self, model: HookedTransformer, layer: int, answer_tokens: tuple[int, ...]
     ) -> None:
         super().__init__(model, layer, answer_tokens)
-        self._fused = [_FusedBlock(block) for block in self.blocks]
+        self._before = [_Block(block) for block in self.blocks[:-1]]
+        self._last = _LastBlock(self.blocks[-1]) if self.blocks else None
 
     @torch.no_grad()
-    def _block(
-        self,
-        i: int,
-        resid: Tensor,
-        past: Past,
-        parents: Tensor,
-        *,
-        keys_only: bool = False,
-        answer_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        block = self._fused[i]
-        before = past[i] if past else None
-        first = past[i].shape[3] if past else 0
-        x = _rms(resid, block.eps)
-        if keys_only:
-            return resid, block.extended(before, parents, block.keys_values(x, first))
-        if answer_only:
-            longer = block.extended(before, parents, block.keys_values(x, first))
-            first += resid.shape[1] - 1
-            resid, queries = resid[:, -1:], block.queries(x[:, -1:], first)
-        else:
-            queries, keys_values = block.queries_keys_values(x, first)
-            longer = block.extended(before, parents, keys_values)
-        resid = block.attend(resid, queries, longer, first)
-        is_last = i == len(self._fused) - 1  # whose MLP is left to `letters`
-        return resid if is_last else block.mlp_(resid), longer
+    def extend(self, resid: Tensor, past: Past, parents: Tensor) -> Past:
+        longer: Past = []
+        for i, block in enumerate(self._before):
+            resid, entry = block(resid, past[i] if past else None, parents)
+            longer.append(entry)
+        if self._last is not None:
+            longer.append(self._last.extended(resid, past[-1] if past else None, parents))
+        return longer
+
+    @torch.no_grad()
+    def answering(
+        self, resid: Tensor, past: Past, parents: Tensor, at: Tensor | None = None
+    ) -> Tensor:
+        for i, block in enumerate(self._before):
+            resid, _ = block(resid, past[i] if past else None, parents)
+        if self._last is None:
+            return _at(resid, at)[:, 0]
+        return self._last.answering(resid, past[-1] if past else None, parents, at)
 
     def _behind_blocks(self, answering: Tensor) -> Tensor:
-        return self._fused[-1].mlp_(answering) if self._fused else answering
+        return answering if self._last is None else self._last.mlp_(answering)
 
 
 class _FusedBlock:
@@ -131,70 +121,49 @@ class _FusedBlock:
         self.W_in, self.b_in = (mlp.W_in * ln2[:, None]).T.contiguous(), _bias(mlp.b_in)
         self.W_out, self.b_out = mlp.W_out.T.contiguous(), _bias(mlp.b_out)
         self.post1, self.post2 = block.ln1_post.w, block.ln2_post.w
-        self._turns = lru_cache(_POSITIONS_KEPT)(self._make_turns)
-        self._hidden = lru_cache(_POSITIONS_KEPT)(self._make_hidden)
+        self.turns = lru_cache(_POSITIONS_KEPT)(self._make_turns)
+        self.hidden = lru_cache(_POSITIONS_KEPT)(self._make_hidden)
 
-    def queries_keys_values(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """What `queries` and `keys_values` make, by one product and one rotation."""
-        return self._projected(x, first, 0, None)
-
-    def queries(self, x: Tensor, first: int) -> Tensor:
-        """Normed (rows, positions, d_model) → (rows, positions, heads, d_head)."""
-        return self._projected(x, first, 0, self.heads)[0]
-
-    def keys_values(self, x: Tensor, first: int) -> Tensor:
-        """Normed (rows, positions, d_model) → (rows, positions, 2 · kv heads, d_head)."""
-        return self._projected(x, first, self.heads, None)[1]
-
-    def _projected(
-        self, x: Tensor, first: int, low: int, high: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Of the heads `low` to `high`, in the order queries, keys, values, what is of queries, and
-        what is of keys and values."""
-        columns = slice(low * self.d_head, high and high * self.d_head)
-        bias = None if self.b_QKV is None else self.b_QKV[columns]
-        found = linear(x, self.W_QKV[columns], bias)
-        found = found.view(*x.shape[:2], -1, self.d_head)
-        queries = max(0, self.heads - low)
-        turned = found[:, :, : self.heads + self.kv_heads - low]
-        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
-        pairs *= self._turns(first, x.shape[1])[:, : pairs.shape[2]]
-        return found[:, :, :queries], found[:, :, queries:]
-
-    def extended(self, past: Tensor | None, parents: Tensor, keys_values: Tensor) -> Tensor:
-        """(rows, kv heads, 2, positions so far, d_head): of the parents, and behind it the new.
+    def projected(self, x: Tensor, first: int, last: int, turns: Tensor) -> Tensor:
+        """Normed (rows, positions, d_model) → (rows, positions, heads, d_head).
 
         Args:
-            past: (rows of the past, kv heads, 2, positions before, d_head).
-            parents: int64 (rows,).
-            keys_values: as `keys_values` returns them.
+            x: as said.
+            first: of the heads of queries, keys and values, in this order.
+            last: of them, not included.
+            turns: complex (…, positions, heads of queries and keys, d_head / 2).
         """
-        rows, positions = keys_values.shape[:2]
-        first = 0 if past is None else past.shape[3]
-        longer = keys_values.new_empty(rows, self.kv_heads, 2, first + positions, self.d_head)
-        if past is not None:
-            torch.index_select(past, 0, parents, out=longer[:, :, :, :first])
-        longer[:, :, :, first:] = keys_values.unflatten(2, (2, -1)).permute(0, 3, 2, 1, 4)
-        return longer
+        columns = slice(first * self.d_head, last * self.d_head)
+        found = linear(x, self.W_QKV[columns], None if self.b_QKV is None else self.b_QKV[columns])
+        found = found.view(*x.shape[:2], -1, self.d_head)
+        turned = found[:, :, : self.heads + self.kv_heads - first]
+        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
+        pairs *= turns[..., : pairs.shape[2], :]
+        return found
 
-    def attend(self, resid: Tensor, queries: Tensor, keys_values: Tensor, first: int) -> Tensor:
-        """The residual stream after attention of the queries at position `first` on."""
-        rows, positions = queries.shape[:2]
+    def weights(self, queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
+        """Attention's, not yet divided by their sum: (rows, heads, queries, keys).
+
+        A soft-max without a maximum: the cap bounds the exponents.
+
+        Args:
+            queries: (rows, heads, queries, d_head), contiguous.
+            keys: (rows, kv heads, keys, d_head).
+            hidden: (queries, keys) or (rows, 1, queries, keys), -inf where a query may not look.
+        """
+        rows, _, n, _ = queries.shape
         # Queries that share a key's head are more queries of that head.
-        q = queries.transpose(1, 2).reshape(rows * self.kv_heads, -1, self.d_head)
-        keys, values = keys_values.flatten(0, 1).unbind(dim=1)
-        scores = tanh(torch.bmm(q, keys.transpose(1, 2))).view(rows, self.heads, positions, -1)
-        # A soft-max without a maximum: the cap bounds the exponents. Normed when summed up.
+        q = queries.view(rows * self.kv_heads, -1, self.d_head)
+        scores = _tanh_(torch.bmm(q, keys.flatten(0, 1).transpose(1, 2)))
+        scores = scores.view(rows, self.heads, n, -1)
         exponent = self.cap / math.log(2)
-        if positions > 1 or self.window is not None:
-            hidden = self._hidden(first, positions, keys.shape[1])
-            weights = torch.add(hidden, scores, alpha=exponent).exp2_()
-        else:
-            weights = scores.mul_(exponent).exp2_()
-        weights = weights.view(*q.shape[:2], -1)
-        z = torch.bmm(weights, values).div_(weights.sum(dim=-1, keepdim=True))
-        z = z.view(rows, self.heads, positions, self.d_head)
-        out = linear(z.transpose(1, 2).reshape(rows, positions, -1), self.W_O, self.b_O)
+        if hidden is None:
+            return scores.mul_(exponent).exp2_()
+        return torch.add(hidden, scores, alpha=exponent).exp2_()
+
+    def attended(self, resid: Tensor, z: Tensor) -> Tensor:
+        """The residual stream (…, d_model) behind attention, `z` its heads' (…, heads · d_head)."""
+        out = linear(z, self.W_O, self.b_O)
         return torch.addcmul(resid, _rms_(out, self.eps), self.post1)
 
     def mlp_(self, resid: Tensor) -> Tensor:
@@ -215,14 +184,133 @@ class _FusedBlock:
         return turn.expand(-1, self.heads + self.kv_heads, -1).contiguous()
 
     def _make_hidden(self, first: int, positions: int, keys: int) -> Tensor:
-        """(positions, keys), -inf where a query may not look, otherwise 0."""
-        device = self.W_O.device
-        distance = torch.arange(first, first + positions, device=device)[:, None]
-        distance = distance - torch.arange(keys, device=device)
+        """(positions, keys), see `hidden_from`."""
+        return self.hidden_from(
+            torch.arange(first, first + positions, device=self.W_O.device), keys
+        )
+
+    def hidden_from(self, positions: Tensor, keys: int) -> Tensor:
+        """(…, keys), -inf where a query at that position (…,) may not look, otherwise 0."""
+        distance = positions[..., None] - torch.arange(keys, device=positions.device)
         hidden = distance < 0
         if self.window is not None:
             hidden |= distance >= self.window
-        return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+class _Block(_FusedBlock):
+    """Any but the last.
+
+    Its keys, rotated, and values are kept as one tensor, (rows, kv heads, 2, positions, d_head):
+    one copy takes both to another row, and either of them is a stack of matrices.
+    """
+
+    def __call__(
+        self, resid: Tensor, past: Tensor | None, parents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream behind the block at new positions, and all keys and values so far.
+
+        Arguments as of `LayersAfter.extend`, `past` this block's.
+        """
+        rows, positions, _ = resid.shape
+        first = 0 if past is None else past.shape[-2]
+        turns = self.turns(first, positions)
+        found = self.projected(_rms(resid, self.eps), 0, self.heads + 2 * self.kv_heads, turns)
+        new = found[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 3, 2, 1, 4)
+        longer = _extended(past, parents, new)
+        keys, values = longer.unbind(dim=2)
+        queries = found[:, :, : self.heads].transpose(1, 2).contiguous()
+        hidden = None
+        if positions > 1 or self.window is not None:
+            hidden = self.hidden(first, positions, first + positions)
+        weights = self.weights(queries, keys, hidden)
+        weights = weights.view(rows * self.kv_heads, -1, first + positions)
+        z = torch.bmm(weights, values.flatten(0, 1)).div_(weights.sum(dim=-1, keepdim=True))
+        z = z.view(rows, self.heads, positions, -1).transpose(1, 2).reshape(rows, positions, -1)
+        return self.mlp_(self.attended(resid, z)), longer
+
+
+class _LastBlock(_FusedBlock):
+    """The last, of which one position of a row is asked for.
+
+    Its weights mix what values would be projected from, for one head and position as good as for
+    another, and the mixture is projected. Kept are keys, (rows, kv heads, positions, d_head), and
+    the normed residual stream, (rows, positions, d_model).
+    """
+
+    def extended(
+        self, resid: Tensor, past: tuple[Tensor, Tensor] | None, parents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """All so far. Arguments as of `LayersAfter.extend`, `past` this block's."""
+        keys, normed = past or (None, None)
+        first = 0 if keys is None else keys.shape[-2]
+        x = _rms(resid, self.eps)
+        turns = self.turns(first, x.shape[1])
+        new = self.projected(x, self.heads, self.heads + self.kv_heads, turns)
+        return _extended(keys, parents, new.transpose(1, 2)), _extended(normed, parents, x)
+
+    def answering(
+        self,
+        resid: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        parents: Tensor,
+        at: Tensor | None,
+    ) -> Tensor:
+        """(rows, d_model) before the MLP. Arguments as of `LayersAfter.answering`."""
+        positions = resid.shape[1]
+        keys, normed = self.extended(resid, past, parents)
+        n = normed.shape[1]
+        hidden = None
+        if at is None:
+            turns = self.turns(n - 1, 1)
+            if self.window is not None:
+                hidden = self.hidden(n - 1, 1, n)
+        else:
+            position = n - positions + at[:, None]
+            turns, hidden = self.turn[position], self.hidden_from(position, n)[:, None]
+        x = _rms(_at(resid, at), self.eps)
+        queries = self.projected(x, 0, self.heads, turns).transpose(1, 2)
+        weights = self.weights(queries, keys, hidden)[:, :, 0]
+        mixed = torch.bmm(weights, normed).div_(weights.sum(dim=-1, keepdim=True))
+        z = self._values(mixed)
+        return self.attended(_at(resid, at), z[:, None])[:, 0]
+
+    def _values(self, mixed: Tensor) -> Tensor:
+        """(rows, heads, d_model) → (rows, heads · d_head)."""
+        W = self.W_QKV[(self.heads + self.kv_heads) * self.d_head :]
+        W = W.unflatten(0, (self.kv_heads, -1))
+        of_head = mixed.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        z = torch.bmm(of_head, W.mT).unflatten(1, (len(mixed), -1)).transpose(0, 1)
+        if self.b_QKV is not None:
+            z = z + self.b_QKV[-self.kv_heads * self.d_head :].view(self.kv_heads, 1, -1)
+        return z.flatten(1)
+
+
+def _extended(past: Tensor | None, parents: Tensor, new: Tensor) -> Tensor:
+    """(rows, …, positions so far, d): the parents' of (rows of the past, …, positions before, d),
+    and behind it the new."""
+    first = 0 if past is None else past.shape[-2]
+    *rows, positions, d = new.shape
+    longer = new.new_empty(*rows, first + positions, d)
+    if past is not None:
+        torch.index_select(past, 0, parents, out=longer[..., :first, :])
+    longer[..., first:, :] = new
+    return longer
+
+
+def _at(resid: Tensor, at: Tensor | None) -> Tensor:
+    """(rows, 1, d_model) at one position of each row, or the last one."""
+    if at is None:
+        return resid[:, -1:]
+    return resid[torch.arange(len(at), device=at.device), at][:, None]
+
+
+def _tanh_(x: Tensor) -> Tensor:
+    """The hyperbolic tangent of float32, in place; NumPy takes a tenth of PyTorch's time for it."""
+    if not x.is_cpu:
+        return x.tanh_()
+    np.tanh(x.numpy(), out=x.numpy())
+    return x
 
 
 def _rms(x: Tensor, eps: float) -> Tensor:

@@ -116,11 +116,12 @@ def find_interventions(
         piece_cost: of a group, in positions computed: lengths for which that is more than filling
             up the shorter prompts are one group.
     """
-    somewhere = fires.any(axis=1)
-    saes, rows, _ = chosen.shape
+    fired, on = _words(fires), _words(chosen)
+    somewhere = np.bitwise_or.reduce(fired, axis=1)
+    saes, rows, n_features = chosen.shape
     for shortest, length in _groups(lengths[asked], piece_cost / (saes * rows)):
         prompts = np.flatnonzero(asked & (lengths >= shortest) & (lengths <= length))
-        patterns = somewhere[prompts][:, None, None] & chosen
+        patterns = somewhere[prompts][:, None, None] & on
         same_as = _first_of_equals(patterns, multipliers)
         own = same_as == np.arange(len(multipliers))
         prompt, sae, row = np.nonzero(own & patterns.any(axis=-1))
@@ -128,7 +129,7 @@ def find_interventions(
             continue
         features = patterns[prompt, sae, row]
         factors = np.asarray(multipliers)[row]
-        clamped = fires[prompts[prompt], :length] & features[:, None]
+        clamped = fired[prompts[prompt], :length] & features[:, None]
         strengths = np.where(clamped.any(axis=-1), factors[:, None], 0)
         ends = lengths[prompts[prompt]]
         own_tokens = np.where(
@@ -142,11 +143,24 @@ def find_interventions(
             ends=ends[order],
             prompts=prompts[prompt][order],
             saes=sae[order],
-            features=features[order],
+            features=_flags(features[order], n_features),
             strengths=strengths[order],
             grid_rows=(same_as[prompt, sae] == row[:, None])[order],
             departs=_departures(paths[order]),
         )
+
+
+def _words(flags: np.ndarray) -> np.ndarray:
+    """bool (…, n) → uint64 (…, ⌈n / 64⌉), a bit for each."""
+    packed = np.packbits(flags, axis=-1)
+    filled = np.zeros((*packed.shape[:-1], -(-packed.shape[-1] // 8) * 8), dtype=np.uint8)
+    filled[..., : packed.shape[-1]] = packed
+    return filled.view(np.uint64)
+
+
+def _flags(words: np.ndarray, n: int) -> np.ndarray:
+    """What `_words` has made of bool (…, n)."""
+    return np.unpackbits(words.view(np.uint8), axis=-1, count=n).view(bool)
 
 
 def _groups(lengths: np.ndarray, cost: float) -> Iterator[tuple[int, int]]:
@@ -167,30 +181,29 @@ def _first_of_equals(patterns: np.ndarray, multipliers: Sequence[int]) -> np.nda
     """(prompts, saes, grid rows): the first row of the same features and multiplier as this one.
 
     Args:
-        patterns: bool (prompts, saes, grid rows, features).
+        patterns: (prompts, saes, grid rows, words).
         multipliers: (grid rows,).
     """
-    packed = np.packbits(patterns, axis=-1)
-    first = np.empty(packed.shape[:3], dtype=int)
+    first = np.empty(patterns.shape[:3], dtype=int)
     for row, multiplier in enumerate(multipliers):
         first[..., row] = row
         for earlier in reversed(range(row)):
             if multipliers[earlier] == multiplier:
-                equal = (packed[..., earlier, :] == packed[..., row, :]).all(axis=-1)
+                equal = (patterns[..., earlier, :] == patterns[..., row, :]).all(axis=-1)
                 first[..., row] = np.where(equal, earlier, first[..., row])
     return first
 
 
 def _paths(tokens: np.ndarray, clamped: np.ndarray, strengths: np.ndarray) -> np.ndarray:
-    """uint8 (interventions, length, bytes): all that each position adds to what is computed.
+    """uint64 (interventions, length, words): all that each position adds to what is computed.
 
     Args:
         tokens: (interventions, length).
-        clamped: bool (interventions, length, features).
+        clamped: (interventions, length, words).
         strengths: (interventions, length); counts where something is clamped.
     """
-    numbers = np.stack([tokens, strengths], axis=-1).astype(np.int64)
-    return np.concatenate([numbers.view(np.uint8), np.packbits(clamped, axis=-1)], axis=-1)
+    numbers = np.stack([tokens, strengths], axis=-1).astype(np.int32).view(np.uint64)
+    return np.concatenate([numbers, clamped], axis=-1)
 
 
 def _departures(paths: np.ndarray) -> np.ndarray:
