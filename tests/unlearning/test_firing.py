@@ -1,10 +1,20 @@
-"""What is found without encoding all features is what `SAE.encode` finds, bit by bit."""
+"""What is found without encoding all features is what `SAE.encode` finds."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    SAE,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
 from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
 from torch import Tensor
 
@@ -98,6 +108,25 @@ def test_of_equals_at_the_last_place_those_that_encode_takes(encoded: list[SAE])
     assert_equal_to_encode(sae, *tokens())
 
 
+@pytest.mark.parametrize(
+    "sae",
+    [
+        random_(StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE)), 0),
+        random_(JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE)), 0),
+    ],
+    ids=["standard", "jumprelu"],
+)
+@torch.no_grad()
+def test_a_few_features_are_encoded_alone(sae: SAE, encoded: list[SAE]):
+    """Of the jump ReLU's random thresholds about half are below zero."""
+    resid, _ = tokens()
+    found = firing.activations_of(sae, resid, FEATURES)
+    assert not encoded
+    exact = sae.double().encode(resid.double())[:, :, FEATURES]
+    assert torch.equal(found > 0, exact > 0)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+
+
 class Other(TopKSAE):
     """Chooses otherwise."""
 
@@ -108,12 +137,13 @@ class Other(TopKSAE):
 @pytest.mark.parametrize(
     "sae",
     [
-        random_(StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE)), 0),
+        random_(GatedSAE(GatedSAEConfig(d_in=D_IN, d_sae=D_SAE)), 0),
+        random_(StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE, dtype="bfloat16")), 0),
         random_(AbsTopKSAE(AbsTopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4)), 0),
         random_(Other(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4)), 0),
         top_k(4, dtype="bfloat16"),
     ],
-    ids=["standard", "absolute", "derived", "bfloat16"],
+    ids=["gated", "standard in bfloat16", "absolute", "derived", "bfloat16"],
 )
 @torch.no_grad()
 def test_other_saes_are_encoded(sae: SAE, encoded: list[SAE]):
