@@ -6,6 +6,7 @@ Everything here is an estimate and says so. Imports torch, and never Ray: nothin
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from raysae.store.batches import ChunkedActivations
 
 STEP_SECONDS = 4.0
-"""For timing training steps, over all methods of the space."""
+"""For timing training steps, over all methods and sizes of the space."""
 MAX_STEPS = 10
 """Timed of one method."""
 FORWARD_ROWS = 16
@@ -115,7 +116,8 @@ def estimate(
         sequences, seq_len, prompts = size.sequences, world.seq_len, size.prompt_tokens
     else:
         # A training step does 12 · d_in · d_sae operations a token, a layer 2 for each parameter.
-        rate = 12 * seeds * training_tokens * entry.d_model * config.sae.d_sae / step
+        d_sae = sum(config.extremes("sae", "d_sae")) / 2
+        rate = 12 * seeds * training_tokens * entry.d_model * d_sae / step
         a_layer = 2 * LAYER_PARAMETERS * entry.d_model**2 / rate
         how = (
             "training steps were timed; the model is not on this machine: its part follows from "
@@ -166,10 +168,11 @@ def expected_share(config: RunConfig) -> tuple[float, float, float]:
 def _seconds_a_step(config: RunConfig, d_in: int, device: str, trials: int) -> float:
     """Of a trial, its share of one that `trials` take together.
 
-    Mean over the space's methods; those for which there is no time count as the others.
+    Mean over the space's methods at the ends of d_sae; what there is no time for counts as the
+    others.
     """
     means: list[float] = []
-    specs = _one_of_each_method(config)
+    specs = _one_of_each(config)
     deadline = time.perf_counter() + STEP_SECONDS
     source = _synthetic(d_in, config.training.batch_size, device)
     for i, spec in enumerate(specs):
@@ -181,18 +184,16 @@ def _seconds_a_step(config: RunConfig, d_in: int, device: str, trials: int) -> f
     return sum(means) / len(means)
 
 
-def _one_of_each_method(config: RunConfig) -> list[TrialSpec]:
-    found: dict[str, TrialSpec] = {}
+def _one_of_each(config: RunConfig) -> list[TrialSpec]:
+    """A trial of each method at each end of d_sae, those of one method beside each other."""
+    specs: Iterable[TrialSpec] = config.fixed_trials()
     if config.is_search:
         assert config.space is not None
-        for point in config.space.corners():
-            point = point | {"alpha": 1.0}
-            name = point["regularizer"]["name"]
-            if name not in found:
-                found[name] = config.trial_spec(0, point)
-    else:
-        for spec in config.fixed_trials():
-            found.setdefault(spec.regularizer.name, spec)
+        points = (point | {"alpha": 1.0} for point in config.space.corners())
+        specs = (config.trial_spec(0, point) for point in points)
+    found: dict[tuple[str, int], TrialSpec] = {}
+    for spec in specs:
+        found.setdefault((spec.regularizer.name, spec.sae.d_sae), spec)
     return list(found.values())
 
 

@@ -280,7 +280,7 @@ class _LastBlock(_FusedBlock):
         W = self.W_QKV[(self.heads + self.kv_heads) * self.d_head :]
         W = W.unflatten(0, (self.kv_heads, -1))
         of_head = mixed.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        z = torch.bmm(of_head, W.mT).unflatten(1, (len(mixed), -1)).transpose(0, 1)
+        z: Tensor = torch.bmm(of_head, W.mT).unflatten(1, (len(mixed), -1)).transpose(0, 1)
         if self.b_QKV is not None:
             z = z + self.b_QKV[-self.kv_heads * self.d_head :].view(self.kv_heads, 1, -1)
         return z.flatten(1)

@@ -136,9 +136,19 @@ def test_without_the_model_it_counts_operations_and_says_so():
 def test_every_method_of_the_space_is_timed():
     space = config().space
     assert space is not None
-    specs = module._one_of_each_method(config())
+    specs = module._one_of_each(config())
     assert [spec.regularizer.name for spec in specs] == list(space.regularizer)
     assert {spec.alpha for spec in specs if spec.regularizer.uses_alpha} == {1.0}
+
+
+def test_every_method_is_timed_at_both_ends_of_a_searched_size(monkeypatch: pytest.MonkeyPatch):
+    made = config(space__sae={"k": [4], "d_sae": {"int": [256, 2048], "log": True}})
+    assert made.space is not None
+    specs = module._one_of_each(made)
+    expected = [(name, d_sae) for name in made.space.regularizer for d_sae in (256, 2048)]
+    assert [(spec.regularizer.name, spec.sae.d_sae) for spec in specs] == expected
+    monkeypatch.setattr(module, "_time_steps", lambda spec, *_: spec.sae.d_sae / 1000)
+    assert module._seconds_a_step(made, 128, "cpu", 1) == pytest.approx((0.256 + 2.048) / 2)
 
 
 # --- The lines ------------------------------------------------------------------------------------
