@@ -6,9 +6,10 @@ Everything here is an estimate and says so. Imports torch, and never Ray: nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from raysae.config import RunConfig
@@ -25,8 +26,8 @@ STEP_SECONDS = 4.0
 """For timing training steps, over all methods and sizes of the space."""
 MAX_STEPS = 10
 """Timed of one method."""
-FORWARD_ROWS = 16
-"""Sequences of the timed forward pass."""
+FORWARDS, FORWARD_ROWS = 3, 16
+"""Timed forward passes, and the sequences of one."""
 LAYER_PARAMETERS = 16
 """Times d_model² in a layer of a gated transformer: 4 of attention, 12 of an MLP of 4 · d_model."""
 INTERVENTIONS = 16
@@ -218,7 +219,10 @@ def _synthetic(d_in: int, batch_size: int, device: str) -> ChunkedActivations:
 def _time_steps(
     spec: TrialSpec, source: ChunkedActivations, device: str, seconds: float, trials: int
 ) -> float:
-    """Seconds a step of so many of the trial, all their SAEs, after one that counts for nothing."""
+    """Seconds a step of so many of the trial, all their SAEs, after one that counts for nothing.
+
+    The median: other work on the machine delays some of them by as much as ten times.
+    """
     from raysae.training.loop import stepper
     from raysae.training.run import SAERun
 
@@ -231,12 +235,10 @@ def _time_steps(
     advance = stepper([SAERun(member, source, device=device) for member in members])
     advance()
     _synchronise(device)
-    started, steps = time.perf_counter(), 0
-    while steps == 0 or (steps < MAX_STEPS and time.perf_counter() - started < seconds):
-        advance()
-        _synchronise(device)
-        steps += 1
-    return (time.perf_counter() - started) / steps
+    taken: list[float] = []
+    while not taken or (len(taken) < MAX_STEPS and sum(taken) < seconds):
+        taken.append(_seconds(advance, device))
+    return median(taken)
 
 
 def _seconds_a_token(model: Any, seq_len: int, hook: str, device: str) -> float:
@@ -246,12 +248,20 @@ def _seconds_a_token(model: Any, seq_len: int, hook: str, device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (FORWARD_ROWS, min(seq_len, model.cfg.n_ctx))
     tokens = torch.randint(model.cfg.d_vocab, shape, generator=generator).to(device)
-    with torch.no_grad():
-        for _ in range(2):  # the first one is slower
-            started = time.perf_counter()
-            model(tokens, stop_at_layer=hook_layer(hook) + 1)
-            _synchronise(device)
-    return (time.perf_counter() - started) / tokens.numel()
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(tokens, stop_at_layer=hook_layer(hook) + 1)
+
+    _, *taken = (_seconds(forward, device) for _ in range(1 + FORWARDS))  # the first is slower
+    return median(taken) / tokens.numel()
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    started = time.perf_counter()
+    work()
+    _synchronise(device)
+    return time.perf_counter() - started
 
 
 def _synchronise(device: str) -> None:
