@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from raysae.store.chunks import Moments
@@ -18,10 +19,9 @@ from raysae.store.files import checksum
 from raysae.store.rows import batch_rows, epoch_order, mixed_batch_rows, place_of
 
 CACHED_BYTES = 8 << 20
-"""A batch that stays in a cache: its rows are gathered as they lie in memory, and put in
-order afterwards."""
+"""A batch that stays in a cache: its rows are gathered and scaled all at once."""
 BLOCK_BYTES = 1 << 20
-"""Of a larger one rows are gathered, converted and put into the batch in blocks that do."""
+"""Of a larger one they are gathered, scaled and put into the batch in blocks that do."""
 
 MOST_ORDERS = 64
 """Epochs' orders on a device at most: more than SAEs are trained at the same time."""
@@ -48,41 +48,39 @@ class Rows(Protocol):
 
 
 class _SharedRows:
-    """Rows in chunks of host memory: Ray's shared memory, or files that are mapped."""
+    """Rows in chunks of host memory: Ray's shared memory, or files that are mapped.
+
+    They are gathered by address, from one view over all chunks in which a row begins at every
+    element: one call finds rows of any chunk, in the order that is wanted. What lies between two
+    chunks is never read.
+    """
 
     def __init__(self, chunks: list[np.ndarray], device: torch.device) -> None:
-        self._chunks, self._device = chunks, device
-        self._tensors = [_read_only(chunk) for chunk in chunks]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
-        self.n_rows, self.d_in = int(self._starts[-1]), int(chunks[0].shape[1])
+        # What is found by address lies whole and aligned: stored chunks do, and are not copied.
+        self._chunks = chunks = [np.require(chunk, requirements=["C", "A"]) for chunk in chunks]
+        self._device = device
+        self.n_rows, self.d_in = sum(map(len, chunks)), int(chunks[0].shape[1])
+        first = min(chunks, key=_address)
+        size = first.itemsize
+        starts = [(_address(chunk) - _address(first)) // size for chunk in chunks]
+        spans = [(start, start + chunk.size) for start, chunk in zip(starts, chunks, strict=True)]
+        end = max(stop for _, stop in spans)
+        shape, strides = (end - self.d_in + 1, self.d_in), (size, size)
+        self._view = _read_only(as_strided(first, shape, strides))
+        dtype = torch.int32 if end < 2**31 else torch.int64  # half the memory in every worker
+        places = [torch.arange(*span, self.d_in, dtype=dtype) for span in spans]
+        self._places = torch.cat(places)
 
     def take(self, rows: np.ndarray, scale: float) -> Tensor:
-        # By chunk, and in a chunk as they lie in memory: neighbours share pages.
-        order = np.argsort(rows)
+        places = self._places.index_select(0, torch.from_numpy(rows))
         n, on_gpu = len(rows), self._device.type == "cuda"
         if 4 * n * self.d_in <= CACHED_BYTES and not on_gpu:
-            gathered = torch.empty(n, self.d_in, dtype=self._tensors[0].dtype)
-            for chunk, wanted, here in self._by_chunk(rows[order], n):
-                torch.index_select(chunk, 0, wanted, out=gathered[here])
-            places = np.empty_like(order)
-            places[order] = np.arange(n)
-            return gathered.index_select(0, torch.from_numpy(places)).float().mul_(scale)
-        out, into = torch.empty(n, self.d_in, pin_memory=on_gpu), torch.from_numpy(order)
+            return self._view.index_select(0, places).float().mul_(scale)
+        out = torch.empty(n, self.d_in, pin_memory=on_gpu)
         at_once = max(1, BLOCK_BYTES // (4 * self.d_in))
-        for chunk, wanted, here in self._by_chunk(rows[order], at_once):
-            values = chunk.index_select(0, wanted).float().mul_(scale)
-            out.index_copy_(0, into[here], values)
+        for wanted, block in zip(places.split(at_once), out.split(at_once), strict=True):
+            torch.mul(self._view.index_select(0, wanted).float(), scale, out=block)
         return _send(out, self._device)
-
-    def _by_chunk(self, rows: np.ndarray, at_once: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """Each chunk that has some of the ascending `rows`, their numbers in it, and where they are
-        among `rows`; `at_once` of them at most."""
-        begin = 0
-        for i, end in enumerate(np.searchsorted(rows, self._starts[1:]).tolist()):
-            for start in range(begin, end, at_once):
-                here = slice(start, min(end, start + at_once))
-                yield self._tensors[i], torch.from_numpy(rows[here] - self._starts[i]), here
-            begin = end
 
     def checksums(self) -> list[str]:
         return [checksum(chunk) for chunk in self._chunks]
@@ -323,7 +321,7 @@ class ChunkedActivations:
         return mixed_batch_rows(*self._mixed, seed, step, batch_size, rank, size)
 
     def _take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        labels = torch.from_numpy(self._is_forget[rows])
+        labels = torch.from_numpy(self._is_forget.take(rows))
         return self._rows.take(rows, self.scale), _send(labels, self._device)
 
     def _make_ahead(self, *request: int) -> _Ahead:
@@ -384,6 +382,10 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def _address(chunk: np.ndarray) -> int:
+    return int(chunk.ctypes.data)
 
 
 def _read_only(chunk: np.ndarray) -> Tensor:

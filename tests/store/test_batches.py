@@ -1,6 +1,7 @@
 """Batches: every row once an epoch, split between ranks, the same on every machine."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,11 +79,38 @@ def test_a_batch_as_large_as_the_store_is_the_store():
     np.testing.assert_array_equal(np.sort(batch_rows(8, 0, 3, 8)), np.arange(8))
 
 
-def test_rows_and_labels_come_from_the_right_chunk():
-    # Row i holds i in every column, and the label says whether i is divisible by 7.
-    rows = np.repeat(np.arange(60, dtype=np.float32)[:, None], 3, axis=1)
+def backwards(rows: np.ndarray, _: Path) -> list[np.ndarray]:
+    """The last chunk first, gaps between them that are no number of whole rows."""
+    memory = np.full(3 * len(rows) * rows.shape[1], np.nan, rows.dtype)
+    places = [memory[401:404], memory[250:346], memory[2:83]]
+    for place, chunk in zip(places, np.split(rows, [1, 33]), strict=True):
+        place[:] = chunk.ravel()
+    return [place.reshape(-1, rows.shape[1]) for place in places]
+
+
+def far_apart(rows: np.ndarray, folder: Path) -> list[np.ndarray]:
+    """At both ends of a file that is all hole between: an int32 does not count the numbers."""
+    file = np.memmap(folder / "rows", rows.dtype, "w+", shape=2**31 + rows.size)
+    places = [file[-rows[:1].size :], file[: rows[1:].size]]
+    for place, chunk in zip(places, np.split(rows, [1]), strict=True):
+        place[:] = chunk.ravel()
+    return [place.reshape(-1, rows.shape[1]) for place in places]
+
+
+def in_wider_rows(rows: np.ndarray, _: Path) -> list[np.ndarray]:
+    return np.split(np.pad(rows, ((0, 0), (1, 2)))[:, 1:-2], [1, 33])
+
+
+@pytest.mark.parametrize(
+    "laid_out",
+    [lambda rows, _: np.split(rows, [1, 33]), backwards, far_apart, in_wider_rows],
+    ids=["one behind the other", "backwards", "far apart", "in wider rows"],
+)
+def test_rows_and_labels_come_from_the_right_chunk(laid_out, tmp_path):
+    # The label says whether a row's number is divisible by 7.
+    rows = np.arange(180, dtype=np.float32).reshape(60, 3)
     store = ChunkedActivations(
-        [rows[:1], rows[1:33], rows[33:]],
+        laid_out(rows, tmp_path),
         np.arange(60) % 7 == 0,
         scale=0.5,
         mean=rows.mean(0),
@@ -201,6 +229,7 @@ def test_neighbours_in_a_batch_are_as_unrelated_as_in_a_full_shuffle():
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_blocks_do_not_change_a_batch(block: int, monkeypatch, make_store, sparse_rows):
+    monkeypatch.setattr(batches, "CACHED_BYTES", 0)
     monkeypatch.setattr(batches, "BLOCK_BYTES", block)
     store, rows = make_store(), sparse_rows()
     batch, _ = store.batch(2, 1, 100)
