@@ -229,6 +229,7 @@ def _rung(
         "cause": halves.search.cause,
         "questions": "all" if last else "search half",
         "heldout_score": halves.heldout.score if halves.heldout else None,
+        "transferred_score": halves.transferred.score if halves.transferred else None,
         "saebench_score": result.score if last else None,
         "halves": halves.to_dict(),
         "result": result.to_dict(),
