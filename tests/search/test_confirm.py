@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from raysae.analysis.confirmation import COLUMNS, verdicts
 from raysae.analysis.describe import by_transferred, disagreement
 from raysae.analysis.statistics import bootstrap_interval, p_of_mean
 from raysae.config import RunConfig
-from raysae.search.confirm import confirmation_trials
+from raysae.search.confirm import begun_with, confirmation_trials
 from raysae.training.spec import TrialSpec
 
 Record = dict[str, Any]
@@ -122,6 +123,50 @@ def test_seeds_are_fresh_and_shared_by_candidates_and_baselines(seed: int, group
     (shared,) = {tuple(member.seed for member in spec.members()) for spec in specs}
     assert len(set(shared)) == 4
     assert not set(shared) & {search.seed_of(number) for number in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    ("each", "sizes"), [(1, [1] * 8), (3, [3, 3, 2]), (4, [4, 4]), (8, [8]), (9, [8]), (None, [8])]
+)
+def test_a_configuration_has_the_same_seeds_in_however_many_trials(
+    each: int | None, sizes: list[int], grouped
+):
+    search = config(seeds=8)
+    ended = [record(grouped(i, sparsity=4 + i), i / 10) for i in range(3)]
+    together, split = (confirmation_trials(search, ended, n) for n in (None, each))
+    assert [spec.number for spec in split] == list(range(3, 3 + len(split)))
+    assert runs(split) == runs(together) and len(together) == 6
+    for whole in together:
+        parts = [spec for spec in split if spec.run == whole.run]
+        assert [spec.seeds for spec in parts] == sizes
+        again = [member for spec in parts for member in spec.members()]
+        alike = {"number": whole.number}  # decides no numbers
+        assert [member.model_copy(update=alike) for member in again] == whole.members()
+
+
+@pytest.mark.parametrize(("at_a_time", "each"), [(1, 8), (2, 4), (3, 3), (5, 2), (8, 1), (20, 1)])
+def test_as_many_trials_are_made_of_a_configuration_as_are_trained_at_a_time(
+    at_a_time: int, each: int, grouped
+):
+    search = config(top=1, seeds=8)
+    assert search.confirm.seeds_per_trial(at_a_time) == each
+    specs = confirmation_trials(search, [record(grouped(0), 0.3)], each)
+    assert len(specs) == search.max_confirmation(at_a_time) == 3 * ceil(8 / each)
+    assert {spec.seeds for spec in specs[:: ceil(8 / each)]} == {each}
+
+
+def test_a_confirmation_is_gone_on_with_in_the_trials_that_it_was_begun_with(grouped):
+    search = config(top=1, seeds=8)
+    ended = [record(grouped(0), 0.3)]
+
+    def submitted(spec: TrialSpec) -> Record:
+        return {"event": "submit", "trial": spec.number, "spec": spec.to_dict(), "session": "a"}
+
+    journal = [submitted(grouped(0).model_copy(update={"seeds": 20})), ended[0] | {"event": "end"}]
+    assert begun_with(journal) is None
+    for each in (8, 4, 3):
+        for spec in confirmation_trials(search, ended, each)[:2]:
+            assert begun_with([*journal, submitted(spec)]) == each
 
 
 def test_another_search_is_confirmed_with_other_seeds(grouped):
@@ -326,6 +371,31 @@ def test_verdicts_that_do_not_agree_are_cautioned_against(
             f"Caution, {caution}: " if caution else "By the transferred score: "
         )
         assert f"0.400 against {mean:.3f}, difference {0.4 - mean:+.3f} [" in words
+
+
+def test_verdicts_do_not_depend_on_how_the_seeds_were_split(grouped):
+    search, ended = config(seeds=5), [record(grouped(0), 0.7)]
+    rng = np.random.default_rng(0)
+    by_seed = {run: rng.random((2, 5)) for run in runs(confirmation_trials(search, ended))}
+
+    def table(each: int, lost: int | None = None) -> Any:
+        found, first = list(ended), dict.fromkeys(by_seed, 0)
+        for spec in confirmation_trials(search, ended, each):
+            part = slice(first[spec.run], first[spec.run] + spec.seeds)
+            heldout, transferred = by_seed[spec.run][:, part]
+            first[spec.run] += spec.seeds
+            one = record(spec, 0.9, heldout=list(heldout), transferred=list(transferred))
+            if spec.number == lost:
+                one |= {"state": "failed", "rung": {}}
+            found.append(one)
+        return verdicts(found)
+
+    whole = table(5)
+    assert whole["seeds"].tolist() == [5, 5]
+    for each in (1, 2, 3):
+        assert table(each).equals(whole)
+    # Of a trial that failed the seeds are missing, and no others.
+    assert table(2, lost=2)["seeds"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(
