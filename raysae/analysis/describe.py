@@ -58,7 +58,8 @@ def by_transferred(row: Mapping[Any, Any]) -> str:
     figures = (
         f"{float(row['candidate_transferred']):.3f} against "
         f"{float(row['baseline_transferred']):.3f}, difference {difference:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}], p {p:.2g}, ahead in {float(row['transferred_wins']):.0f}"
+        f"[{low:+.3f}, {high:+.3f}], p {p:.2g}, "
+        f"ahead in {float(row['transferred_wins']):.0f} of {row['seeds']}"
     )
     other = disagreement(row)
     return f"Caution, {other}: {figures}" if other else f"By the transferred score: {figures}"

@@ -301,7 +301,7 @@ def test_a_confirmation_says_what_the_transferred_score_says(ended: Ended, summa
     table = pd.DataFrame([verdict(**other), verdict(**differs)], columns=list(COLUMNS))
     lines = summary(table)
     first, second = (line for line in lines if line.startswith("Confirmation:"))
-    figures = "0.375 against 0.125, difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3"
+    figures = "0.375 against 0.125, difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3 of 3"
     assert first.endswith(f"3 of 3 fresh seeds. By the transferred score: {figures}")
     assert "Caution, by the transferred score it is not shown to beat it: 0.375" in second
     assert TRANSFERRED in lines
