@@ -6,6 +6,7 @@ Every message names the file, the line, the field, the value and what would be r
 from __future__ import annotations
 
 import itertools
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +105,16 @@ class ConfirmConfig(_Strict):
     """After a search: the best are trained again, with fresh seeds, beside the baselines."""
 
     top: int = Field(2, ge=0, description="how many of the best; 0: no confirmation")
-    seeds: int = Field(3, ge=2, description="fresh seeds of each, trained side by side")
+    seeds: int = Field(3, ge=2, description="fresh seeds of each")
+
+    def seeds_per_trial(self, at_a_time: int) -> int:
+        """Seeds of a trial of the confirmation, the last of a configuration perhaps fewer.
+
+        Each configuration is as many trials as are trained at a time, so that no worker is left
+        without one while the others have all of its seeds; an SAE does not depend on who is trained
+        beside it.
+        """
+        return ceil(self.seeds / at_a_time)
 
 
 class RunEntry(_Strict):
@@ -257,9 +267,15 @@ class RunConfig(_Strict):
         return self.search.num_samples if self.is_search else len(self.fixed_trials())
 
     @property
-    def max_confirmation(self) -> int:
-        """Trials of the confirmation at most: each of the best, and both baselines beside it."""
+    def max_confirmed(self) -> int:
+        """Configurations of the confirmation at most: each of the best, and both baselines beside
+        it."""
         return 3 * self.confirm.top if self.is_search else 0
+
+    def max_confirmation(self, at_a_time: int) -> int:
+        """Trials of the confirmation at most, where so many are trained at a time."""
+        each = ceil(self.confirm.seeds / self.confirm.seeds_per_trial(at_a_time))
+        return self.max_confirmed * each
 
     def fixed_trials(self) -> list[TrialSpec]:
         """The trials of a study's runs or of a grid, seed by seed; [] where a sampler chooses them.

@@ -182,6 +182,13 @@ def _print(console: Console, result: Any, halves: Any, name: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    found = halves.transferred
+    console.print(
+        f"transferred from the first to the second: {found.score:.4f} ({found.status}): "
+        f"{found.cause}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if not result.interventions:
         return
     eligible = ", ".join(f"{n} below {t:g}" for t, n in result.eligible_features.items())

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from raysae.analysis.describe import describe, why_not_asked
+from raysae.analysis.describe import TRANSFERRED, by_transferred, describe, why_not_asked
 from raysae.analysis.seeds import SEARCH_HALF, asked, seed_records
 from raysae.errors import UserError, first_line
 from raysae.journal import ended_trials
@@ -107,9 +107,19 @@ class _Run:
         if not self.stopped:
             parts += [
                 ("heldout", "held-out questions", halves["heldout"]),
+                *self._transferred(),
                 ("all", f"all questions, {self.on_all}", self.rung["result"]),
             ]
         return [(name, what, part["score"], _interval(part["best"])) for name, what, part in parts]
+
+    def _transferred(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """The intervention chosen on one half, read on the other; journals did not always have its
+        score."""
+        found = self.rung["halves"]["transferred"] or {}
+        if "score" not in found:
+            return []
+        what = "held-out questions, by the intervention that is best on those that the search saw"
+        return [("transferred", what, found | {"best": found if found["status"] == "ok" else None})]
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -270,6 +280,11 @@ def _confirmation(run: _Run) -> list[str]:
             f"| {row['wins']} of {row['seeds']} seeds "
             f"| {'beats it' if row['beats'] == 'True' else 'is not shown to beat it'} |"
         )
+    transferred = [
+        f"- {row['baseline']}: {words}" for row in run.verdicts if (words := by_transferred(row))
+    ]
+    if transferred:
+        lines += ["", *transferred, "", f"{TRANSFERRED.capitalize()}."]
     return [
         *lines,
         "",
@@ -303,8 +318,10 @@ def _explained(run: _Run) -> str:
 
 def _transferred(halves: dict[str, Any]) -> str:
     """The intervention chosen on one half of the questions, read on the other."""
-    counts = halves["transferred"]
-    if not counts:
+    counts = halves["transferred"] or {}
+    if "cause" in counts:
+        return f" Transferred: {counts['cause']}."
+    if not counts:  # of a journal that had the counts alone
         return ""
     return (
         " The intervention chosen on the questions that the search saw leaves "

@@ -26,9 +26,9 @@ from raysae.unlearning import halve, split_questions
 VERDICTS = (
     ",".join(COLUMNS)
     + """
-1,none,2,0.3,0.2,0.1,0.05,0.15,0.01,2,True,False
-1,fixed_orthogonal,2,0.3,0.35,-0.05,-0.1,0.02,0.3,0,False,False
-7,none,2,0.9,0.2,0.7,0.6,0.8,0.01,2,True,False
+1,none,2,0.3,0.2,0.1,0.05,0.15,0.01,2,True,False,0.25,0.24,0.01,-0.1,0.12,0.4,1,False,False
+1,fixed_orthogonal,2,0.3,0.35,-0.05,-0.1,0.02,0.3,0,False,False,,,,,,,,,
+7,none,2,0.9,0.2,0.7,0.6,0.8,0.01,2,True,False,,,,,,,,,
 """
 )
 
@@ -98,6 +98,7 @@ def test_the_hub_reads_the_front_matter(run_dir: Path):
     halves = journal[1]["rung"]["halves"]
     assert results["search"].metric_value == round(halves["search"]["score"], 4)
     assert results["heldout"].metric_value == round(halves["heldout"]["score"], 4)
+    assert results["transferred"].metric_value == round(halves["transferred"]["score"], 4)
     assert results["all"].metric_value == 0.25
     assert {result.metric_type for result in results.values()} == {"unlearning_score"}
 
@@ -154,6 +155,28 @@ def test_the_confirmation_is_told_whichever_way_it_went(run_dir: Path):
     worse = "| -0.050 | [-0.100, +0.020] | 0 of 2 seeds | is not shown to beat it |"
     assert f"| fixed_orthogonal | 0.350 {worse}" in text
     assert "0.900" not in text  # another candidate's
+    caution = "Caution, by the transferred score it is not shown to beat it: 0.250 against 0.240"
+    assert f"- none: {caution}" in text
+    assert "- fixed_orthogonal:" not in text  # without a transferred score
+
+
+def test_a_run_from_before_transferred_scores_has_a_card_without_them(run_dir: Path):
+    path = run_dir / "journal.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    counts = {"forget_correct", "forget_total", "retain_correct", "retain_total"}
+    for record in records:
+        found = record["rung"]["halves"]["transferred"]
+        for name in set(found) - counts:
+            del found[name]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = run_dir / "confirmation.csv"
+    old = [",".join(line.split(",")[:12]) for line in table.read_text().splitlines()]
+    table.write_text("\n".join(old) + "\n")
+    card = ModelCard.load(write_card(run_dir))
+    assert {r.dataset_split for r in card.data.eval_results} == {"search", "heldout", "all"}
+    assert "held-out forget questions right" in card.text
+    assert "ransferred" not in card.text
+    assert "| none | 0.200 | +0.100 |" in card.text
 
 
 def test_an_sae_that_was_not_confirmed_says_so(run_dir: Path):

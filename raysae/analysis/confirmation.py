@@ -29,6 +29,16 @@ COLUMNS = {
     "wins": "seeds in which the candidate is ahead",
     "beats": f"whether low is above 0 and p below {SIGNIFICANT}",
     "worse": f"whether high is below 0 and p below {SIGNIFICANT}",
+    "candidate_transferred": "mean transferred score of the candidate; this and what follows is "
+    "missing where journals of an older version have none",
+    "baseline_transferred": "mean transferred score of the baseline",
+    "transferred_difference": "of transferred scores, the same statistics as of held-out ones",
+    "transferred_low": "2.5 % of transferred_difference",
+    "transferred_high": "97.5 %",
+    "transferred_p": "of transferred_difference",
+    "transferred_wins": "seeds in which the candidate is ahead",
+    "transferred_beats": "what `beats` would be by the transferred score",
+    "transferred_worse": "what `worse` would be",
 }
 
 
@@ -42,13 +52,14 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
     records = [
         r for r in ended if r["spec"]["stage"] == "confirmation" and r["state"] == "finished"
     ]
-    scores: dict[str, dict[int, float]] = {}
+    scores: dict[str, dict[int, tuple[float, float | None]]] = {}
     specs: dict[str, TrialSpec] = {}
     for record in records:
         spec = TrialSpec.model_validate(record["spec"])
         of_run = scores.setdefault(spec.run, {})
         for member, seed in zip(spec.members(), seed_records(record["rung"]), strict=True):
-            of_run[member.seed] = seed["heldout_score"]
+            # Journals did not always have the second.
+            of_run[member.seed] = seed["heldout_score"], seed.get("transferred_score")
         specs[spec.run] = spec
     rows = []
     for run, spec in specs.items():
@@ -61,26 +72,35 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
             seeds = sorted(scores[run].keys() & other.keys())
             if not seeds:
                 continue
-            mine, theirs = (np.array([s[seed] for seed in seeds]) for s in (scores[run], other))
-            low, high = bootstrap_interval(mine - theirs)
-            p = p_of_mean(mine - theirs)
-            rows.append(
-                {
-                    "candidate": int(run.removeprefix("trial ")),
-                    "baseline": method,
-                    "seeds": len(seeds),
-                    "candidate_heldout": mine.mean(),
-                    "baseline_heldout": theirs.mean(),
-                    "difference": (mine - theirs).mean(),
-                    "low": low,
-                    "high": high,
-                    "p": p,
-                    "wins": int((mine > theirs).sum()),
-                    "beats": bool(low > 0 and p < SIGNIFICANT),
-                    "worse": bool(high < 0 and p < SIGNIFICANT),
-                }
-            )
+            row: dict[str, Any] = {
+                "candidate": int(run.removeprefix("trial ")),
+                "baseline": method,
+                "seeds": len(seeds),
+            }
+            for i, (kind, prefix) in enumerate((("heldout", ""), ("transferred", "transferred_"))):
+                pairs = [(scores[run][seed][i], other[seed][i]) for seed in seeds]
+                if any(None in pair for pair in pairs):  # a mean of some seeds is not that of all
+                    continue
+                mine, theirs = np.array(pairs, dtype=float).T
+                row |= {f"candidate_{kind}": mine.mean(), f"baseline_{kind}": theirs.mean()}
+                row |= {f"{prefix}{name}": found for name, found in _compare(mine, theirs).items()}
+            rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _compare(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Statistics of the differences of scores (seeds,), as in `COLUMNS`."""
+    low, high = bootstrap_interval(mine - theirs)
+    p = p_of_mean(mine - theirs)
+    return {
+        "difference": (mine - theirs).mean(),
+        "low": low,
+        "high": high,
+        "p": p,
+        "wins": int((mine > theirs).sum()),
+        "beats": bool(low > 0 and p < SIGNIFICANT),
+        "worse": bool(high < 0 and p < SIGNIFICANT),
+    }
 
 
 def budget(spec: TrialSpec) -> str:

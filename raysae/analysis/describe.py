@@ -1,8 +1,8 @@
-"""A trial in a few words; light, for whoever must answer at once."""
+"""Trials and verdicts in a few words; light, for whoever must answer at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_ASKED = "–"
@@ -38,3 +38,46 @@ def why_not_asked(stopped: Sequence[int]) -> str:
         return ""
     at = steps[0] if len(steps) == 1 else ", ".join(steps[:-1]) + " or " + steps[-1]
     return f"stopped at step {at}: scored on the questions searched on alone"
+
+
+TRANSFERRED = (
+    "transferred score: the intervention is chosen on the questions that the search saw and read "
+    "on the held-out ones, where the held-out score takes the best of 16 there"
+)
+
+
+def by_transferred(row: Mapping[Any, Any]) -> str:
+    """A row of `confirmation.COLUMNS`, or of its CSV file, by the transferred score, with a warning
+    where its verdict is not that of the held-out score; "" where the journal has none.
+    """
+    if not _has_transferred(row):
+        return ""
+    difference, low, high, p = (
+        float(row[f"transferred_{name}"]) for name in ("difference", "low", "high", "p")
+    )
+    figures = (
+        f"{float(row['candidate_transferred']):.3f} against "
+        f"{float(row['baseline_transferred']):.3f}, difference {difference:+.3f} "
+        f"[{low:+.3f}, {high:+.3f}], p {p:.2g}, "
+        f"ahead in {float(row['transferred_wins']):.0f} of {row['seeds']}"
+    )
+    other = disagreement(row)
+    return f"Caution, {other}: {figures}" if other else f"By the transferred score: {figures}"
+
+
+def disagreement(row: Mapping[Any, Any]) -> str:
+    """What the transferred score says where it is not what the held-out score says; else ""."""
+    if not _has_transferred(row) or _word(row, "transferred_") == _word(row, ""):
+        return ""
+    return f"by the transferred score it {_word(row, 'transferred_')} it"
+
+
+def _has_transferred(row: Mapping[Any, Any]) -> bool:
+    return str(row.get("transferred_difference", "")) not in ("", "nan", "None")
+
+
+def _word(row: Mapping[Any, Any], prefix: str) -> str:
+    # As text: a CSV file has no truth values.
+    if str(row[f"{prefix}beats"]) == "True":
+        return "beats"
+    return "is worse than" if str(row[f"{prefix}worse"]) == "True" else "is not shown to beat"

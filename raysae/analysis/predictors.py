@@ -121,7 +121,7 @@ def rung_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for index, seed in enumerate(seed_records(record)):
         groups = {row["group"]: row for row in seed["conditioning"]}
-        row = groups["all"] | seed["metrics"] | {name: seed[name] for name in SCORES}
+        row = groups["all"] | seed["metrics"] | {name: seed.get(name) for name in SCORES}
         row |= {"trial": record["trial"], "seed": index}
         for side in ("forget", "retain"):
             row[f"{side}_condition"] = _against_random(groups[side])

@@ -9,6 +9,7 @@ from raysae.analysis.statistics import bootstrap_interval
 _MEANINGS = {
     "score": "unlearning score on the half of the questions that a search sees, 0 to 1",
     "heldout_score": "the same on the other half",
+    "transferred_score": "of the intervention chosen on the first half, on the other",
     "saebench_score": "SAEBench's own score, on all questions; renamed as in the trials table",
     "l2_loss": "reconstruction term at the end, summed over d_in, activations scaled to norm √d_in",
     "sparsity_loss": "L1 or L0 term at the end; 0 where k features are chosen",

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-SCORES = ("score", "heldout_score", "saebench_score")
+SCORES = ("score", "heldout_score", "transferred_score", "saebench_score")
 """Fields of which a spread over seeds is given; only the first is there where the search half of
 the questions alone was asked."""
 

@@ -23,6 +23,9 @@ TRIAL_COLUMNS: dict[str, str] = {
     "reached; 0 to 1, higher is better",
     "heldout_score": "the same on the other half, which no sampler sees; missing where `questions` "
     "is not all",
+    "transferred_score": "the intervention that gives `score`, read on that other half: 1 − its "
+    "forget accuracy there, 0 where it keeps less than 99 % of the retain questions there; never "
+    "above heldout_score, which chooses anew; missing where `questions` is not all",
     "saebench_score": "SAEBench's own score, on all questions: comparable with published ones; in "
     "worlds of fewer permutations it is called score_of_N_orders, and compares with none; missing "
     "where `questions` is not all",
@@ -30,6 +33,7 @@ TRIAL_COLUMNS: dict[str, str] = {
     "before its end; missing where it reached no rung",
     "score_std": "sample standard deviation of the score over the trial's seeds",
     "heldout_score_std": "the same of heldout_score",
+    "transferred_score_std": "the same of transferred_score",
     "saebench_score_std": "the same of saebench_score",
     "frontier": "mean loss of forget accuracy over retain accuracies of 0.9 to 1, search half",
     "status": "why the score is what it is: ok, the cause of a 0.0, diverged (the cause says at "
@@ -58,6 +62,14 @@ TRIAL_COLUMNS: dict[str, str] = {
     "heldout_forget_accuracy": "of the intervention chosen on the search half, on the other half; "
     "missing where that was not asked",
     "heldout_retain_accuracy": "the same for the retain questions",
+    "transferred_status": "why transferred_score is what it is: ok, nothing_chosen (score is 0), "
+    "retain_gate_failed or no_effect on the other half; as its cause and counts, of the seed with "
+    "the median score",
+    "transferred_cause": "the same in a sentence, with its figures",
+    "transferred_forget_correct": "count behind heldout_forget_accuracy",
+    "transferred_forget_total": "known forget questions of the other half",
+    "transferred_retain_correct": "count behind heldout_retain_accuracy",
+    "transferred_retain_total": "known retain questions of the other half",
     "best_retain_threshold": "of the best intervention",
     "best_n_features": "of the best intervention: features clamped",
     "best_multiplier": "of the best intervention: clamped to minus this",
@@ -283,6 +295,7 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
         "run": spec["run"],
         "score": rung.get("score", 0.0),  # without a rung what the sampler was told
         "heldout_score": rung.get("heldout_score"),
+        "transferred_score": rung.get("transferred_score"),
         "saebench_score": rung.get("saebench_score"),
         "questions": asked(rung) if rung else None,
         "status": _status(record),
@@ -333,11 +346,14 @@ def trial_row(record: dict[str, Any]) -> dict[str, Any]:
         }
         names = ("forget_correct", "forget_total", "retain_correct", "retain_total")
         row |= {name: best[name] for name in names}
-    transferred = rung["halves"]["transferred"]
-    if transferred:
+    transferred = rung["halves"]["transferred"] or {}
+    # Journals did not always have more than the counts.
+    row |= {f"transferred_{name}": transferred.get(name) for name in ("status", "cause")}
+    if "forget_total" in transferred:
         for side in ("forget", "retain"):
             right, total = transferred[f"{side}_correct"], transferred[f"{side}_total"]
             row[f"heldout_{side}_accuracy"] = right / total
+            row |= {f"transferred_{side}_correct": right, f"transferred_{side}_total": total}
     whole = next(r for r in rung["conditioning"] if r["group"] == "all")
     # A journal of an older version lacks what was added since.
     row["dense_features"] = rung.get("dense_features")

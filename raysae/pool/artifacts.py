@@ -108,6 +108,7 @@ class Artifacts:
             "cause": search.cause,
             "questions": SEARCH_HALF if rung.result.partial else ALL_QUESTIONS,
             "heldout_score": None if halves.heldout is None else halves.heldout.score,
+            "transferred_score": None if halves.transferred is None else halves.transferred.score,
             "saebench_score": None if rung.result.partial else rung.result.score,
             "halves": halves.to_dict(),
             "result": rung.result.to_dict(),

@@ -73,6 +73,6 @@ def _figures(event: dict[str, Any]) -> dict[str, float]:
 
     Before the last one it has no score on the questions that the search does not see.
     """
-    names = ("score", "heldout_score", "saebench_score", "step")
+    names = ("score", "heldout_score", "transferred_score", "saebench_score", "step")
     metrics: dict[str, float] = event["metrics"]
-    return {name: event[name] for name in names if event[name] is not None} | metrics
+    return {name: event[name] for name in names if event.get(name) is not None} | metrics

@@ -128,6 +128,7 @@ def _page(run: Run) -> str:
         trials=len(run.searched),
         spread=words.spread_note(run),
         stopped=words.stopped_note(run),
+        transferred=words.transferred_note(run),
         study=_study(run),
         sparsity=bool("sparsity_loss" in run.runs and run.runs["sparsity_loss"].any()),
         interactive=[_embed(plot) for plot in interactive],

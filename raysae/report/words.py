@@ -6,7 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.analysis.describe import NOT_ASKED, describe, why_not_asked
+from raysae.analysis.describe import (
+    NOT_ASKED,
+    TRANSFERRED,
+    by_transferred,
+    describe,
+    disagreement,
+    why_not_asked,
+)
 from raysae.analysis.predictors import MIN_TRIALS, OUTCOMES, PREDICTORS, SENSITIVITY
 from raysae.report.run import Run
 from raysae.report.style import Plot
@@ -39,7 +46,7 @@ def headline(run: Run) -> str:
         return (
             f"{describe(run.specs[winner['candidate']])} separates better than an SAE without a "
             f"regularizer: held-out score {_difference(winner)} over {winner['seeds']} fresh seeds"
-            f"{_but(run, winner['candidate'])}."
+            f"{_but(run, winner['candidate'])}{_caution(winner)}."
         )
     if against_none.empty:
         return f"The best trial, {name}, has no regularizer itself: none of the methods beat it."
@@ -51,8 +58,14 @@ def headline(run: Run) -> str:
     )
     return (
         f"{found}: with fresh seeds {describe(run.specs[top['candidate']])} differs from it by "
-        f"{_difference(top)} in held-out score."
+        f"{_difference(top)} in held-out score{_caution(top)}."
     )
+
+
+def _caution(row: pd.Series[Any]) -> str:
+    """What the transferred score says, for who reads no further, where it does not agree."""
+    other = disagreement(row.to_dict())
+    return f"; caution: {other}" if other else ""
 
 
 def _but(run: Run, candidate: int) -> str:
@@ -103,15 +116,19 @@ def best_facts(run: Run) -> list[tuple[str, str]]:
             f"{_spread(best, 'score')}, the best of {len(run.scored)}",
         ),
         ("score, held-out questions", f"{_spread(best, 'heldout_score')}{_wilson(run, trial)}"),
+        *_transferred_fact(run, best),
         (_on_all(run), _spread(best, "saebench_score")),
     ]
     again = run.confirmation[run.confirmation["candidate"] == trial]
     if not again.empty:
         row = again.iloc[0]
+        transferred = row["candidate_transferred"]
+        also = "" if pd.isna(transferred) else f" and {transferred:.3f} transferred"
         facts.append(
             (
                 "the same, trained again",
-                f"{row['candidate_heldout']:.3f} held-out, mean of {row['seeds']} fresh seeds",
+                f"{row['candidate_heldout']:.3f} held-out{also}, mean of {row['seeds']} fresh "
+                "seeds",
             )
         )
     baseline = run.finished[run.finished["regularizer"] == "none"]
@@ -194,8 +211,38 @@ def _spread(row: pd.Series[Any], figure: str) -> str:
 
 
 def _wilson(run: Run, trial: int) -> str:
-    """The held-out score's interval by the questions' number, Wilson's of the forget accuracy."""
-    best = run.results[trial]["halves"]["heldout"]["best"]
+    """The held-out score's interval by the questions' number."""
+    return _interval(run, trial, run.results[trial]["halves"]["heldout"]["best"])
+
+
+def _transferred_fact(run: Run, best: pd.Series[Any]) -> list[tuple[str, str]]:
+    """The transferred score of a trial, with its interval or why the median seed's is 0; [] where
+    the journal has none."""
+    if pd.isna(best["transferred_score"]):
+        return []
+    found = run.results[best["trial"]]["halves"]["transferred"]
+    if found["status"] == "ok":
+        behind = _interval(run, best["trial"], found)
+    else:
+        whose = "the median seed's is 0" if "seeds" in run.results[best["trial"]] else "why"
+        behind = f"; {whose}: {found['cause']}"
+    name = "score, transferred: chosen on the questions the search saw, read on held-out ones"
+    return [(name, f"{_spread(best, 'transferred_score')}{behind}")]
+
+
+def transferred_note(run: Run) -> str:
+    """What the transferred score is, with how many trials' it was 0 and why; "" without one."""
+    scored = run.scored[run.scored["transferred_score"].notna()]
+    if scored.empty:
+        return ""
+    statuses = scored.loc[scored["transferred_status"] != "ok", "transferred_status"]
+    counts = ", ".join(f"{count} × {status}" for status, count in statuses.value_counts().items())
+    zeros = f" Median seeds for which it is 0: {counts}." if counts else ""
+    return f"{TRANSFERRED.capitalize()}.{zeros}"
+
+
+def _interval(run: Run, trial: int, best: dict[str, Any] | None) -> str:
+    """Of 1 − the forget accuracy of an intervention, Wilson's, by the questions' number."""
     if not best or "forget_interval" not in best:
         return ""
     low, high = best["forget_interval"]
@@ -210,12 +257,13 @@ def verdict(run: Run, row: pd.Series[Any]) -> str:
     """One line of the confirmation."""
     word = "is worse than" if row["worse"] else "is not shown to beat"
     word = "beats" if row["beats"] else word
+    transferred = by_transferred(row.to_dict()).replace(" -", " −").replace("[-", "[−")
     return (
         f"Trial {row['candidate']} ({describe(run.specs[row['candidate']])}) {word} "
         f"{row['baseline']} at equal budget and sparsity: held-out "
         f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
         f"{_difference(row)}, p {row['p']:.2g}, ahead in {row['wins']} of {row['seeds']} fresh "
-        "seeds."
+        f"seeds.{f' {transferred}.' if transferred else ''}"
     )
 
 

@@ -47,7 +47,7 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
     on_the_way = scoring - (1 - HALF) * asking
     share, early, last = expected_share(config)
     saes = config.num_trials * config.search.seeds_per_trial
-    confirmed = config.max_confirmation * config.confirm.seeds
+    confirmed = config.max_confirmed * config.confirm.seeds
     after = confirmed * (training + scoring)
     most = saes * (training + (len(config.rungs) - 1) * on_the_way + scoring) + after
     likely = saes * (share * training + early * on_the_way + last * scoring) + after

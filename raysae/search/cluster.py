@@ -107,6 +107,12 @@ class Plan:
         """Groups of workers, each of which trains one trial at a time, or a pack of them."""
         return self.workers // self.workers_per_trial
 
+    @property
+    def at_a_time(self) -> int:
+        """Groups that are at work where nobody waits for results: all, unless
+        `search.max_concurrent` allows fewer trials than that."""
+        return max(1, min(self.groups, self.concurrent_trials))
+
 
 class RayStartError(Exception):
     """Ray does not start on this machine; the message says what it said."""

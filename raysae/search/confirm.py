@@ -7,24 +7,29 @@ beside `none` and `fixed_orthogonal` with the same budget, sparsity and seeds.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from raysae.analysis.confirmation import budget
 from raysae.config import RunConfig
 from raysae.regularizers import REGISTRY
 from raysae.training.schedules import Constant
-from raysae.training.spec import TrialSpec
+from raysae.training.spec import SEED_STRIDE, TrialSpec
 
 FRESH = 500_000
 """Index of the confirmation's first seed, above the number of any trial."""
 
 
-def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[TrialSpec]:
+def confirmation_trials(
+    config: RunConfig, ended: list[dict[str, Any]], seeds_per_trial: int | None = None
+) -> list[TrialSpec]:
     """The trials of the confirmation, numbered from the search's last on; [] if there are none.
 
     Args:
         config: of the search.
         ended: the journal's `end` records; the search's count.
+        seeds_per_trial: of a configuration's seeds so many make a trial, and what is left one more;
+            None: all of them.
 
     `fixed_orthogonal` gets the α and the schedule of the best trial of that method, or where the
     search tried none α = 1, constant.
@@ -61,11 +66,31 @@ def confirmation_trials(config: RunConfig, ended: list[dict[str, Any]]) -> list[
             name = f"{changes['regularizer'].name} beside {budget(candidate)}"
             chosen.setdefault(name, candidate.model_copy(update=end | changes | {"run": name}))
     number = max((record["trial"] for record in ended), default=-1) + 1
-    fresh = {"seed": config.seed_of(FRESH), "seeds": config.confirm.seeds}
-    return [
-        spec.model_copy(update=fresh | {"number": number + index})
-        for index, spec in enumerate(chosen.values())
+    seeds = config.confirm.seeds
+    each = seeds_per_trial or seeds
+    parts = [
+        {
+            "seed": config.seed_of(FRESH) + first * SEED_STRIDE,
+            "seeds": min(each, seeds - first),
+        }
+        for first in range(0, seeds, each)
     ]
+    return [
+        spec.model_copy(update=part | {"number": number + index})
+        for index, (spec, part) in enumerate(product(chosen.values(), parts))
+    ]
+
+
+def begun_with(records: list[dict[str, Any]]) -> int | None:
+    """Seeds a trial of a confirmation that an earlier session began; None without one.
+
+    Numbers mean the same trials then, whatever machine the search is gone on with on.
+
+    Args:
+        records: the journal.
+    """
+    asked = [r["spec"] for r in records if r["event"] == "submit"]
+    return max((spec["seeds"] for spec in asked if spec["stage"] == "confirmation"), default=None)
 
 
 def _rank(record: dict[str, Any]) -> tuple[float, float]:

@@ -140,7 +140,8 @@ def estimate(
     shares, early, last = expected_share(config)
     waves = max(config.num_trials / groups, ceil(min(1.0, config.num_trials / groups)))
     # Scored once, at the end, and of another number of seeds.
-    whole = config.max_confirmation / groups * (training + scoring) * config.confirm.seeds / seeds
+    confirmed = ceil(config.max_confirmation(groups) / groups) * (training + scoring)
+    whole = confirmed * config.confirm.seeds_per_trial(groups) / seeds
     return Estimate(
         start=START_SECONDS + IMPORTS * imports * crowd + (0.0 if harvested else harvest),
         training=training * crowd,

@@ -78,7 +78,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
     here = plan.workers if address is None else ceil(plan.workers / len(nodes))
-    lines = [*_what(config), *_corpora(size)]
+    lines = [*_what(config, plan), *_corpora(size)]
     lines += _memory(config, plan, nodes, needs, gpus, here)
     if not_here:
         return [*lines, f"this machine {cores} cores, no GPU", f"not here     {not_here}"]
@@ -148,16 +148,15 @@ def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan
         worker=PROCESS_BYTES + (0 if config.resources.use_gpu else model + training),
         gpu=model + training if config.resources.use_gpu else 0,
         # Every trial's SAE, and checkpoints of those in flight.
-        run_folder=sae.weights * seeds * (config.num_trials + config.max_confirmation + 1)
-        + (4 << 20),
+        run_folder=sae.weights * seeds * (config.num_trials + config.max_confirmed + 1) + (4 << 20),
     )
 
 
-def _what(config: RunConfig) -> Iterator[str]:
+def _what(config: RunConfig, plan: Plan) -> Iterator[str]:
     entry, training = shape_of(config.world), config.training
     assert config.hook is not None
     layer = int(config.hook.split(".")[1])
-    confirmation = config.max_confirmation
+    confirmation = config.max_confirmation(plan.at_a_time)
     if config.is_search:
         then = f", then at most {confirmation} to confirm the best" if confirmation else ""
         yield f"search       {config.num_trials} trials chosen by {config.search.sampler}{then}"

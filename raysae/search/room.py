@@ -45,7 +45,7 @@ def memory_of_sae(config: RunConfig) -> SAEMemory:
 
 
 def most_seeds(config: RunConfig) -> int:
-    """SAEs of the largest trial, the confirmation's included."""
+    """SAEs of the largest trial, the confirmation's included where one group trains it alone."""
     return max(config.search.seeds_per_trial, config.confirm.seeds if config.is_search else 1)
 
 

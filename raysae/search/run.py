@@ -232,7 +232,7 @@ def run_search(
                     console,
                     partial(_poll, broker),
                     run_dir,
-                    Expected(config.num_trials, config.max_confirmation),
+                    Expected(config.num_trials, config.max_confirmation(plan.at_a_time)),
                     dashboard=dashboard,
                     metrics=cluster.metrics_addresses(),
                     started=started,
@@ -353,10 +353,12 @@ def _run_trials(
 
     run(config.fixed_trials() or None)
     if config.is_search and config.confirm.top:
-        from raysae.search.confirm import confirmation_trials  # brings pandas and SciPy
+        # brings pandas and SciPy
+        from raysae.search.confirm import begun_with, confirmation_trials
 
-        ended = ended_trials(read_journal(run_dir / JOURNAL))
-        trials = confirmation_trials(config, ended)
+        journal = read_journal(run_dir / JOURNAL)
+        seeds = begun_with(journal) or config.confirm.seeds_per_trial(plan.at_a_time)
+        trials = confirmation_trials(config, ended_trials(journal), seeds)
         watch.confirm(len(trials))
         if trials:
             run(trials)

@@ -11,7 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raysae.analysis.describe import NOT_ASKED, describe, why_not_asked
+from raysae.analysis.describe import (
+    NOT_ASKED,
+    TRANSFERRED,
+    by_transferred,
+    describe,
+    why_not_asked,
+)
 from raysae.analysis.tables import best_first
 from raysae.worlds.world import SAEBENCH
 
@@ -54,6 +60,8 @@ def print_summary(
         console.print(f"failed: trial {numbers}: {error}", markup=False, highlight=False)
     for _, row in confirmation.iterrows():
         _say(console, _verdict(row, specs))
+    if confirmation["transferred_difference"].notna().any():
+        _say(console, TRANSFERRED)
     _say(
         console,
         f"{facts['wall_seconds']:.0f} s in all, first result after "
@@ -187,12 +195,14 @@ def _print_runs(console: Console, runs: pd.DataFrame) -> None:
 
 def _verdict(row: pd.Series[Any], specs: dict[int, dict[str, Any]]) -> str:
     beaten = "beats" if row["beats"] else "is not shown to beat"
+    transferred = by_transferred(row.to_dict())
     return (
         f"Confirmation: trial {row['candidate']} ({describe(specs[row['candidate']])}) {beaten} "
         f"{row['baseline']} at the same budget and sparsity: held-out score "
         f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
         f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.2g}, "
         f"ahead in {row['wins']} of {row['seeds']} fresh seeds"
+        f"{f'. {transferred}' if transferred else ''}"
     )
 
 

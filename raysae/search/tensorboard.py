@@ -19,6 +19,7 @@ TENSORBOARD = "tensorboard"
 SCORES = {
     "score": "score/search",
     "heldout_score": "score/heldout",
+    "transferred_score": "score/transferred",
     "saebench_score": "score/all_questions",
 }
 """Figures of a rung and the tags they are written under; those of a curve are `train/<name>`."""
@@ -118,8 +119,9 @@ class TensorBoardLog:
         if rung["step"] <= self._scored.get(number, -1):  # the end repeats the last rung
             return
         self._scored[number] = rung["step"]
-        # On the way only the questions that the search sees are asked.
-        scores = {tag: rung[name] for name, tag in SCORES.items() if rung[name] is not None}
+        # On the way only the questions that the search sees are asked; journals did not always have
+        # all scores.
+        scores = {tag: rung[name] for name, tag in SCORES.items() if rung.get(name) is not None}
         _add_scalars(writer, scores, rung["step"])
 
 

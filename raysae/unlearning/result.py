@@ -173,8 +173,8 @@ class UnlearningResult:
             "baseline_forget_total": self.baseline_forget_total,
             "baseline_retain_correct": self.baseline_retain_correct,
             "baseline_retain_total": self.baseline_retain_total,
-            "best": None if self.best is None else _intervention_to_dict(self.best),
-            "interventions": [_intervention_to_dict(i) for i in self.interventions],
+            "best": None if self.best is None else intervention_to_dict(self.best),
+            "interventions": [intervention_to_dict(i) for i in self.interventions],
         }
 
     def to_saebench_output(
@@ -369,7 +369,8 @@ def _explain(
     )
 
 
-def _intervention_to_dict(intervention: Intervention) -> dict[str, Any]:
+def intervention_to_dict(intervention: Intervention) -> dict[str, Any]:
+    """Plain JSON types: fields, accuracies with their Wilson intervals, and `passes_gate`."""
     return asdict(intervention) | {
         "features": list(intervention.features),
         "forget_accuracy": intervention.forget_accuracy,

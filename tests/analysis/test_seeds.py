@@ -15,6 +15,7 @@ def record(score: float, status: str = "ok", **other: Any) -> dict[str, Any]:
         "objective": score + 0.1,
         "score": score,
         "heldout_score": score / 2,
+        "transferred_score": score / 3,
         "saebench_score": score / 4,
         "dense_features": 3,
         "train_seconds": 1.5,
@@ -39,6 +40,7 @@ def test_numbers_are_means_and_times_are_sums():
     assert trial["score"] == pytest.approx(0.3)
     assert trial["objective"] == pytest.approx(0.4)
     assert trial["heldout_score"] == pytest.approx(0.15)
+    assert trial["transferred_score"] == pytest.approx(0.1)
     assert trial["metrics"] == pytest.approx({"loss": 3.0, "alpha": 0.5})
     assert (trial["train_seconds"], trial["score_seconds"]) == (4.5, 0.75)
     assert trial["step"] == 10
@@ -50,14 +52,16 @@ def test_the_spread_is_the_sample_standard_deviation():
     expected = (sum(d * d for d in deviations) / 2) ** 0.5
     assert trial["score_std"] == pytest.approx(expected)
     assert trial["heldout_score_std"] == pytest.approx(expected / 2)
+    assert trial["transferred_score_std"] == pytest.approx(expected / 3)
     assert trial["saebench_score_std"] == pytest.approx(expected / 4)
 
 
 def test_scores_that_no_seed_was_asked_for_stay_missing():
-    missing = {"heldout_score": None, "saebench_score": None, "questions": "search half"}
+    unasked = ("heldout_score", "transferred_score", "saebench_score")
+    missing = dict.fromkeys(unasked) | {"questions": "search half"}
     trial = over_seeds([record(0.6, **missing), record(0.2, **missing)])
     assert (trial["score"], trial["questions"]) == (pytest.approx(0.4), "search half")
-    for name in ("heldout_score", "saebench_score"):
+    for name in unasked:
         assert trial[name] is None and trial[f"{name}_std"] is None
 
 

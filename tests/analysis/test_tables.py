@@ -29,6 +29,7 @@ from raysae.journal import ended_trials
 from raysae.training.run import TrainingDivergedError
 from raysae.training.spec import TrialSpec, config_hash
 from raysae.unlearning import Halves
+from raysae.unlearning.halves import Transfer, TransferStatus
 
 Record = dict[str, Any]
 
@@ -62,7 +63,8 @@ def rung_record(fake_result: Callable[..., Any]) -> Callable[..., Record]:
             baseline_draws=2,
         )
         search, heldout = fake_result(score), fake_result(0.2)
-        (transferred,) = heldout.interventions
+        (chosen,) = heldout.interventions
+        transferred = Transfer(0.2, TransferStatus.ok, "made up too", chosen)
         return {
             "step": step,
             "tokens": 64 * step,
@@ -72,6 +74,7 @@ def rung_record(fake_result: Callable[..., Any]) -> Callable[..., Record]:
             "status": "ok",
             "cause": "made up",
             "heldout_score": 0.2,
+            "transferred_score": 0.2,
             "saebench_score": 0.225,
             "halves": Halves(search, heldout, transferred).to_dict(),
             "result": fake_result(0.225).to_dict(),
@@ -182,6 +185,7 @@ def test_the_result_of_the_last_rung_reached_is_in_its_row(trials: pd.DataFrame)
         "run": "",
         "score": 0.25,
         "heldout_score": 0.2,
+        "transferred_score": 0.2,
         "saebench_score": 0.225,
         "frontier": 0.25,  # at no cost: the same loss at every retain accuracy
         "status": "ok",
@@ -195,6 +199,12 @@ def test_the_result_of_the_last_rung_reached_is_in_its_row(trials: pd.DataFrame)
         "retain_total": 40,
         "heldout_forget_accuracy": 0.8,
         "heldout_retain_accuracy": 1.0,
+        "transferred_status": "ok",
+        "transferred_cause": "made up too",
+        "transferred_forget_correct": 80,
+        "transferred_forget_total": 100,
+        "transferred_retain_correct": 40,
+        "transferred_retain_total": 40,
         "best_retain_threshold": 0.01,
         "best_n_features": 2,
         "best_multiplier": 100,
@@ -285,7 +295,8 @@ def test_a_failed_trial_says_why_and_has_no_figures(trials: pd.DataFrame):
 def search_half(rung: Record) -> Record:
     """The record of a rung at which the half that the search sees was asked alone."""
     rung["halves"] |= {"heldout": None, "transferred": None}
-    return rung | {"heldout_score": None, "saebench_score": None, "questions": "search half"}
+    unasked = dict.fromkeys(("heldout_score", "transferred_score", "saebench_score"))
+    return rung | unasked | {"questions": "search half"}
 
 
 def test_a_stopped_trial_has_no_score_on_questions_that_it_was_not_asked(
@@ -307,6 +318,8 @@ def test_a_stopped_trial_has_no_score_on_questions_that_it_was_not_asked(
                 assert frame["heldout_score"].dtype == frame["saebench_score"].dtype == float
                 names = ("heldout_score", "saebench_score", "heldout_forget_accuracy")
                 assert row.reindex(names).isna().all()
+                transferred = [name for name in frame if name.startswith("transferred_")]
+                assert len(transferred) == 8 and row[transferred].isna().all()
     row = trials_table([finished, stopped]).loc[0]
     assert (row["heldout_score"], row["saebench_score"], row["questions"]) == (0.2, 0.225, "all")
 
@@ -366,8 +379,12 @@ def test_a_trial_without_an_intervention_has_a_score_and_no_accuracies(make_spec
     rung = rung_record(0, 24, 0.0, last=True)
     nothing = {"best": None, "eligible_features": {"0.001": 0, "0.01": 0}}
     rung["halves"]["search"] |= nothing
-    rung["halves"]["transferred"] = None
+    nothing = {"score": 0.0, "status": "nothing_chosen", "cause": "no intervention was chosen"}
+    rung |= {"transferred_score": 0.0}
+    rung["halves"]["transferred"] = nothing
     row = trials_table([end_record(make_spec(), "finished", rung, 24)]).loc[0]
+    assert (row["transferred_score"], row["transferred_status"]) == (0.0, "nothing_chosen")
+    assert np.isnan(row["transferred_forget_total"])
     assert (row["score"], row["eligible_features_0.01"], row["l0"]) == (0.0, 0, 4.0)
     names = ["forget_accuracy", "best_multiplier", "heldout_forget_accuracy"]
     assert row[names].isna().all()
@@ -380,6 +397,25 @@ def test_what_the_search_saw_and_what_it_did_not_are_told_apart(make_spec, rung_
     assert (row["score"], row["frontier"], row["forget_correct"]) == (0.4, pytest.approx(0.4), 60)
     assert (row["heldout_score"], row["heldout_forget_accuracy"]) == (0.2, 0.8)
     assert row["saebench_score"] == 0.225
+
+
+@pytest.mark.parametrize("winner", [True, False])
+def test_a_record_from_before_transferred_scores_has_the_counts_that_it_had(
+    winner: bool, make_spec, rung_record
+):
+    rung = rung_record(0, 24, 0.4, last=True)
+    del rung["transferred_score"]
+    counts = {"forget_correct": 80, "forget_total": 100, "retain_correct": 39, "retain_total": 40}
+    rung["halves"]["transferred"] = counts if winner else None
+    record = end_record(make_spec(), "finished", rung, 24)
+    for table in (trials_table([record]), seeds_table([record])):
+        row = table.loc[0]
+        assert np.isnan(row["transferred_score"])
+        assert row["transferred_status"] is None and row["transferred_cause"] is None
+        if winner:
+            found = row["heldout_forget_accuracy"], row["transferred_retain_correct"]
+            assert found == (0.8, 39)
+        assert row["heldout_score"] == 0.2
 
 
 def test_runs_and_stages_are_in_their_rows(make_spec):

@@ -81,11 +81,13 @@ def test_the_sampler_is_told_the_search_half_and_the_other_is_beside_it(write):
     _, record = write(0.0)
     assert record["objective"] == record["score"] == pytest.approx(0.6)
     assert record["heldout_score"] == pytest.approx(0.1)
+    assert record["transferred_score"] == record["heldout_score"]  # there is one intervention
     assert record["saebench_score"] == pytest.approx(7 / 20)
     assert record["status"] == "ok"
     assert "4 of 10 forget questions" in record["cause"]
     assert record["halves"]["search"]["score"] == pytest.approx(0.6)
     assert record["halves"]["transferred"]["forget_correct"] == 9
+    assert record["halves"]["transferred"]["status"] == "ok"
     assert record["result"]["score"] == pytest.approx(7 / 20)
 
 
@@ -121,7 +123,8 @@ def test_of_the_search_half_alone_there_is_its_score_and_no_other(write, tmp_pat
     _, half = write(0.5, whole.on(split_questions(counts, SPLIT_SEED)))
     json.dumps(half, allow_nan=False)
     assert half["questions"] == "search half"
-    assert (half["heldout_score"], half["saebench_score"]) == (None, None)
+    for name in ("heldout_score", "transferred_score", "saebench_score"):
+        assert half[name] is None
     assert (half["halves"]["heldout"], half["halves"]["transferred"]) == (None, None)
     for name in ("objective", "score", "status", "cause", "dense_features", "conditioning"):
         assert half[name] == record[name], name

@@ -40,15 +40,22 @@ def rung(tokens: int, **scores: Any) -> Event:
 
 
 def test_before_the_end_there_is_no_score_on_questions_that_were_not_asked(reported):
+    unasked = ("heldout_score", "transferred_score", "saebench_score")
     first, last = reported(
         [
-            rung(512, score=0.5, heldout_score=None, saebench_score=None),
-            rung(1536, score=0.6, heldout_score=0.4, saebench_score=0.45),
+            rung(512, score=0.5) | dict.fromkeys(unasked),
+            rung(1536, score=0.6, heldout_score=0.4, transferred_score=0.3, saebench_score=0.45),
         ]
     )
-    assert not {"heldout_score", "saebench_score"} & first.keys()
+    assert not set(unasked) & first.keys()
     assert (first["score"], first["objective"], first["l0"]) == (0.5, 0.5, 4.0)
-    assert (last["heldout_score"], last["saebench_score"]) == (0.4, 0.45)
+    assert tuple(last[name] for name in unasked) == (0.4, 0.3, 0.45)
+
+
+def test_a_rung_of_an_older_version_is_reported_with_the_scores_that_it_has(reported):
+    (only,) = reported([rung(1536, score=0.6, heldout_score=0.4, saebench_score=0.45)])
+    assert (only["heldout_score"], only["saebench_score"]) == (0.4, 0.45)
+    assert "transferred_score" not in only
 
 
 def test_a_failed_trial_has_the_worst_objective_and_no_scores(reported):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from raysae.analysis.seeds import SCORES
 from raysae.pool import worker as module
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.pool.worker import Worker, WorkerConfig
@@ -87,7 +88,7 @@ class FakeArtifacts:
             "dense_features": 0,
             "train_seconds": 1.0,
             "score_seconds": 1.0,
-            **dict.fromkeys(("objective", "score", "heldout_score", "saebench_score"), score),
+            **dict.fromkeys(("objective", *SCORES), score),
             "seed": spec.seed,
         }
 

@@ -105,7 +105,7 @@ def write_search(
     kept = optuna.create_study(study_name="raysae", storage=storage, direction="maximize")
     kept.add_trials(study.trials)
     if confirm:
-        for spec in confirmation_trials(config, ended_trials(records)):
+        for spec in confirmation_trials(config, ended_trials(records), seeds_per_trial=4):
             records += trial_records(spec, rng, constant=constant)
     write_folder(folder, config, records)
     return folder
@@ -229,6 +229,7 @@ def _rung(
         "cause": halves.search.cause,
         "questions": "all" if last else "search half",
         "heldout_score": halves.heldout.score if halves.heldout else None,
+        "transferred_score": halves.transferred.score if halves.transferred else None,
         "saebench_score": result.score if last else None,
         "halves": halves.to_dict(),
         "result": result.to_dict(),

@@ -20,6 +20,7 @@ from raysae.report.build import REPORT_FILE, build_report
 from raysae.search import conclude
 
 Record = dict[str, Any]
+COUNTS = ("forget_correct", "forget_total", "retain_correct", "retain_total")
 
 
 def built(folder: Path) -> str:
@@ -93,6 +94,12 @@ def test_a_run_of_an_older_version_is_reported_without_what_it_lacks(copied):
             rung = record["rung"] if record["event"] == "end" else record
             for name in ("dense_features", "seeds", "typical_seed"):  # one SAE a trial
                 rung.pop(name, None)
+            for name in ("transferred_score", "transferred_score_std"):
+                rung.pop(name, None)
+            found = rung["halves"]["transferred"] if rung else None
+            if found:  # the counts alone, where an intervention was chosen
+                counts = {name: found[name] for name in COUNTS if name in found}
+                rung["halves"]["transferred"] = counts or None
             if rung.pop("questions", "") == "search half":  # all were asked at every rung
                 rung |= dict.fromkeys(("heldout_score", "saebench_score"), 0.9 * rung["score"])
                 rung["halves"]["heldout"] = rung["halves"]["search"]
@@ -109,6 +116,7 @@ def test_a_run_of_an_older_version_is_reported_without_what_it_lacks(copied):
     page = built(folder)
     assert "is not in this run's journal" in page.replace("&#39;", "'")
     assert "searched on alone" not in page
+    assert "ransferred" not in page
     trials = pd.read_csv(folder / "trials.csv")
     assert (trials["state"] == "stopped").any()
     scored = trials[trials["state"] != "failed"]

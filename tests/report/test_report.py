@@ -13,6 +13,7 @@ from raysae.analysis.describe import describe
 from raysae.config import load_config
 from raysae.report.build import FIGURES, REPORT_FILE, build_report
 from raysae.report.run import read_run
+from raysae.report.words import headline, verdict
 from raysae.training.spec import config_hash
 
 PNGS = {
@@ -40,6 +41,41 @@ def test_the_answer_stands_first_with_its_interval_and_its_confirmation(search: 
     for _, row in run.confirmation.iterrows():
         assert f"Trial {row['candidate']} " in page
         assert f"ahead in {row['wins']} of {row['seeds']} fresh seeds" in page
+
+
+def test_the_transferred_score_is_explained_and_stands_beside_the_held_out_one(search: Path):
+    page, run = text(search), read_run(search)
+    best = run.finished.iloc[0]
+    found = run.results[best["trial"]]["halves"]["transferred"]
+    fact = f"{best['transferred_score']:.3f} ± {best['transferred_score_std']:.3f}; the median "
+    if found["status"] == "ok":
+        low, high = found["forget_interval"]
+        fact += f"seed's [{1 - high:.3f}, {1 - low:.3f}] by the number of questions"
+    else:
+        fact += f"seed's is 0: {found['cause']}"
+    assert fact in page
+    assert "<th>transferred</th>" in page
+    for _, row in run.finished.head(5).iterrows():
+        assert f'title="{row["transferred_cause"]}">{row["transferred_score"]:.3f}' in page
+    for _, row in run.confirmation.iterrows():
+        mean = f"{row['candidate_transferred']:.3f} against {row['baseline_transferred']:.3f}"
+        assert mean in page
+    both = run.scored[run.scored["questions"] == "all"]
+    assert (both["transferred_score"] <= both["heldout_score"]).all()
+    assert (both["transferred_score"] < both["heldout_score"]).any()
+
+
+def test_a_verdict_that_the_transferred_score_does_not_share_is_no_plain_answer(search: Path):
+    run = read_run(search)
+    held_out = {"beats": True, "worse": False, "difference": 0.1, "low": 0.05, "high": 0.2}
+    other = {"transferred_beats": False, "transferred_worse": False}
+    run.confirmation.loc[:, list(held_out | other)] = list((held_out | other).values())
+    caution = "caution: by the transferred score it is not shown to beat it"
+    assert f"{caution}." in headline(run)
+    assert "Caution, by the transferred score" in verdict(run, run.confirmation.iloc[0])
+    run.confirmation.loc[:, "transferred_beats"] = True
+    assert "separates better" in headline(run) and "caution" not in headline(run)
+    assert "By the transferred score:" in verdict(run, run.confirmation.iloc[0])
 
 
 def test_everything_is_in_one_file_of_bounded_size(search: Path):

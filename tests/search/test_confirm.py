@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from collections.abc import Callable
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from raysae.analysis.confirmation import COLUMNS, verdicts
+from raysae.analysis.describe import by_transferred, disagreement
 from raysae.analysis.statistics import bootstrap_interval, p_of_mean
 from raysae.config import RunConfig
-from raysae.search.confirm import confirmation_trials
+from raysae.search.confirm import begun_with, confirmation_trials
 from raysae.training.spec import TrialSpec
 
 Record = dict[str, Any]
@@ -28,12 +32,19 @@ def config(top: int = 2, seeds: int = 3, seed: int = 0) -> RunConfig:
 
 
 def record(
-    spec: TrialSpec, score: float, state: str = "finished", heldout: list[float] | None = None
+    spec: TrialSpec,
+    score: float,
+    state: str = "finished",
+    heldout: list[float] | None = None,
+    transferred: list[float] | None = None,
 ) -> Record:
-    """The journal's `end` record of a trial; of one of several seeds with their held-out scores."""
+    """The journal's `end` record of a trial; of one of several seeds with their held-out scores,
+    and their transferred ones where the version that wrote it had them."""
     rung: Record = {} if state == "failed" else {"score": score, "heldout_score": score}
     if heldout is not None:
         rung["seeds"] = [{"score": score, "heldout_score": value} for value in heldout]
+    for seed, value in zip(rung.get("seeds", ()), transferred or (), strict=False):
+        seed["transferred_score"] = value
     return {"trial": spec.number, "state": state, "spec": spec.to_dict(), "rung": rung, "error": ""}
 
 
@@ -112,6 +123,50 @@ def test_seeds_are_fresh_and_shared_by_candidates_and_baselines(seed: int, group
     (shared,) = {tuple(member.seed for member in spec.members()) for spec in specs}
     assert len(set(shared)) == 4
     assert not set(shared) & {search.seed_of(number) for number in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    ("each", "sizes"), [(1, [1] * 8), (3, [3, 3, 2]), (4, [4, 4]), (8, [8]), (9, [8]), (None, [8])]
+)
+def test_a_configuration_has_the_same_seeds_in_however_many_trials(
+    each: int | None, sizes: list[int], grouped
+):
+    search = config(seeds=8)
+    ended = [record(grouped(i, sparsity=4 + i), i / 10) for i in range(3)]
+    together, split = (confirmation_trials(search, ended, n) for n in (None, each))
+    assert [spec.number for spec in split] == list(range(3, 3 + len(split)))
+    assert runs(split) == runs(together) and len(together) == 6
+    for whole in together:
+        parts = [spec for spec in split if spec.run == whole.run]
+        assert [spec.seeds for spec in parts] == sizes
+        again = [member for spec in parts for member in spec.members()]
+        alike = {"number": whole.number}  # decides no numbers
+        assert [member.model_copy(update=alike) for member in again] == whole.members()
+
+
+@pytest.mark.parametrize(("at_a_time", "each"), [(1, 8), (2, 4), (3, 3), (5, 2), (8, 1), (20, 1)])
+def test_as_many_trials_are_made_of_a_configuration_as_are_trained_at_a_time(
+    at_a_time: int, each: int, grouped
+):
+    search = config(top=1, seeds=8)
+    assert search.confirm.seeds_per_trial(at_a_time) == each
+    specs = confirmation_trials(search, [record(grouped(0), 0.3)], each)
+    assert len(specs) == search.max_confirmation(at_a_time) == 3 * ceil(8 / each)
+    assert {spec.seeds for spec in specs[:: ceil(8 / each)]} == {each}
+
+
+def test_a_confirmation_is_gone_on_with_in_the_trials_that_it_was_begun_with(grouped):
+    search = config(top=1, seeds=8)
+    ended = [record(grouped(0), 0.3)]
+
+    def submitted(spec: TrialSpec) -> Record:
+        return {"event": "submit", "trial": spec.number, "spec": spec.to_dict(), "session": "a"}
+
+    journal = [submitted(grouped(0).model_copy(update={"seeds": 20})), ended[0] | {"event": "end"}]
+    assert begun_with(journal) is None
+    for each in (8, 4, 3):
+        for spec in confirmation_trials(search, ended, each)[:2]:
+            assert begun_with([*journal, submitted(spec)]) == each
 
 
 def test_another_search_is_confirmed_with_other_seeds(grouped):
@@ -195,13 +250,20 @@ def test_the_fixed_orthogonal_baseline_has_the_alpha_that_did_best_in_the_search
 # --- What follows ---------------------------------------------------------------------------------
 
 
-def confirmed(ended: list[Record], scores: dict[str, list[float]], top: int = 2) -> list[Record]:
-    """`ended`, and its confirmation's records with held-out scores by start of the run's name."""
+def confirmed(
+    ended: list[Record],
+    scores: dict[str, list[float]],
+    top: int = 2,
+    transferred: dict[str, list[float]] | None = None,
+) -> list[Record]:
+    """`ended`, and its confirmation's records with held-out and transferred scores by start of the
+    run's name."""
     specs = confirmation_trials(config(top=top), ended)
     found = list(ended)
     for start, values in scores.items():
         (mine,) = of_run(specs, start)
-        found.append(record(mine, 0.99, heldout=values))
+        others = (transferred or {}).get(start)
+        found.append(record(mine, 0.99, heldout=values, transferred=others))
     assert len(found) == len(ended) + len(specs)
     return found
 
@@ -232,6 +294,108 @@ def test_a_verdict_compares_seed_by_seed_on_the_held_out_half(grouped):
     assert none["p"] == pytest.approx(1 - t / (t * t + 2) ** 0.5)
     assert fixed["p"] == pytest.approx(1)
     assert (none["beats"], fixed["beats"]) == (False, False)
+
+
+def test_transferred_scores_have_a_verdict_of_their_own_by_the_same_statistics(grouped):
+    scores = {
+        "trial 0": [0.5, 0.6, 0.4],
+        "none": [0.2, 0.3, 0.3],
+        "fixed_orthogonal": [0.5, 0.4, 0.6],
+    }
+    others = {"trial 0": [0.3, 0.0, 0.2], "none": [0.5, 0.4, 0.6], "fixed_orthogonal": [0.1] * 3}
+    ended = [record(grouped(0), 0.7)]
+    table = verdicts(confirmed(ended, scores, transferred=others))
+    swapped = verdicts(confirmed(ended, others, transferred=scores))
+    before = verdicts(confirmed(ended, scores))
+    statistics = ("difference", "low", "high", "p", "wins", "beats", "worse")
+    kinds = [name for name in COLUMNS if "transferred" not in name]
+    assert table[kinds].equals(before[kinds]), "the held-out score's verdict is as without"
+    for name in statistics:
+        assert table[f"transferred_{name}"].tolist() == swapped[name].tolist()
+        assert table[name].tolist() == swapped[f"transferred_{name}"].tolist()
+    none = table.iloc[0]
+    assert none["candidate_transferred"] == pytest.approx(0.5 / 3)
+    assert none["baseline_transferred"] == pytest.approx(0.5)
+    assert none["transferred_difference"] == pytest.approx(-1 / 3)
+    assert (none["transferred_low"], none["transferred_high"]) == pytest.approx((-0.4, -0.2))
+    assert (none["transferred_wins"], none["transferred_beats"]) == (0, False)
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_where_a_seed_has_no_transferred_score_there_is_none_of_the_configuration(
+    known: int, grouped
+):
+    """Of an older version, or of a search that was gone on with by this one."""
+    scores = {"trial 0": [0.5, 0.6, 0.4], "none": [0.2, 0.3, 0.3], "fixed_orthogonal": [0.5] * 3}
+    others = {"trial 0": [0.4] * 3, "none": [0.1] * known, "fixed_orthogonal": [0.1] * 3}
+    none, fixed = (
+        row for _, row in verdicts(confirmed([record(grouped(0), 0.7)], scores,
+                                             transferred=others)).iterrows()
+    )  # fmt: skip
+    names = [name for name in COLUMNS if "transferred" in name]
+    assert len(names) == 9
+    assert none[names].isna().all() and not none.drop(names).isna().any()
+    assert none["difference"] == pytest.approx(0.7 / 3)
+    assert fixed["transferred_difference"] == pytest.approx(0.3)
+    assert by_transferred(none.to_dict()) == disagreement(none.to_dict()) == ""
+
+
+@pytest.mark.parametrize(
+    ("heldout", "transferred", "caution"),
+    [
+        ([0.3] * 3, [0.3] * 3, ""),
+        ([0.3] * 3, [0.5, 0.2, 0.4], "by the transferred score it is not shown to beat it"),
+        ([0.3] * 3, [0.6] * 3, "by the transferred score it is worse than it"),
+        ([0.5, 0.2, 0.6], [0.3] * 3, "by the transferred score it beats it"),
+        ([0.5, 0.2, 0.6], [0.5, 0.1, 0.6], ""),
+        ([0.6] * 3, [0.6] * 3, ""),
+        ([0.6] * 3, [0.5, 0.1, 0.6], "by the transferred score it is not shown to beat it"),
+    ],
+)
+def test_verdicts_that_do_not_agree_are_cautioned_against(
+    heldout, transferred, caution: str, grouped, tmp_path: Path
+):
+    """From the table, and from the file that `status` reads without pandas."""
+    mine = [0.4] * 3
+    scores = {"trial 0": mine, "none": heldout, "fixed_orthogonal": heldout}
+    others = {"trial 0": mine, "none": transferred, "fixed_orthogonal": transferred}
+    table = verdicts(confirmed([record(grouped(0), 0.7)], scores, transferred=others))
+    table.to_csv(tmp_path / "confirmation.csv", index=False)
+    with (tmp_path / "confirmation.csv").open(newline="") as file:
+        written = next(csv.DictReader(file))
+    mean = sum(transferred) / 3
+    for row in (table.iloc[0].to_dict(), written):
+        assert disagreement(row) == caution
+        words = by_transferred(row)
+        assert words.startswith(
+            f"Caution, {caution}: " if caution else "By the transferred score: "
+        )
+        assert f"0.400 against {mean:.3f}, difference {0.4 - mean:+.3f} [" in words
+
+
+def test_verdicts_do_not_depend_on_how_the_seeds_were_split(grouped):
+    search, ended = config(seeds=5), [record(grouped(0), 0.7)]
+    rng = np.random.default_rng(0)
+    by_seed = {run: rng.random((2, 5)) for run in runs(confirmation_trials(search, ended))}
+
+    def table(each: int, lost: int | None = None) -> Any:
+        found, first = list(ended), dict.fromkeys(by_seed, 0)
+        for spec in confirmation_trials(search, ended, each):
+            part = slice(first[spec.run], first[spec.run] + spec.seeds)
+            heldout, transferred = by_seed[spec.run][:, part]
+            first[spec.run] += spec.seeds
+            one = record(spec, 0.9, heldout=list(heldout), transferred=list(transferred))
+            if spec.number == lost:
+                one |= {"state": "failed", "rung": {}}
+            found.append(one)
+        return verdicts(found)
+
+    whole = table(5)
+    assert whole["seeds"].tolist() == [5, 5]
+    for each in (1, 2, 3):
+        assert table(each).equals(whole)
+    # Of a trial that failed the seeds are missing, and no others.
+    assert table(2, lost=2)["seeds"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,21 @@ def test_seconds_of_a_search_are_those_of_its_steps_and_rungs():
 
 
 @pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(
+    ("workers", "seeds_in_turn"),
+    # Of three configurations with eight seeds each: all by one worker; by two, four of each; by
+    # three, three of each at most; 24 trials of a seed by ten workers are three in turn.
+    [(1, 24), (2, 12), (3, 9), (10, 3)],
+)
+def test_the_confirmation_takes_what_the_busiest_worker_takes(workers: int, seeds_in_turn: int):
+    machine = MACHINE | {"workers": workers, "workers_here": 1}
+    found = estimate(config(), shape_of("embedded"), load_world("embedded"), SIZE, **machine)
+    # The others are trials of three seeds.
+    each = (found.training + found.scoring) / 3
+    assert found.confirmation == pytest.approx(seeds_in_turn * each)
+
+
+@pytest.mark.usefixtures("measured")
 def test_trials_that_are_stopped_early_cost_less():
     made = config(
         search__num_samples=90, confirm__top=0, training__tokens=1024 * 900,

@@ -217,6 +217,29 @@ def test_a_finished_search_ends_with_its_verdicts_errors_and_times(run_dir, end)
     assert any(line.startswith("321 s in all, 78%") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("transferred", "caution"),
+    [
+        ("0.03,True,False", ""),
+        ("0.03,False,False", "; caution: by the transferred score it is not shown to beat it"),
+        (",,", ""),
+    ],
+)
+def test_a_verdict_warns_where_the_transferred_score_does_not_agree(
+    transferred: str, caution: str, run_dir, end
+):
+    write_journal(run_dir, end(0, 0.25), end(1, 0.5))
+    (run_dir / "confirmation.csv").write_text(
+        "candidate,baseline,seeds,difference,low,high,wins,beats,worse,transferred_difference,"
+        "transferred_beats,transferred_worse\n"
+        f"1,none,3,0.05,0.01,0.09,3,True,False,{transferred}\n"
+    )
+    facts = {"wall_seconds": 321.0, "busy_share": 0.78, "peak_gib": 2.9}
+    (run_dir / "facts.json").write_text(json.dumps(facts))
+    (line,) = (line for line in told(run_dir).splitlines() if line.startswith("Confirmation:"))
+    assert line.endswith(f"3 fresh seeds{caution}")
+
+
 def test_a_summary_of_an_earlier_start_does_not_finish_a_later_one(run_dir, end):
     write_journal(run_dir, end(0))
     (run_dir / "facts.json").write_text("{}")

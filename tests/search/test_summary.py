@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from raysae.analysis.confirmation import COLUMNS
+from raysae.analysis.describe import TRANSFERRED
 from raysae.analysis.runs import FIGURES, runs_table
 from raysae.search.summary import SHOWN, print_summary
 from raysae.training.spec import TrialSpec
@@ -288,6 +289,25 @@ def test_a_confirmation_says_who_beats_whom_by_how_much(ended: Ended, summary, m
     assert "difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3 of 3 fresh seeds" in first
     assert "is not shown to beat fixed_orthogonal" in second
     assert "[-0.125, +0.375], p 0.012, ahead in 2 of 3 fresh seeds" in second
+
+
+def test_a_confirmation_says_what_the_transferred_score_says(ended: Ended, summary, make_spec):
+    for number in range(2):
+        ended.add(make_spec(number=number), 0.1)
+    other = {f"transferred_{name}": verdict()[name] for name in ("low", "high", "p", "wins")}
+    other |= {"candidate_transferred": 0.375, "baseline_transferred": 0.125}
+    other |= {"transferred_difference": 0.25, "transferred_beats": True, "transferred_worse": False}
+    differs = other | {"transferred_beats": False, "transferred_low": -0.25}
+    table = pd.DataFrame([verdict(**other), verdict(**differs)], columns=list(COLUMNS))
+    lines = summary(table)
+    first, second = (line for line in lines if line.startswith("Confirmation:"))
+    figures = "0.375 against 0.125, difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3 of 3"
+    assert first.endswith(f"3 of 3 fresh seeds. By the transferred score: {figures}")
+    assert "Caution, by the transferred score it is not shown to beat it: 0.375" in second
+    assert TRANSFERRED in lines
+    old = summary(pd.DataFrame([verdict()], columns=list(COLUMNS)))
+    assert only(old, "Confirmation:").endswith("ahead in 3 of 3 fresh seeds")
+    assert not [line for line in old if "transferred" in line]
 
 
 def test_trials_of_the_confirmation_are_not_on_the_leaderboard(ended: Ended, summary, make_spec):

@@ -52,6 +52,7 @@ def row(step: int) -> dict[str, Any]:
 
 def rung(step: int, score: float) -> dict[str, Any]:
     scores = {"score": score, "heldout_score": score / 2, "saebench_score": score / 4}
+    scores["transferred_score"] = score / 8
     return {"event": "rung", "trial": 0, "step": step, **scores}
 
 
@@ -84,6 +85,7 @@ def test_a_trial_is_a_run_with_curves_scores_and_hyperparameters(tmp_path: Path,
     assert found["train/tokens"] == [(s, 64.0 * s) for s in steps]
     assert found["score/search"] == [(2, pytest.approx(0.1)), (4, pytest.approx(0.4))]
     assert found["score/heldout"][-1] == (4, pytest.approx(0.2))
+    assert found["score/transferred"][-1] == (4, pytest.approx(0.05))
     assert found["score/all_questions"][-1] == (4, pytest.approx(0.1))
     started, ended = sessions(run)
     values = started.session_start_info.hparams
@@ -96,7 +98,7 @@ def test_a_trial_is_a_run_with_curves_scores_and_hyperparameters(tmp_path: Path,
 
 
 def test_scores_on_questions_that_were_not_asked_are_left_out(tmp_path: Path, spec):
-    unasked = {"heldout_score": None, "saebench_score": None}
+    unasked = dict.fromkeys(("heldout_score", "transferred_score", "saebench_score"))
     log = TensorBoardLog(tmp_path)
     log.curve(0, spec, [row(1), row(2)])
     log.rung(rung(2, 0.1) | unasked)
@@ -109,7 +111,16 @@ def test_scores_on_questions_that_were_not_asked_are_left_out(tmp_path: Path, sp
     assert found["score/all_questions"] == [(4, pytest.approx(0.1))]
     stopped = scalars(tmp_path / "tensorboard" / "0001")
     assert stopped["score/search"] == [(2, pytest.approx(0.3))]
-    assert not {"score/heldout", "score/all_questions"} & stopped.keys()
+    assert not {"score/heldout", "score/transferred", "score/all_questions"} & stopped.keys()
+
+
+def test_a_trial_of_an_older_version_is_written_with_the_scores_that_it_has(tmp_path: Path, spec):
+    record = end(spec, 4, 0.4)
+    del record["rung"]["transferred_score"]
+    write_missing(tmp_path, [record])
+    found = scalars(tmp_path / "tensorboard" / "0000")
+    assert found["score/heldout"] == [(4, pytest.approx(0.2))]
+    assert "score/transferred" not in found
 
 
 def test_a_curve_can_be_read_while_the_trial_runs(tmp_path: Path, spec):

@@ -85,6 +85,8 @@ def test_the_score_is_the_evaluators_with_its_cause_and_its_halves(
     assert f"SAEBench unlearning score {expected.score:.4f} (ok): {expected.cause}" in ended.out
     halves = halve(expected, 3)
     assert f"{halves.search.score:.4f} (searched on) and {halves.heldout.score:.4f}" in ended.out
+    moved = halves.transferred
+    assert f"{moved.score:.4f} ({moved.status}): {moved.cause}" in ended.out
     rows = [line for line in ended.out.splitlines() if line.lstrip().startswith("0.0")]
     assert len(rows) == len(expected.interventions)
     assert sum(row.endswith("the score") for row in rows) == 1

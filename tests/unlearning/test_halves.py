@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from raysae.unlearning import UnlearningResult, UnlearningStatus, halve, split_questions
 from raysae.unlearning.grid import GridPoint
+from raysae.unlearning.halves import TransferStatus
 from raysae.unlearning.result import make_result, refused, wilson_interval
 from raysae.unlearning.scoring import unlearning_score
 from raysae.worlds.world import FORGET_SET, RETAIN_SETS
@@ -126,7 +127,7 @@ def test_scores_and_counts_of_the_halves_are_those_of_the_answers(seed: int):
         assert {(i.forget_total, i.retain_total) for i in half.interventions} == {(10, 100)}
     assert halves.search.best == halves.search.interventions[0]
     assert halves.heldout.best == halves.heldout.interventions[1]
-    assert halves.transferred == halves.heldout.interventions[0]
+    assert halves.transferred.intervention == halves.heldout.interventions[0]
 
 
 def test_the_halves_as_plain_data():
@@ -135,12 +136,15 @@ def test_the_halves_as_plain_data():
     assert found["heldout"]["score"] == pytest.approx(0.6)
     assert found["search"]["best"]["multiplier"] == 10
     assert found["heldout"]["best"]["multiplier"] == 20
-    assert found["transferred"] == {
-        "forget_correct": 9,
-        "forget_total": 10,
-        "retain_correct": 98,
-        "retain_total": 100,
-    }
+    transferred = found["transferred"]
+    assert (transferred["score"], transferred["status"]) == (0.0, "retain_gate_failed")
+    counts = {"forget_correct": 9, "forget_total": 10, "retain_correct": 98, "retain_total": 100}
+    assert {name: transferred[name] for name in counts} == counts
+    assert transferred["multiplier"] == 10
+    # Wilson's, solved for the accuracies whose standard error puts 9 of 10 at 1.96 of them.
+    z = norm.ppf(0.975)
+    for edge in transferred["forget_interval"]:
+        assert abs(0.9 - edge) == pytest.approx(z * (edge * (1 - edge) / 10) ** 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,52 @@ def test_each_half_has_a_status_of_its_own(search, heldout, statuses, scores):
     halves = halve(by_halves(search, heldout, 0), 0)
     assert (halves.search.status, halves.heldout.status) == statuses
     assert (halves.search.score, halves.heldout.score) == pytest.approx(scores)
-    assert (halves.transferred is None) == (scores[0] == 0)
+    chosen = halves.transferred.status is not TransferStatus.nothing_chosen
+    assert chosen == (halves.transferred.intervention is not None) == (scores[0] > 0)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize(
+    ("search", "heldout", "row", "score", "status"),
+    [
+        # The first wins on the search half; the second would be the better on the other.
+        ([(4, 99), (5, 100)], [(6, 99), (3, 100)], 0, 0.4, "ok"),
+        # The winner passes there by a question, and fails here by one.
+        ([(5, 100), (2, 99)], [(1, 100), (1, 98)], 1, 0.0, "retain_gate_failed"),
+        ([(5, 100), (2, 99)], [(1, 100), (1, 99)], 1, 0.9, "ok"),
+        # It passes on both and loses nothing here.
+        ([(9, 100), (10, 100)], [(10, 100), (3, 100)], 0, 0.0, "no_effect"),
+        # Of equal ones the first.
+        ([(4, 100), (4, 100)], [(8, 100), (2, 100)], 0, 0.2, "ok"),
+        # Nothing wins: each fails the gate, or changes nothing.
+        ([(0, 98), (1, 97)], [(0, 100), (1, 100)], None, 0.0, "nothing_chosen"),
+        ([(10, 100), (10, 100)], [(0, 100), (1, 100)], None, 0.0, "nothing_chosen"),
+    ],
+)
+def test_the_transferred_score_is_that_of_the_search_halfs_winner_on_the_held_out_half(
+    search, heldout, row: int | None, score: float, status: str, seed: int
+):
+    halves = halve(by_halves(search, heldout, seed), seed)
+    found = halves.transferred
+    assert (found.score, found.status) == (pytest.approx(score), status)
+    assert found.score <= halves.heldout.score
+    if row is None:
+        assert found.intervention is None
+        assert halves.search.cause in found.cause
+        assert set(found.to_dict()) == {"score", "status", "cause"}
+        return
+    assert found.intervention == halves.heldout.interventions[row]
+    forget, retain = heldout[row]
+    assert f"{forget} of 10 held-out forget questions" in found.cause
+    assert f"{retain} of 100 to retain" in found.cause
+    assert ("fewer than 99%" in found.cause) == (status == "retain_gate_failed")
+
+
+def test_a_winner_on_both_halves_transfers_the_held_out_score_to_its_last_digit():
+    """Not one that differs by rounding, which would count as a difference between the two."""
+    for forget in range(10):
+        halves = halve(by_halves([(3, 100)], [(forget, 99)], 0), 0)
+        assert halves.transferred.score == halves.heldout.score
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -184,10 +233,19 @@ def test_a_result_that_was_refused_is_the_same_on_both_halves():
     result = refused("cached", UnlearningStatus.untrained, "0 steps")
     halves = halve(result, 0)
     assert halves.search is halves.heldout is result
-    assert halves.transferred is None
+    assert (halves.transferred.score, halves.transferred.status) == (0.0, "nothing_chosen")
+    assert "0 steps" in halves.transferred.cause
     found = halves.to_dict()
     assert found["search"] == found["heldout"]
     assert (found["search"]["status"], found["search"]["frontier"]) == ("untrained", 0.0)
+
+
+def test_of_the_search_half_alone_nothing_is_transferred():
+    result = by_halves([(5, 100)], [(5, 100)], 2)
+    halves = halve(result.on(split_questions(COUNTS, 2)), 2)
+    assert halves.search.score == pytest.approx(0.5)
+    assert halves.transferred is None
+    assert halves.to_dict()["transferred"] is None
 
 
 # --- A result on a part of its questions ----------------------------------------------------------
