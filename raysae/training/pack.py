@@ -25,7 +25,7 @@ from raysae.training.replay import Replay
 from raysae.training.run import SAERun
 from raysae.training.stacked import (
     FORWARD,
-    REVIVING,
+    PICKING,
     SPARSITY_TERMS,
     DenseActs,
     Forward,
@@ -139,10 +139,16 @@ def _members_at_once(run: SAERun) -> int:
     """How many go through a step's products together.
 
     Each more saves what is around the products, until their features no longer fit a processor's
-    cache, or take more of a GPU's memory than a step is worth.
+    cache, or take more of a GPU's memory than a step is worth. On a CPU an SAE must not depend on
+    who is beside it, in the last digit either, as training follows from that digit: dense products
+    and sums over several members round otherwise, and gain little there; sums over what an
+    architecture has picked are those of each alone.
     """
+    on_gpu = run.device.type == "cuda"
+    if not on_gpu and run.spec.sae.architecture not in PICKING:
+        return 1
     features = 4 * run.spec.training.batch_size * run.spec.sae.d_sae
-    return max(1, (FEATURES_ON_GPU if run.device.type == "cuda" else FEATURES_ON_CPU) // features)
+    return max(1, (FEATURES_ON_GPU if on_gpu else FEATURES_ON_CPU) // features)
 
 
 class _Stack:
@@ -189,7 +195,7 @@ class _Stack:
 
     def look_for_dead(self) -> None:
         """See to it that there are places enough at this step."""
-        if self.runs[0].spec.sae.architecture in REVIVING:
+        if self.runs[0].spec.sae.architecture in PICKING:
             places = [self._places_of(i) for i in range(len(self.runs))]
             if self._look_ahead:  # as many for all: few kinds of step
                 places = [max(places)] * len(places)

@@ -111,17 +111,12 @@ def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward: 
     dtype = products_dtype(batch)
     with torch.no_grad():
         centred = (batch - p["b_dec"][:, None]).to(dtype)
-        operands = (p["b_enc"].to(dtype), centred, p["W_enc"].to(dtype))
-        if batch.is_cuda:  # to wait for the count costs it more than is saved
-            pre = affine(*operands)
-        else:
-            of_members = zip(*(x.split(1) for x in operands), strict=True)
-            pres = [affine(*of_member) for of_member in of_members]
-            fires = [_positive(of_one) for of_one in pres]
-            if sum(map(np.count_nonzero, fires)) < SPARSE * sum(mask.size for mask in fires):
+        pre = affine(p["b_enc"].to(dtype), centred, p["W_enc"].to(dtype))
+        if not batch.is_cuda:  # to wait for the count costs a GPU more than is saved
+            fires = _positive(pre)
+            if np.count_nonzero(fires) < SPARSE * fires.size:
                 with torch.enable_grad():
-                    return _standard_where(fires, pres, centred, p, batch)
-            pre = pres[0] if len(pres) == 1 else torch.cat(pres)
+                    return _standard_where(fires, pre, centred, p, batch)
         acts = pre.relu_()
     decoded, acts, l1 = reconstruct(acts, centred, p["W_enc"], p["b_enc"], p["W_dec"], p["b_dec"])
     same = centred.dtype == batch.dtype
@@ -130,21 +125,22 @@ def standard(p: Parameters, batch: Tensor, members: list[Settings]) -> Forward: 
 
 
 def _positive(x: Tensor) -> Mask:
-    """Where `x` is positive: NumPy finds out, and where, in a fifth of PyTorch's time."""
-    return (x > 0).numpy() if x.dtype == torch.bfloat16 else x.numpy() > 0
+    """Where `x` is positive: NumPy finds out, and where, in a fifth of PyTorch's time.
+
+    Or NaN, which is not to pass for a feature that is silent.
+    """
+    rest = (x <= 0).numpy() if x.dtype == torch.bfloat16 else x.numpy() <= 0
+    return np.logical_not(rest, out=rest)
 
 
 def _standard_where(
-    fires: list[Mask], pres: list[Tensor], centred: Tensor, p: Parameters, batch: Tensor
+    fires: Mask, pre: Tensor, centred: Tensor, p: Parameters, batch: Tensor
 ) -> Forward:
     """The same from what fires alone: a ReLU passes no gradient elsewhere."""
-    supports, values = [], []
-    for mask, pre in zip(fires, pres, strict=True):
-        at = torch.from_numpy(np.flatnonzero(mask))
-        supports.append(Support.from_flat(at, (len(at),), *pre.shape))
-        values.append(pre.flatten().index_select(0, at).to(batch.dtype))
-    support, centred = Support.joined(supports), centred.to(batch.dtype)
-    found = encode_at(support, torch.cat(values), centred, p["W_enc"], p["b_enc"], p["b_dec"])
+    at = torch.from_numpy(np.flatnonzero(fires))
+    support = Support.from_flat(at, tuple(map(np.count_nonzero, fires)), *pre.shape)
+    values, centred = pre.flatten().index_select(0, at).to(batch.dtype), centred.to(batch.dtype)
+    found = encode_at(support, values, centred, p["W_enc"], p["b_enc"], p["b_dec"])
     error, mse = fit(decode(support, found, p["W_dec"]), batch, p["b_dec"], centred)
     norms = p["W_dec"].norm(dim=-1).flatten().index_select(0, support.features)
     of_members = (found * norms).split(support.sizes)
@@ -205,8 +201,8 @@ FORWARD: dict[str, Callable[[Parameters, Tensor, list[Settings]], Forward]] = {
 
 SPARSITY_TERMS = ("l1_loss", "l0_loss")
 
-REVIVING = ("topk", "batchtopk", "matryoshka_batchtopk")
-"""Architectures with an auxiliary loss that brings dead features back."""
+PICKING = ("topk", "batchtopk", "matryoshka_batchtopk")
+"""Architectures that pick their features, with an auxiliary loss that brings dead ones back."""
 
 
 def _weighted_l1(acts: Tensor, W_dec: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def test_steps_of_one_kind_ask_the_same_of_the_device(
     assert of_kind == {(kind, kind) for kind in KINDS.get(regularizer, {"plain"})}
 
 
-@pytest.mark.parametrize("architecture", stacked.REVIVING)
+@pytest.mark.parametrize("architecture", stacked.PICKING)
 def test_steps_with_dead_features_do_so_too(architecture, make_spec, make_store, monkeypatch):
     """Those with places for equally many."""
     monkeypatch.setattr(stacked, "largest", largest_by_topk)

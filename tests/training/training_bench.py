@@ -85,14 +85,17 @@ def doubled(run: SAERun) -> SAERun:
             run.regularizer_state[name] = tensor.double()
     for name, tensor in vars(run.firing).items():
         setattr(run.firing, name, tensor.double())
-    batch = run.source.batch
 
     class Source:
         def __getattr__(self, name: str) -> Any:
             return getattr(run_source, name)
 
         def batch(self, *args: Any) -> Any:
-            rows, labels = batch(*args)
+            rows, labels = run_source.batch(*args)
+            return rows.double(), labels
+
+        def batches(self, *args: Any) -> Any:
+            rows, labels = run_source.batches(*args)
             return rows.double(), labels
 
     run_source, run.source = run.source, Source()
