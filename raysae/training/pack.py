@@ -78,8 +78,7 @@ class Pack:
     def advance(self) -> dict[str, Tensor]:
         """One training step of all members; their losses by name, (m,), unsynchronised."""
         runs = self.runs
-        shared = runs[0].next_batch() if self._one_batch else None
-        batches = [x for stack in self._stacks for x in stack.batches(shared)]
+        batches = self._batches()
         numbers = (
             [run.next_alpha() for run in runs],
             [_coefficient(run) for run in runs],
@@ -92,15 +91,34 @@ class Pack:
                 losses = self._on_gpu(numbers, batches)
             else:
                 alphas, coefficients, rates = numbers
-                one = batches[0]
+                rows, _ = batches
                 losses = self._step(
-                    one.new_tensor(alphas), one.new_tensor(coefficients), rates, *batches
+                    rows.new_tensor(alphas), rows.new_tensor(coefficients), rates, *batches
                 )
         for run in runs:
             run.schedules_step()
         return losses
 
-    def _on_gpu(self, numbers: tuple[list[float], ...], batches: list[Tensor]) -> dict[str, Tensor]:
+    def _batches(self) -> tuple[Tensor, Tensor]:
+        """Batches and labels of this step: all members' (n, d_in) and (n,), or each one's own
+        (m, n, d_in) and (m, n), gathered together."""
+        first, collective = self.runs[0], self.runs[0].collective
+        if self._one_batch:
+            return first.next_batch()
+        if all(run.source is first.source for run in self.runs):
+            return first.source.batches(
+                [run.spec.batches for run in self.runs],
+                first.step,
+                first.spec.training.batch_size,
+                collective.rank,
+                collective.size,
+            )
+        batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
+        return torch.stack(batches), torch.stack(labels)
+
+    def _on_gpu(
+        self, numbers: tuple[list[float], ...], batches: tuple[Tensor, Tensor]
+    ) -> dict[str, Tensor]:
         """The step, recorded where it can be."""
         arguments = [*_on_device(numbers, batches[0].device), *batches]
         kinds = tuple(run.spec.regularizer.kind(run.step) for run in self.runs)
@@ -115,14 +133,18 @@ class Pack:
         alphas: Tensor,
         coefficients: Tensor,
         rates: Sequence[float] | Tensor,
-        *batches: Tensor,
+        batch: Tensor,
+        is_forget: Tensor,
     ) -> dict[str, Tensor]:
         """What the device does in a step."""
+        if batch.ndim == 2:
+            batch, is_forget = (x.expand(len(self.runs), *x.shape) for x in (batch, is_forget))
         losses, start = [], 0
-        for stack, batch, is_forget in zip(self._stacks, batches[::2], batches[1::2], strict=True):
+        for stack in self._stacks:
             of_stack = slice(start, start + len(stack.runs))
             of_members = (alphas[of_stack], coefficients[of_stack])
-            losses.append(stack.pull(batch, is_forget, *(x.to(batch.dtype) for x in of_members)))
+            numbers = (x.to(batch.dtype) for x in of_members)
+            losses.append(stack.pull(batch[of_stack], is_forget[of_stack], *numbers))
             start = of_stack.stop
         self._adam.step(rates)
         for stack in self._stacks:
@@ -172,27 +194,6 @@ class _Stack:
             self._stack[name] = stack.requires_grad_()
         self._limits = stack.new_tensor([run.spec.training.grad_clip for run in runs])
 
-    def batches(self, shared: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Batches and labels of this step: all members' (n, d_in) and (n,), or each one's own
-        (m, n, d_in) and (m, n).
-
-        Args:
-            shared: those of all members; None: each has its own.
-        """
-        if shared is not None:
-            return shared
-        first, collective = self.runs[0], self.runs[0].collective
-        if all(run.source is first.source for run in self.runs):
-            return first.source.batches(
-                [run.spec.batches for run in self.runs],
-                first.step,
-                first.spec.training.batch_size,
-                collective.rank,
-                collective.size,
-            )
-        batches, labels = zip(*(run.next_batch() for run in self.runs), strict=True)
-        return torch.stack(batches), torch.stack(labels)
-
     def look_for_dead(self) -> None:
         """See to it that there are places enough at this step."""
         if self.runs[0].spec.sae.architecture in PICKING:
@@ -207,12 +208,10 @@ class _Stack:
         """Losses by name, (m,), and their clipped gradients, on the members' parameters.
 
         Args:
-            batch, is_forget: see `batches`.
+            batch, is_forget: (m, n, d_in) and (m, n).
             alphas, coefficients: of the penalty and of the sparsity term, (m,).
         """
-        runs, members = self.runs, len(self.runs)
-        if batch.ndim == 2:
-            batch, is_forget = batch.expand(members, -1, -1), is_forget.expand(members, -1)
+        runs = self.runs
         settings = [_settings(run, n) for run, n in zip(runs, self.places, strict=True)]
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=runs[0].autocast):
             forward = self._forward(self._stack, batch, settings)
