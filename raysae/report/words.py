@@ -226,8 +226,8 @@ def _transferred_fact(run: Run, best: pd.Series[Any]) -> list[tuple[str, str]]:
     else:
         whose = "the median seed's is 0" if "seeds" in run.results[best["trial"]] else "why"
         behind = f"; {whose}: {found['cause']}"
-    name = "score, transferred: chosen on the questions the search saw, read on held-out ones"
-    return [(name, f"{_spread(best, 'transferred_score')}{behind}")]
+    score = _spread(best, "transferred_score")
+    return [("score, transferred to held-out ones", f"{score}{behind}")]
 
 
 def transferred_note(run: Run) -> str:
