@@ -23,7 +23,7 @@ from raysae.analysis.tables import TIME_COLUMNS
 
 pytestmark = pytest.mark.chaos
 
-TRIALS = 5
+TRIALS = 10
 OPTIONS = [
     "--smoke",
     *("--num-samples", str(TRIALS)),
