@@ -111,8 +111,8 @@ class ConfirmConfig(_Strict):
         """Seeds of a trial of the confirmation, the last of a configuration perhaps fewer.
 
         Each configuration is as many trials as are trained at a time, so that no worker is left
-        without one while the others have all of its seeds; an SAE does not depend on who is trained
-        beside it.
+        without one while the others have all of its seeds. On a CPU an SAE does not depend on who
+        is trained beside it; on a GPU to rounding.
         """
         return ceil(self.seeds / at_a_time)
 
