@@ -1,9 +1,14 @@
-"""One whole search through Ray, made once for all tests that look at it."""
+"""One whole search through Ray, made once for all tests that look at it; a method to confirm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from observed import Seen, observe
+
+from raysae.training.spec import TrialSpec
 
 LOOKS_AT_WANDB = "weights_and_biases"
 """In the name of a test."""
@@ -26,3 +31,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     if any(LOOKS_AT_WANDB in item.name for item in request.session.items):
         options += ["--set", "loggers=[wandb]"]
     return observe(tmp_path_factory.mktemp("search") / "run", *options)
+
+
+@pytest.fixture
+def grouped(make_spec) -> Callable[..., TrialSpec]:
+    """A trial with the method `grouped`; keywords as for `make_spec`."""
+
+    def make(number: int, **kwargs: Any) -> TrialSpec:
+        parameters = {"group_update_period": 7, "n_groups": 3}
+        return make_spec(regularizer="grouped", parameters=parameters, number=number, **kwargs)
+
+    return make
