@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from raysae.config import RunConfig
+from raysae.errors import UserError
 from raysae.search import cluster
 
 RESIZE_SECONDS = 30.0
@@ -65,9 +66,10 @@ class Store:
             self.publish()
             self._say(harvested.lines)
             self._say(harvested.finish())
-        except WeakModelError as error:
-            self.refused = str(error)
-            ray.get(self._broker.halt.remote(str(error)))
+        except (WeakModelError, UserError) as error:
+            # What a task raises comes with its traceback; its cause is what was said.
+            self.refused = str(getattr(error, "cause", None) or error)
+            ray.get(self._broker.halt.remote(self.refused))
         except Exception as error:
             ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformer_lens import HookedTransformer
 
 from raysae.unlearning.known import known_question_ids
+from raysae.unlearning.memory import batches_fit
 from raysae.unlearning.protocol import saebench_session
 from raysae.unlearning.result import MIN_KNOWN_QUESTIONS, too_few_known
 from raysae.worlds.prompts import ANSWERS
@@ -168,7 +169,7 @@ def build_cache(
 
     Takes 4 · d_model bytes (float32) for each token of `dataset_size` sequences of either corpus.
     Raises ValueError for a hook that the model lacks, when the model knows too few questions, and
-    when its tokenizer splits an answer letter.
+    when its tokenizer splits an answer letter; UserError where a GPU has no memory for a batch.
     """
     say = progress or _silent
     layer = check_hook(model, hook_name)
@@ -177,7 +178,10 @@ def build_cache(
     complaint = too_few_known({name: len(known) for name, known in ids.items()}, min_known)
     if complaint:
         raise ValueError(complaint)
-    with saebench_session(world, model, config.random_seed):
+    with (
+        saebench_session(world, model, config.random_seed),
+        batches_fit(config, model.cfg.d_vocab),
+    ):
         forget_tokens, retain_tokens = feature_activation.get_shuffled_forget_retain_tokens(
             model, batch_size=config.dataset_size, seq_len=config.seq_len
         )

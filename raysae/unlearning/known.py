@@ -14,6 +14,7 @@ from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from sae_bench.evals.unlearning.utils import metrics
 from transformer_lens import HookedTransformer
 
+from raysae.unlearning.memory import batches_fit
 from raysae.unlearning.protocol import saebench_session
 from raysae.unlearning.result import MIN_KNOWN_QUESTIONS, too_few_known
 from raysae.worlds.world import PERMUTATIONS, World, score_name
@@ -83,6 +84,8 @@ def ask_all(
         model: the one that is asked, in TransformerLens.
         config: its data sets, batch size and seed.
         progress: called with one line before each data set.
+
+    Raises UserError where a GPU's memory does not hold a batch.
     """
     orders = [list(order) for order in PERMUTATIONS[world.permutations]]
     right = {}
@@ -91,9 +94,10 @@ def ask_all(
             if progress is not None:
                 n = len(world.questions[name])
                 progress(f"asking {n} questions of {name} in {len(orders)} orders")
-            found = metrics.calculate_MCQ_metrics(
-                model, config.llm_batch_size * 2, "", name, permutations=orders, verbose=False
-            )
+            with batches_fit(config, model.cfg.d_vocab):
+                found = metrics.calculate_MCQ_metrics(
+                    model, config.llm_batch_size * 2, "", name, permutations=orders, verbose=False
+                )
             right[name] = found["is_correct"].astype(bool).reshape(-1, len(orders))
     return Answers(right, world.permutations)
 

@@ -19,7 +19,7 @@ PRESETS: dict[str, HubWorld] = {
         score_model="google/gemma-2-2b-it",
         hook="blocks.19.hook_resid_post",
         dtype="bfloat16",
-        llm_batch_size=32,
+        llm_batch_size=4,
         store_tokens=2_000_000,
     ),
     # Too weak for SAEBench's 24 orders of the choices; see search_spaces/pythia-70m.yaml.

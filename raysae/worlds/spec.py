@@ -163,7 +163,9 @@ class _Settings(_Strict):
     hook: str | None = Field(None, description="default hook point; default: of the middle layer")
     seq_len: int = Field(1024, ge=8, description="tokens of a sequence of the corpora")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="the model runs in it")
-    llm_batch_size: int = Field(64, ge=1, description="sequences; questions: twice as many")
+    llm_batch_size: int = Field(
+        64, ge=1, description="sequences that the model runs at a time; questions: twice as many"
+    )
     prompt: Literal["auto", "chat", "plain", "gemma-2"] = Field(
         "auto",
         description="chat: the tokenizer's template; plain: none; gemma-2: SAEBench's; auto: chat "

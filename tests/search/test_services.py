@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import ray
+from rich.console import Console
 
 from raysae.config import load_config
+from raysae.errors import UserError
 from raysae.search import services
 from raysae.search.cluster import make_plan
 from raysae.search.run import resolve
@@ -99,3 +101,23 @@ def test_a_worker_has_a_gpu_or_the_share_of_one_that_is_set(
     assert asked["train_loop_config"]["workers_per_gpu"] == setting.get(
         "resources.workers_per_gpu", 1
     )
+
+
+def test_what_a_task_says_of_the_users_input_ends_the_search_with_that_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    said = UserError("world.llm_batch_size: set it lower than 4")
+    failed = ray.exceptions.RayTaskError("evaluation_cache", "Traceback …", said)
+    told: list[str] = []
+
+    def harvest(*_: Any, **__: Any) -> Any:
+        raise failed.as_instanceof_cause()
+
+    monkeypatch.setattr("raysae.store.harvest.harvest", harvest)
+    monkeypatch.setattr(ray, "nodes", lambda: [])
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    config = resolve(load_config(ORTH))
+    broker = SimpleNamespace(halt=SimpleNamespace(remote=told.append))
+    store = services.Store(config, make_plan(config, {"CPU": 3}, local=True), broker, Console())
+    store.fill()
+    assert [store.refused] == told == ["world.llm_batch_size: set it lower than 4"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from sae_bench.evals.unlearning.utils import metrics
 from unlearning_bench import Bench
 
-from raysae.unlearning import Answers
+from raysae.errors import UserError
+from raysae.unlearning import Answers, ask_all, build_cache
 from raysae.worlds.world import FORGET_SET, PERMUTATIONS, RETAIN_SETS, score_name
 
 
@@ -65,3 +70,25 @@ def test_a_weak_model_is_told_with_its_counts_and_what_can_be_done(bench: Bench)
 )
 def test_only_saebenchs_own_protocol_is_called_by_its_name(permutations: int, name: str):
     assert score_name(permutations) == name
+
+
+@pytest.mark.parametrize("phase", ["questions", "corpora"])
+def test_a_gpu_that_holds_no_batch_is_said_as_the_setting_to_change(
+    phase: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    def run_out(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.10 GiB.\nGPU 0 has …")
+
+    size = bench.config.llm_batch_size
+    wanted = (
+        rf"world\.llm_batch_size: .* of {size} sequences or {2 * size} prompts, .*"
+        rf"6\.10 GiB\.\); set it lower than {size}, or world\.dtype to bfloat16"
+    )
+    if phase == "questions":
+        monkeypatch.setattr(metrics, "get_output_probs_abcd", run_out)
+        with pytest.raises(UserError, match=wanted):
+            ask_all(bench.world, bench.model, bench.config)
+        return
+    monkeypatch.setattr(bench.model, "run_with_cache", run_out)
+    with pytest.raises(UserError, match=wanted):
+        build_cache(bench.world, bench.model, bench.hook_name, bench.config)

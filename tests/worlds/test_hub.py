@@ -11,6 +11,10 @@ import pytest
 import torch
 from huggingface_hub._local_folder import write_download_metadata
 from huggingface_hub.errors import GatedRepoError
+from sae_bench.sae_bench_utils.activation_collection import (
+    LLM_NAME_TO_BATCH_SIZE,
+    LLM_NAME_TO_DTYPE,
+)
 from small_hub import (
     BIO,
     WIKITEXT,
@@ -23,6 +27,7 @@ from small_hub import (
     write_random,
 )
 
+from raysae.config import find_space, load_config
 from raysae.errors import UserError
 from raysae.store.activations import corpus_tokens
 from raysae.unlearning import ask_all, default_eval_config
@@ -312,7 +317,14 @@ def test_worlds_are_called_by_their_model_in_what_is_printed():
 def test_the_presets_are_saebenchs_set_up():
     gemma = PRESETS["gemma-2-2b"]
     assert (gemma.model, gemma.score_model) == ("google/gemma-2-2b", "google/gemma-2-2b-it")
-    assert (gemma.dtype, gemma.llm_batch_size, gemma.seq_len) == ("bfloat16", 32, 1024)
+    asked = "gemma-2-2b-it"  # an eighth, as SAEBench's main.py takes of what is for 128 tokens
+    assert gemma.llm_batch_size == LLM_NAME_TO_BATCH_SIZE[asked] // 8 == 4
+    assert (gemma.dtype, gemma.seq_len) == (LLM_NAME_TO_DTYPE[asked], 1024)
+    weak = PRESETS["pythia-70m"]
+    assert weak.llm_batch_size == LLM_NAME_TO_BATCH_SIZE["pythia-70m-deduped"] // 8
+    written = load_config(find_space("gemma-2-2b.yaml")).world
+    assert isinstance(written, HubWorld)
+    assert (written.dtype, written.llm_batch_size) == (gemma.dtype, gemma.llm_batch_size)
     assert list(gemma.retain.questions) == list(RETAIN_SETS)
     assert gemma.permutations == 24
 
