@@ -20,6 +20,10 @@ from raysae.worlds.world import Question
 
 MIN_CHARACTERS = 50
 """SAEBench drops texts that are not longer."""
+ENCODING = "utf-8-sig"
+"""UTF-8, after a byte-order mark or without: Excel and Windows' editors write one."""
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV file's field: a full paper has more than the 131 072 that Python allows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +114,12 @@ def _choices(row: dict[str, Any], where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: choices {found!r} is not a JSON list") from None
     if found is None:
         raise UserError(f"{where}: no 'choices' (or columns A, B, C, D)")
-    choices = [str(choice) for choice in found] if not isinstance(found, str | dict) else []
+    choices = list(found) if not isinstance(found, str | dict) else []
     if len(choices) != len(LETTERS):
         raise UserError(f"{where}: {len(choices)} choices, expected {len(LETTERS)}: {found!r}")
-    return tuple(choices)
+    if None in choices:
+        raise UserError(f"{where}: choice {LETTERS[choices.index(None)]} is missing: {found!r}")
+    return tuple(str(choice) for choice in choices)
 
 
 def _answer(value: Any, where: str) -> int:
@@ -169,7 +175,7 @@ def _checked(rows: Iterator[Any], place: Path, field: str) -> Iterator[dict[str,
 def _rows_of_text(path: Path) -> Iterator[dict[str, Any]]:
     """Paragraphs: blank lines part texts."""
     lines: list[str] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file:
         for line in file:
             if line.strip():
                 lines.append(line)
@@ -181,13 +187,13 @@ def _rows_of_text(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows_of_json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=ENCODING) as file:
         yield from (json.loads(line) for line in file if line.strip())
 
 
 def _rows_of_json(path: Path) -> Iterator[Any]:
     """A list of objects, or one object a line."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding=ENCODING)
     if text.lstrip().startswith("["):
         yield from json.loads(text)
     else:
@@ -195,8 +201,25 @@ def _rows_of_json(path: Path) -> Iterator[Any]:
 
 
 def _rows_of_csv(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", newline="") as file:
-        yield from csv.DictReader(file)
+    with path.open(encoding=ENCODING, newline="") as file:
+        reader = csv.DictReader(file)
+        while True:
+            before = csv.field_size_limit(LONGEST_FIELD)  # of the process: others get it back
+            try:
+                row = next(reader, None)
+            finally:
+                csv.field_size_limit(before)
+            if row is None:
+                return
+            fields = len(reader.fieldnames or ())
+            missing = sum(value is None for value in row.values())
+            found = fields - missing + len(row.get(None, ()))
+            if found != fields:
+                raise ValueError(
+                    f"line {reader.line_num} ends a row of {found} fields, the header has {fields} "
+                    "(a text with a comma or a line break needs quotes)"
+                )
+            yield row
 
 
 def _rows_of_parquet(path: Path) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from raysae.config import RunConfig, load_config, world_of
 from raysae.errors import UserError
 from raysae.worlds import World, load_world
 from raysae.worlds import rows as module
-from raysae.worlds.rows import MIN_CHARACTERS, read_questions, read_texts
+from raysae.worlds.rows import MIN_CHARACTERS, CorpusTexts, read_questions, read_texts
 from raysae.worlds.spec import Corpus, HubWorld, LocalWorld, Questions, Source
 from raysae.worlds.texts import sha256_of_texts
 from raysae.worlds.world import FORGET_SET
@@ -171,6 +171,27 @@ def test_answers_are_letters_or_numbers(tmp_path: Path, answer: Any, expected: i
     assert read_questions(Questions(path=str(path)), path, "f")[0].answer == expected
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path, suffix: str):
+    """Excel writes one with «CSV UTF-8»."""
+    path = tmp_path / f"texts{suffix}"
+    written = {".txt": TEXTS[0], ".csv": f'text\n"{TEXTS[0]}"\n'}
+    path.write_text(written.get(suffix, json.dumps({"text": TEXTS[0]})), encoding="utf-8-sig")
+    assert list(read_texts(Corpus(path=str(path)), path, "f")) == [TEXTS[0]]
+
+
+def test_a_csv_file_holds_full_papers(tmp_path: Path):
+    paper = "word " * 40_000
+    path = tmp_path / "papers.csv"
+    pd.DataFrame({"text": [paper, TEXTS[0]]}).to_csv(path, index=False)
+    limit = csv.field_size_limit()
+    assert len(paper) > limit
+    assert list(read_texts(Corpus(path=str(path)), path, "f")) == [paper, TEXTS[0]]
+    texts = iter(CorpusTexts(Corpus(path=str(path)), path, "f"))
+    next(texts)
+    assert csv.field_size_limit() == limit  # of the whole process, and not for others to notice
+
+
 # --- Mistakes ------------------------------------------------------------------------------------
 
 
@@ -178,6 +199,7 @@ def test_answers_are_letters_or_numbers(tmp_path: Path, answer: Any, expected: i
     ("change", "message"),
     [
         ({"choices": ["a", "b", "c"]}, r"row 2: 3 choices, expected 4: \['a', 'b', 'c'\]"),
+        ({"choices": ["a", None, "c", "d"]}, r"row 2: choice B is missing: \['a', None, 'c', 'd'"),
         ({"choices": None}, r"row 2: no 'choices' \(or columns A, B, C, D\)"),
         ({"choices": "a, b"}, "row 2: choices 'a, b' is not a JSON list"),
         ({"answer": 4}, "row 2: answer 4, expected 0 to 3 or A to D"),
@@ -193,6 +215,20 @@ def test_a_row_that_is_no_question(tmp_path: Path, change: dict[str, Any], messa
     path = json_lines(tmp_path / "q.jsonl", [ASKED[0], {**ASKED[1], **change}])
     with pytest.raises(UserError, match=rf"world.forget.questions: .*q.jsonl, {message}"):
         read_questions(Questions(path=str(path)), path, "world.forget.questions")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"), [("Who?,B,e,f,g", 5), ("Who, and why?,B,e,f,g,h", 7)], ids=["short", "long"]
+)
+def test_a_csv_row_of_another_length_is_refused_with_its_line(
+    tmp_path: Path, row: str, fields: int
+):
+    """Python's reader would make None of what is missing, and answers of what has moved over."""
+    path = tmp_path / "q.csv"
+    path.write_text(f'question,answer,A,B,C,D\n"Which\none?",A,a,b,c,d\n{row}\n')
+    message = rf"f: .*q.csv, row 2: cannot be read: line 4 ends a row of {fields} fields, .* has 6"
+    with pytest.raises(UserError, match=message):
+        read_questions(Questions(path=str(path)), path, "f")
 
 
 @pytest.mark.parametrize(
