@@ -30,7 +30,8 @@ from raysae.space import SearchSpace
 from raysae.storage import StorageAddress
 from raysae.training.schedules import SCHEDULES
 from raysae.training.spec import SAEFields, SAESpec, TrainingSpec, TrialSpec
-from raysae.worlds.spec import HubWorld, LocalWorld, WorldSpec
+from raysae.worlds.presets import PRESETS
+from raysae.worlds.spec import HubWorld, LocalWorld, WorldSpec, typed, written_out
 from raysae.worlds.world import WORLDS
 
 _WORLD: TypeAdapter[Any] = TypeAdapter(WorldSpec)
@@ -359,6 +360,8 @@ def find_space(name: str) -> Path:
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read a space file, apply `{dotted.key: value}` overrides, validate.
 
+    Relative paths of the file start at its folder, those of overrides at the working directory.
+
     Raises:
         UserError: one message that names file, line, field, value and what would be right.
     """
@@ -442,9 +445,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     node = data
+    if parents[:1] == ["world"]:  # which may be a name, or leave its domains to SAEBench
+        world = data.get("world")
+        data["world"] = written_out(PRESETS.get(world, world) if isinstance(world, str) else world)
+        value = typed(value)
+    elif dotted == "world" and isinstance(value, dict):
+        value = typed(value)
     for depth, key in enumerate(parents):
         if node.get(key) is None:
             node[key] = {}
+        if parents[0] == "world" and depth > 1 and isinstance(node[key], str):
+            node[key] = {"path": node[key]}  # a file or folder, written short
         node = node[key]
         if not isinstance(node, dict):
             raise UserError(f"--set {dotted}: {'.'.join(parents[: depth + 1])} has no fields")

@@ -2,7 +2,7 @@
 
 Typed, and free of torch and transformers: a mistake is found before anything loads. Paths are
 absolute once validated; relative ones start at the folder of the file in which they are written
-(`context={"folder": …}`), or at the working directory.
+(`context={"folder": …}`), or at the working directory, as do those of the command line (`Typed`).
 """
 
 from __future__ import annotations
@@ -41,11 +41,29 @@ class _Strict(BaseModel):
         return hash(self.model_dump_json())
 
 
+class Typed(str):
+    """Text of the command line: a relative path in it starts at the working directory, whatever
+    file it is set in."""
+
+    __slots__ = ()
+
+
+def typed(value: Any) -> Any:
+    """The same value, all texts in it `Typed`."""
+    if isinstance(value, dict):
+        return {key: typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [typed(inner) for inner in value]
+    return Typed(value) if isinstance(value, str) else value
+
+
 def _absolute(value: Any, info: ValidationInfo) -> Any:
     """A path as text, absolute."""
     if not isinstance(value, str | Path):
         return value
     folder = (info.context or {}).get("folder") or Path.cwd()
+    if isinstance(value, Typed):
+        folder = Path.cwd()
     return str((Path(folder) / Path(value).expanduser()).absolute())
 
 
@@ -202,11 +220,11 @@ class HubWorld(_Settings):
     forget: WmdpBio = WmdpBio()
     retain: WikiTextAndMmlu = WikiTextAndMmlu()
 
-    @field_validator("model", "score_model")
+    @field_validator("model", "score_model", mode="before")
     @classmethod
-    def _folder_or_repository(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None:
-            return None
+    def _folder_or_repository(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
         folder = _absolute(value, info)
         if Path(folder).is_dir():
             return str(folder)
@@ -256,6 +274,25 @@ WorldSpec = Annotated[
     Discriminator(_kind),
 ]
 """A world of the user's own, either kind."""
+
+
+def written_out(world: Any) -> Any:
+    """Every field of a world's description as plain mappings, so that any can be set by itself.
+
+    Of a mapping, one that may have mistakes, the domains that it leaves to SAEBench; anything that
+    is no description as it is.
+    """
+    if isinstance(world, HubWorld | LocalWorld):
+        return world.model_dump()
+    if not isinstance(world, dict) or world.get("kind") != "hub":
+        return world
+    domains: dict[str, Domain] = {"forget": WmdpBio(), "retain": WikiTextAndMmlu()}
+    filled = dict(world)
+    for side, domain in domains.items():
+        written = world.get(side) or {}
+        if isinstance(written, dict):
+            filled[side] = domain.model_dump() | written
+    return filled
 
 
 def sources_of(spec: HubWorld | LocalWorld) -> list[tuple[str, Source]]:

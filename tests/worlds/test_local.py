@@ -13,12 +13,13 @@ import pytest
 import yaml
 from small_hub import json_lines, questions_as_json_lines, small_world, write_gemma
 
-from raysae.config import RunConfig, load_config, world_of
+from raysae.config import RunConfig, find_space, load_config, world_of
 from raysae.errors import UserError
 from raysae.worlds import World, load_world
 from raysae.worlds import rows as module
+from raysae.worlds.presets import PRESETS
 from raysae.worlds.rows import MIN_CHARACTERS, CorpusTexts, read_questions, read_texts
-from raysae.worlds.spec import Corpus, HubWorld, LocalWorld, Questions, Source
+from raysae.worlds.spec import Corpus, HubWorld, LocalWorld, Questions, Source, Typed
 from raysae.worlds.texts import sha256_of_texts
 from raysae.worlds.world import FORGET_SET
 
@@ -309,6 +310,62 @@ def test_a_mistake_in_a_space_files_world_is_named_with_its_line(tmp_path: Path)
         load_config(path)
     config = load_config(path, {"world.model": "a/b", "world.permutations": 4})
     assert config.world == HubWorld(model="a/b", permutations=4)
+
+
+@pytest.mark.parametrize("space", ["seed_gemma-2-2b.yaml", "gemma-2-2b.yaml", "pythia-70m.yaml"])
+def test_any_field_of_a_spaces_world_can_be_set(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whether it goes by a name, is described, or leaves a domain to SAEBench."""
+    monkeypatch.chdir(tmp_path)
+    written = load_config(find_space(space)).world
+    whole = PRESETS[written] if isinstance(written, str) else written
+    world = load_config(
+        find_space(space),
+        {
+            "world.folder": "hub",
+            "world.forget.corpus": "bio.jsonl",
+            "world.forget.corpus.column": "abstract",
+            "world.retain.questions.human_aging.revision": "abc",
+            "world.prompt": "plain",
+        },
+    ).world
+    assert isinstance(whole, HubWorld) and isinstance(world, HubWorld)
+    # Of the command line, hence from where the user is, and not beside the space file.
+    assert world.folder == str(tmp_path / "hub")
+    assert world.forget.corpus == Corpus(path=str(tmp_path / "bio.jsonl"), column="abstract")
+    aging = whole.retain.questions["human_aging"]
+    assert world.retain.questions == whole.retain.questions | {
+        "human_aging": aging.model_copy(update={"revision": "abc"})
+    }
+    assert world.prompt == "plain"
+    same = ("model", "score_model", "hook", "dtype", "llm_batch_size", "permutations", "seq_len")
+    assert [getattr(world, name) for name in same] == [getattr(whole, name) for name in same]
+    assert all(type(value) is not Typed for value in vars(world).values())
+
+
+def test_a_world_of_a_file_of_its_own_can_be_set_with_paths_of_both(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (folder / "alchemy.yaml").write_text(example())
+    monkeypatch.chdir(tmp_path)
+    described = world_of(str(folder / "alchemy.yaml"))
+    changes = {"world": described, "world.forget.corpus": "mine.jsonl", "world.seq_len": 64}
+    world = load_config(find_space("orth.yaml"), changes).world
+    assert isinstance(world, LocalWorld)
+    assert world.forget.corpus.path == str(tmp_path / "mine.jsonl")
+    assert world.model == str(folder / "my-model")
+    assert world.retain == described.retain  # type: ignore[union-attr]
+
+
+def test_a_world_set_as_a_whole_has_paths_from_where_the_user_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    world = {"kind": "hub", "model": "my-model", "folder": "hub"}
+    made = load_config(find_space("orth.yaml"), {"world": world}).world
+    assert made == HubWorld(model=str(tmp_path / "my-model"), folder=str(tmp_path / "hub"))
 
 
 def test_a_world_that_is_neither_a_file_nor_a_name():
