@@ -123,3 +123,23 @@ def test_a_shell_can_read_the_slurm_script():
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("*.*")), ids=lambda path: path.name)
 def test_nothing_is_told_to_listen_to_everybody(path: Path):
     assert "0.0.0.0" not in path.read_text(encoding="utf-8")
+
+
+def test_the_image_gets_no_environment_no_history_and_no_runs():
+    """`COPY . .` takes all that .dockerignore does not name."""
+    assert "COPY --chown=ray:users . ." in (DEPLOY / "Dockerfile").read_text()
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert {f"**/{pattern.rstrip('/')}" for pattern in ignored} | {".git"} <= set(patterns)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    # Docker's patterns match a path or any folder of it; `**/` also matches at the root.
+    left_out = [
+        name
+        for name in listed
+        for path in (Path(name), *Path(name).parents)
+        if any(path.match(pattern.removeprefix("**/")) for pattern in patterns)
+    ]
+    assert left_out == []
