@@ -234,7 +234,9 @@ def evaluate(
     world: Annotated[
         str, typer.Option(help="World to score it on: a name, or a YAML file.")
     ] = "embedded",
-    hook: Annotated[str | None, typer.Option(help="Hook point; default: the world's.")] = None,
+    hook: Annotated[
+        str | None, typer.Option(help="Hook point; default: the SAE's own, or else the world's.")
+    ] = None,
     evaluator: Annotated[
         str, typer.Option(help="cached, or saebench: its own loop, the same score, slower.")
     ] = "cached",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from raysae.errors import UserError
 from raysae.imports import imports_without_gc
 from raysae.pool.folder import TRIAL_FILE
 from raysae.worlds.world import SAEBENCH, World, check_hook, load_world, score_name, unknown_name
+
+SHOWN = 3
+"""Folders that are named where one was meant."""
 
 
 def evaluate(
@@ -35,7 +38,7 @@ def evaluate(
     Args:
         source: folder of a SAELens SAE, or `release:id` of one on the hub.
         world: a name, or a file that describes one.
-        hook: hook point; None for the world's.
+        hook: hook point; None for the one in the SAE's metadata, or else the world's.
         evaluator: "cached" or "saebench".
         split_seed: of the questions' halves.
         sparse_probing: whether to run SAEBench's sparse probing as well.
@@ -50,11 +53,8 @@ def evaluate(
             f"--evaluator: {unknown_name('evaluator', evaluator, ('cached', 'saebench'))}"
         )
     loaded = load_world(world_of(world))
-    hook = hook or loaded.default_hook_name
-    try:
-        check_hook(loaded, hook)
-    except ValueError as error:
-        raise UserError(f"--hook: {error}") from None
+    if hook is not None:
+        _check_hook(loaded, hook, "--hook")
     _check_source(source)
     bar = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
@@ -70,16 +70,19 @@ def evaluate(
             sparse_probing,
             lambda line: bar.update(task, description=line),
         )
-    result, config, cfg_dict, probes = scored
     from raysae.unlearning import halve
 
+    result = scored.result
     halves = halve(result, split_seed)
+    if scored.folded is not None:
+        console.print(f"note: {scored.folded}", highlight=False, soft_wrap=True)
+    console.print(f"at {scored.hook} of {loaded.name}", highlight=False, soft_wrap=True)
     _print(console, result, halves, score_name(loaded.permutations))
-    if probes:
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in probes.items())
+    if scored.probes:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scored.probes.items())
         console.print(f"sparse probing, test accuracy: {shown}", highlight=False, soft_wrap=True)
     if out is not None:
-        output = result.to_saebench_output(config, cfg_dict, sae_release=source)
+        output = result.to_saebench_output(scored.config, scored.cfg_dict, sae_release=source)
         out.parent.mkdir(parents=True, exist_ok=True)
         assert output.eval_result_unstructured is not None
         output.eval_result_unstructured["score_name"] = score_name(loaded.permutations)
@@ -93,14 +96,39 @@ def _check_source(source: str) -> None:
         return
     folder = Path(source)
     if not (folder / "cfg.json").is_file():
-        nested = sorted(str(path.parent) for path in folder.glob("*/cfg.json"))
-        hint = f"; did you mean {nested[0]}?" if nested else ""
+        below = sorted(str(path.parent) for path in folder.glob("**/cfg.json"))
+        hint = ""
+        if below:
+            more = f" or another of {len(below)} below it" if len(below) > SHOWN else ""
+            hint = f"; did you mean {', '.join(below[:SHOWN])}{more}?"
         raise UserError(f"{source}: no SAELens SAE there (a folder with cfg.json){hint}")
 
 
+def _check_hook(world: World, hook: str, where: str) -> str:
+    try:
+        check_hook(world, hook)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    return hook
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What came of one SAE."""
+
+    result: Any
+    hook: str
+    config: Any
+    cfg_dict: dict[str, Any]
+    """The SAE's, as SAEBench writes it."""
+    probes: dict[str, float]
+    folded: str | None
+    """What was done to its decoder, in words."""
+
+
 def _score(
-    source: str, world: World, hook: str, evaluator: str, sparse_probing: bool, say: Any
-) -> tuple[Any, Any, Any, dict[str, float]]:
+    source: str, world: World, hook: str | None, evaluator: str, sparse_probing: bool, say: Any
+) -> _Scored:
     with imports_without_gc():
         import torch
         from sae_lens import SAE
@@ -115,6 +143,7 @@ def _score(
             default_eval_config,
             sae_cfg_dict,
         )
+        from raysae.unlearning.folding import fold_decoder_norms
         from raysae.worlds.model import load_model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     release, _, sae_id = source.partition(":")
@@ -126,8 +155,13 @@ def _score(
     except Exception as error:  # SAELens raises many types; whatever it is, it is not an SAE
         raise UserError(f"{source}: cannot be loaded by SAELens: {error}") from None
     config = default_eval_config(world)
+    if hook is None:
+        own = getattr(getattr(sae.cfg, "metadata", None), "hook_name", None)
+        where = f"{source}, made for hook_name {own!r} (--hook names another)"
+        hook = _check_hook(world, own, where) if own else world.default_hook_name
     try:
         check_sae(sae, world, hook)
+        folded = fold_decoder_norms(sae)
         model = load_model(world, device=device)
         if world.known_questions is None:
             answers = ask_all(world, model, config, progress=say)
@@ -156,7 +190,7 @@ def _score(
                 if world.score_model_path is not None:
                     probed = load_model(world, device=device, trained_on=True)
                 probes = SparseProbing(world, probed, hook, Path(folder)).evaluate(sae)
-        return scored, config, sae_cfg_dict(sae, world, hook), probes
+        return _Scored(scored, hook, config, sae_cfg_dict(sae, world, hook), probes, folded)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
 

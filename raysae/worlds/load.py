@@ -25,6 +25,7 @@ from raysae.worlds.world import (
     FORGET_SET,
     Question,
     World,
+    middle_hook,
     unknown_name,
     valid_hooks,
 )
@@ -96,7 +97,7 @@ def _hook(spec: HubWorld | LocalWorld, world: World) -> str:
     hooks = valid_hooks(world)
     if not hooks:
         raise UserError(f"world.model: {world.model_path} has one layer; at least two are needed")
-    hook = spec.hook or hooks[(len(hooks) - 1) // 2]
+    hook = spec.hook or middle_hook(len(hooks) + 1)  # behind the last layer is none
     if hook not in hooks:
         raise UserError(f"world.hook: {unknown_name('hook', hook, hooks)}")
     return hook

@@ -8,7 +8,7 @@ from pathlib import Path
 from raysae.worlds import hub
 from raysae.worlds.folder import checked_config
 from raysae.worlds.spec import HubWorld, LocalWorld
-from raysae.worlds.world import WORLDS
+from raysae.worlds.world import WORLDS, middle_hook
 
 PRESETS: dict[str, HubWorld] = {
     # As SAEBench has it: SAEs of the base model, questions to the instruction-tuned one. Layer 19
@@ -77,7 +77,7 @@ def shape_of(world: str | HubWorld | LocalWorld) -> Shape:
     if spec is None:
         return EMBEDDED
     n_layers, d_model = _size_of(spec)
-    hook = spec.hook or f"blocks.{max(0, (n_layers - 1) // 2)}.hook_resid_post"
+    hook = spec.hook or middle_hook(n_layers)
     return Shape(spec.label, n_layers, d_model, hook, spec.store_tokens, spec.permutations)
 
 

@@ -250,6 +250,11 @@ def hook_layer(hook_name: str) -> int:
     return int(match.group(1))
 
 
+def middle_hook(n_layers: int) -> str:
+    """The hook of a model of so many layers where nobody names one."""
+    return f"blocks.{max(0, (n_layers - 1) // 2)}.hook_resid_post"
+
+
 def valid_hooks(world: World) -> list[str]:
     """Return the hook names an autoencoder can be trained at, first layer first.
 

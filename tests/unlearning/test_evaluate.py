@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,37 @@ def test_what_a_trials_file_says_beside_the_sae_counts_as_its_training(
     assert "0.0000 (untrained)" in ended.out
 
 
+def test_the_hook_is_the_one_that_the_sae_was_made_for(command, saved, sae_of: GetSAE):
+    folder = saved(sae_of("topk", True), hook_name="blocks.2.hook_resid_post")
+    ended = command(folder)
+    assert ended.code == 0, ended.err
+    assert "at blocks.2.hook_resid_post of embedded" in ended.out
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk"])
+def test_decoder_norms_are_folded_into_the_encoder_and_the_score_stays(
+    architecture: str, command, saved, sae_of: GetSAE, bench: Bench
+):
+    """The same function written with other norms; a power of 2, so that nothing is rounded."""
+    sae = sae_of(architecture, True)
+    expected = bench.cached().evaluate(sae, training_steps=1)
+    assert expected.score > 0, "the SAE must be one whose score can be wrong"
+    norms = 2.0 ** (torch.arange(len(sae.W_dec)) % 4 - 2)
+    sae.W_dec.data *= norms[:, None]
+    if architecture == "topk":
+        sae.cfg.rescale_acts_by_decoder_norm = True  # chosen by activation times norm
+    sae.W_enc.data /= norms
+    for name in ("b_enc", "threshold", "b_gate", "b_mag"):
+        if hasattr(sae, name):
+            getattr(sae, name).data /= norms
+    with pytest.raises(ValueError, match="decoder rows must have norm 1"):
+        bench.cached().evaluate(sae, training_steps=1)
+    ended = command(saved(sae))
+    assert ended.code == 0, ended.err
+    assert "decoder rows of norms from 0.25 to 2 were folded into the encoder" in ended.out
+    assert f"score {expected.score:.4f} ({expected.status}): {expected.cause}" in ended.out
+
+
 # --- Refused --------------------------------------------------------------------------------------
 
 
@@ -113,6 +145,12 @@ def test_a_folder_that_is_no_sae_is_refused_with_one_below_it(
     assert_refused(command(tmp_path / "nowhere"), "nowhere: no SAELens SAE there", "cfg.json")
     folder = saved(sae_of("topk", True))
     assert_refused(command(tmp_path), f"did you mean {folder}?")
+    trial = tmp_path / "trials" / "0001"  # as a search leaves them
+    for seed in range(5):
+        shutil.copytree(folder, trial / f"seed_{seed}" / "sae")
+    named = ", ".join(str(trial / f"seed_{seed}" / "sae") for seed in range(3))
+    assert_refused(command(trial / "sae"), "no SAELens SAE there (a folder with cfg.json)\n")
+    assert_refused(command(trial), f"did you mean {named} or another of 5 below it?")
 
 
 @pytest.mark.parametrize("broken", ["cfg.json", "sae_weights.safetensors"])
@@ -136,16 +174,22 @@ def test_an_sae_of_another_width_is_refused(command, saved, sae_of: GetSAE, benc
     assert_refused(command(saved(sae)), message, "belongs to another model")
 
 
-def test_unnormalised_decoder_rows_are_refused(command, saved, sae_of: GetSAE):
-    sae = sae_of("standard", True)
+def test_decoder_norms_that_cannot_be_folded_are_refused(command, saved, sae_of: GetSAE):
+    sae = sae_of("topk", True)
     sae.W_dec.data[3] *= 2
-    assert_refused(command(saved(sae)), "decoder")
+    assert_refused(command(saved(sae)), "norms from 1 to 2, which SAELens cannot fold into the enc")
+    sae = sae_of("standard", True)
+    sae.W_dec.data[3] = 0
+    assert_refused(command(saved(sae)), "norms from 0 to 1: a row of zeros has no direction")
 
 
 def test_an_sae_of_another_hook_or_model_is_refused(command, saved, sae_of: GetSAE):
     folder = saved(sae_of("topk", True), hook_name="blocks.1.hook_resid_post")
     wanted = "evaluation is for 'blocks.0.hook_resid_post'"
-    assert_refused(command(folder), "made for hook_name 'blocks.1.hook_resid_post'", wanted)
+    ended = command(folder, "--hook", "blocks.0.hook_resid_post")
+    assert_refused(ended, "made for hook_name 'blocks.1.hook_resid_post'", wanted)
+    folder = saved(sae_of("topk", True), hook_name="blocks.9.hook_resid_post")
+    assert_refused(command(folder), "made for hook_name 'blocks.9", "valid are 'blocks.0.hook_res")
     folder = saved(sae_of("topk", True), model_name="gpt2")
     assert_refused(command(folder), "made for model_name 'gpt2'")
 

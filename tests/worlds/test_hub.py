@@ -37,7 +37,7 @@ from raysae.worlds.model import load_model
 from raysae.worlds.presets import PRESETS, SIZES, Shape, label_of, shape_of
 from raysae.worlds.prompts import GEMMA_2
 from raysae.worlds.spec import HubWorld
-from raysae.worlds.world import FORGET_SET, RETAIN_SETS, WORLDS
+from raysae.worlds.world import FORGET_SET, RETAIN_SETS, WORLDS, middle_hook
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 GEMMA = "tiny/gemma-2-2b-it"
@@ -305,6 +305,22 @@ def test_a_worlds_size_is_known_without_a_network(root: Path):
     assert shape_of(spec(root)).default_hook_name == "blocks.1.hook_resid_post"
     with pytest.raises(UserError, match="hf download some/model"):
         shape_of(HubWorld(model="some/model"))
+
+
+@pytest.mark.parametrize(("model", "layer"), [(GEMMA, 1), ("tiny/neox", 1)])
+def test_the_middle_layer_is_one_before_and_after_a_world_is_loaded(
+    root: Path, model: str, layer: int
+):
+    """Of 4 layers and of 3: a search trains where `raysae world` and `evaluate` look."""
+    described = spec(root, model, permutations=1)
+    hook = f"blocks.{layer}.hook_resid_post"
+    assert shape_of(described).default_hook_name == hook
+    assert load_world(described).default_hook_name == hook
+
+
+@pytest.mark.parametrize("n_layers", range(2, 12))
+def test_the_middle_layer_is_a_hook(n_layers: int):
+    assert middle_hook(n_layers) in [f"blocks.{i}.hook_resid_post" for i in range(n_layers - 1)]
 
 
 def test_worlds_are_called_by_their_model_in_what_is_printed():
