@@ -84,7 +84,6 @@ class EvaluationCache:
     bfloat16 arrays are stored as their int16 bits, numpy having no such type; see `as_tensor`.
     """
 
-    world_name: str
     hook_name: str
     dtype: str
     """Of the residual stream, torch's name."""
@@ -199,7 +198,6 @@ def build_cache(
             f"{answer_tokens.tolist()} of them"
         )
     return EvaluationCache(
-        world_name=world.name,
         hook_name=hook_name,
         dtype=str(model.cfg.dtype).removeprefix("torch."),
         config=asdict(config),

@@ -89,8 +89,9 @@ class CachedEvaluator:
     ) -> None:
         """Check that the cache belongs to this model and configuration.
 
-        Raises ValueError when the cache was built for another world or configuration, and when
-        the model's layers after the hook do not give the cached baseline answers.
+        Raises ValueError when the cache was built for another configuration (names aside, which
+        decide nothing), and when the model's layers after the hook do not give the cached baseline
+        answers.
         """
         self.world, self.model, self.cache, self.config = world, model, cache, config
         self.device = str(model.cfg.device)
@@ -100,11 +101,12 @@ class CachedEvaluator:
         self.encodes_pieces = on_cpu
         self.saes_at_once = SAES_AT_ONCE if on_cpu else SAES_AT_ONCE_ON_GPU
         self.piece_cost = 0.0 if on_cpu else ASKING_FOR_A_LAYER / model.cfg.d_model**2
-        if cache.world_name != world.name or cache.config != asdict(config):
-            raise ValueError(
-                f"the cache was built for the world {cache.world_name!r} with {cache.config}; "
-                f"asked for {world.name!r} with {asdict(config)}"
-            )
+        built_for, wanted = (
+            {name: value for name, value in fields.items() if name != "model_name"}
+            for fields in (cache.config, asdict(config))
+        )
+        if built_for != wanted:
+            raise ValueError(f"the cache was built with {built_for}; asked for {wanted}")
         self.layers = layers_after(model, check_hook(model, cache.hook_name), cache.answer_tokens)
         self._too_few = too_few_known(cache.known_questions, min_known)
         self._check_baseline()

@@ -57,6 +57,9 @@ CONTEXT = 2048
 """Positions that are kept room for, where a model has more: every layer holds a mask of its square,
 which for the 131 072 of Llama 3.1 would be 17 GB. SAEBench's prompts and sequences are shorter."""
 
+_ASKED_AS = "gemma-2-2b-it"
+"""SAEBench's way to find the answer among the next tokens, which every model gets."""
+
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
@@ -152,8 +155,8 @@ class World:
         """Return the sha256 (hex) of everything that decides the numbers.
 
         Model or models, corpora, questions, and how they are put. Depends on contents only, never
-        on where the world lies, so that results of different machines can be compared. Raises
-        FileNotFoundError if a folder holds no weights.
+        on where the world lies or what its folders are called, so that results of different
+        machines can be compared. Raises FileNotFoundError if a folder holds no weights.
         """
         plain = [
             self.model_fingerprint(),
@@ -161,7 +164,7 @@ class World:
             sha256_of_texts(self.forget_texts),
             sha256_of_texts(self.retain_texts),
             {name: sha256_of_texts(texts) for name, texts in sorted(self.training_texts.items())},
-            [self.trained_on, self.seq_len, self.store_tokens],
+            [None, self.seq_len, self.store_tokens],  # None: worlds hash as they always have
         ]
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
@@ -175,7 +178,7 @@ class World:
         plain = [
             _sha256_of_model(self.asked_path),
             sha256_of_questions(self.questions),
-            [self.saebench_model_name, self.forget_subject, vars(self.prompt)],
+            [_ASKED_AS, self.forget_subject, vars(self.prompt)],
             [self.permutations, self.dtype, self.llm_batch_size, self.pad_token],
         ]
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()

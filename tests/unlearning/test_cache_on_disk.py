@@ -1,13 +1,15 @@
 """The evaluation cache goes to disk and back without pickle, and scores as before."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from unlearning_bench import Bench, GetSAE
 
 from raysae.store.cache import Entry
 from raysae.store.entries import load_evaluation, save_evaluation
-from raysae.unlearning import CachedEvaluator, EvaluationCache
+from raysae.unlearning import CachedEvaluator, EvaluationCache, default_eval_config
 
 
 def test_a_cache_from_disk_scores_like_the_one_that_was_written(
@@ -33,3 +35,14 @@ def test_a_cache_from_disk_scores_like_the_one_that_was_written(
     assert (ours.score, ours.status) == (theirs.score, theirs.status)
     for name, right in theirs.is_correct.items():
         np.testing.assert_array_equal(ours.is_correct[name], right)
+
+
+def test_a_cache_is_taken_whatever_the_world_and_its_model_are_called(bench: Bench):
+    """It is found by contents, and names decide nothing of it."""
+    world = replace(bench.world, name="another", saebench_model_name="renamed")
+    config = default_eval_config(world)
+    assert config.model_name == "renamed"
+    evaluator = CachedEvaluator(world, bench.model, bench.cache, config)
+    assert evaluator.known_questions == bench.cached().known_questions
+    with pytest.raises(ValueError, match=r"the cache was built with .*'seq_len'"):
+        CachedEvaluator(world, bench.model, bench.cache, replace(config, seq_len=8))

@@ -279,6 +279,19 @@ def test_the_place_and_the_name_are_not(root: Path):
     assert (named.name, named.default_hook_name) == ("another", "blocks.0.hook_resid_post")
 
 
+def test_neither_are_the_names_of_the_models_folders(root: Path, tmp_path: Path):
+    """A folder that was renamed computes what it did: caches and searches go on with it."""
+    shutil.copytree(root / GEMMA, tmp_path / "gemma-2-2b-it")
+    shutil.copytree(root / GEMMA, tmp_path / "base")
+    named, renamed = (
+        load_world(spec(root, str(tmp_path / model), score_model=str(tmp_path / score_model)))
+        for model, score_model in (("base", "gemma-2-2b-it"), ("gemma-2-2b-it", "base"))
+    )
+    assert (named.saebench_model_name, renamed.saebench_model_name) == ("gemma-2-2b-it", "base")
+    assert renamed.fingerprint() == named.fingerprint()
+    assert renamed.questions_fingerprint() == named.questions_fingerprint()
+
+
 def test_the_tokens_to_train_on_can_be_limited_and_be_others(root: Path, small: World):
     changes: dict[str, Any] = {"retain": {"training_corpus": {"dataset": BIO}}, "store_tokens": 640}
     world = load_world(spec(root, **changes))
