@@ -108,7 +108,7 @@ def search(
         "storage": storage,
     }
     overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
-    path, config, storage = _configured(space, overrides, set_, flags, world)
+    path, config, storage = _configured(space, overrides, set_, flags, world, address)
     if plan:
         _print_plan(config, address)
         return
@@ -209,7 +209,7 @@ def plan(
 
     Example: raysae plan --space seed_gemma-2-2b.yaml
     """
-    _print_plan(_configured(space, {}, set_, {}, world)[1], address)
+    _print_plan(_configured(space, {}, set_, {}, world, address)[1], address)
 
 
 def status(
@@ -327,6 +327,7 @@ def _configured(
     set_: list[str] | None,
     flags: Mapping[str, object],
     world: str | None,
+    address: str | None,
 ) -> tuple[Path, RunConfig, str | None]:
     """The space file, its configuration, and the address of the storage with its secrets.
 
@@ -342,7 +343,7 @@ def _configured(
     overrides |= {key: value for key, value in flags.items() if value is not None}
     config = load_config(path, overrides)
     _check_acts(config, [parse_override(text)[0] for text in set_ or []])
-    return path, resolve(config), config.storage
+    return path, resolve(config, address), config.storage
 
 
 def _check_acts(config: RunConfig, set_: list[str]) -> None:

@@ -36,7 +36,11 @@ class ResourcesConfig(BaseModel):
         f"CPU, on a GPU as many as fit in its memory, at most {MOST_TRIALS}",
     )
     threads_per_worker: int = Field(1, ge=1)
-    use_gpu: bool = False
+    use_gpu: bool | Literal["auto"] = Field(
+        False,
+        description="auto: where this machine has a GPU, and on a cluster (--address), whose GPUs "
+        "are taken",
+    )
     store_dtype: Literal["float32", "bfloat16"] = "float32"
     store_memory: int | Literal["auto"] = Field(
         "auto",
@@ -52,6 +56,12 @@ class ResourcesConfig(BaseModel):
         "raysae in the user's cache folder; null: none",
     )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers have GPUs, once a config is resolved: `use_gpu` is decided then."""
+        assert not isinstance(self.use_gpu, str), "auto is decided by `raysae.search.run.resolve`"
+        return self.use_gpu
+
     def gpus_of(self, workers: int) -> int:
         """GPUs that so many workers are on, at least."""
         return -(-workers // self.workers_per_gpu)
@@ -65,6 +75,13 @@ class ResourcesConfig(BaseModel):
                 f"must be auto, or a whole number of bytes of at least {LEAST_STORE_MEMORY:,}, "
                 f"got {value!r}"
             )
+        return value
+
+    @field_validator("use_gpu", mode="before")
+    @classmethod
+    def _auto_or_truth(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError(f"must be true, false or auto, got {value!r}")
         return value
 
     @field_validator("trials_per_pack", mode="before")

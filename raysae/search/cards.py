@@ -29,7 +29,7 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
         lines.append(
             f"corpora      at most {tokens:,} tokens are harvested: {tokens * width / 1e9:.1f} GB"
         )
-    if not config.resources.use_gpu:
+    if not config.resources.on_gpu:
         return lines
     assert config.hook is not None
     above = hook_layer(config.hook) + 1

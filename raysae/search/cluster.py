@@ -77,7 +77,7 @@ class NodeRoom:
     def most_workers(self, plan: Plan, resources: ResourcesConfig) -> int:
         """Workers of the plan that Ray may put on it."""
         room = min(plan.workers, self.cpus // resources.threads_per_worker)
-        return min(room, self.gpus * resources.workers_per_gpu) if resources.use_gpu else room
+        return min(room, self.gpus * resources.workers_per_gpu) if resources.on_gpu else room
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,9 @@ def local_resources(config: RunConfig) -> dict[str, int]:
         UserError: the search wants more GPUs than this machine has.
     """
     resources = config.resources
-    gpus = len(list_gpus()) if resources.use_gpu else 0
+    gpus = len(list_gpus()) if resources.on_gpu else 0
     room = gpus * resources.workers_per_gpu
-    if resources.use_gpu and room < (resources.workers or 1):
+    if resources.on_gpu and room < (resources.workers or 1):
         raise UserError(
             f"resources.use_gpu: {resources.workers or 1} workers with {_share(resources)} each, "
             f"and this machine has {gpus or 'none'}; set resources.workers to what it has, "
@@ -286,7 +286,7 @@ def free_for_saes(config: RunConfig, world: World | None) -> int | None:
     """Bytes for SAEs on the smallest of this machine's GPUs; those of a cluster are taken to be
     like them. None where a search uses none, or this machine has none.
     """
-    gpus = list_gpus() if config.resources.use_gpu else []
+    gpus = list_gpus() if config.resources.on_gpu else []
     if not gpus:
         return None
     free = min(gpu.free_bytes for gpu in gpus)
@@ -407,16 +407,19 @@ def make_plan(
     per_worker, per_trial = resources.threads_per_worker, resources.workers_per_trial
     room = (cpus - HARVEST_CPUS) // per_worker
     limit = "CPUs"
-    if resources.use_gpu and gpus * resources.workers_per_gpu < room:
+    if resources.on_gpu and gpus * resources.workers_per_gpu < room:
         room, limit = gpus * resources.workers_per_gpu, "GPUs"
     workers = resources.workers or max(1, room // per_trial) * per_trial
     if workers > room:
+        instead = f"resources.workers to at most {room}"
+        if resources.on_gpu and not gpus:
+            instead = "resources.use_gpu to false"
         raise UserError(
             f"resources.workers: {workers} workers with {per_worker} CPU(s)"
-            f"{f' and {_share(resources)}' if resources.use_gpu else ''} each, and "
+            f"{f' and {_share(resources)}' if resources.on_gpu else ''} each, and "
             f"{HARVEST_CPUS} CPU for the "
             f"harvest, do not fit: {cpus} CPUs and {gpus} GPUs are free, room for {room} "
-            f"workers (short of {limit}); set resources.workers to at most {room}"
+            f"workers (short of {limit}); set {instead}"
         )
     if workers % per_trial:
         raise UserError(

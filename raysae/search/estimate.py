@@ -103,7 +103,7 @@ def estimate(
 
     threads = config.resources.threads_per_worker
     torch.set_num_threads(threads)
-    device = "cuda" if config.resources.use_gpu and torch.cuda.is_available() else "cpu"
+    device = "cuda" if config.resources.on_gpu and torch.cuda.is_available() else "cpu"
     # Workers that outnumber the cores wait for each other.
     crowd = 1.0 if device == "cuda" else max(1.0, workers_here * threads / cores)
     step = _seconds_a_step(config, entry.d_model, device, trials_per_pack)

@@ -63,7 +63,7 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     try:
         plan, nodes = look(config, address, world)
     except UserError as error:
-        if address is not None or list_gpus() or not config.resources.use_gpu:
+        if address is not None or list_gpus() or not config.resources.on_gpu:
             raise
         not_here = str(error)  # of a machine with a GPU a plan is worth having on any other
         plan, nodes = imagine(config, world)
@@ -145,8 +145,8 @@ def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan
     return Needs(
         store=None if size is None or world is None else store_size(config, world, size),
         model=model,
-        worker=PROCESS_BYTES + (0 if config.resources.use_gpu else model + training),
-        gpu=model + training if config.resources.use_gpu else 0,
+        worker=PROCESS_BYTES + (0 if config.resources.on_gpu else model + training),
+        gpu=model + training if config.resources.on_gpu else 0,
         # Every trial's SAE, and checkpoints of those in flight.
         run_folder=sae.weights * seeds * (config.num_trials + config.max_confirmed + 1) + (4 << 20),
     )
@@ -226,7 +226,7 @@ def _memory(
     )
     free = _room(config, plan, needs, gpus, here)
     yield f"packs        {describe_pack(config, plan.trials_per_pack, free)}"
-    if config.resources.use_gpu:
+    if config.resources.on_gpu:
         resident, each = "", config.resources.workers_per_gpu
         if needs.store is not None and gpus:
             activations = needs.store.activations
@@ -278,7 +278,7 @@ def _tiers(config: RunConfig, nodes: list[NodeRoom], size: StoreSize) -> _Tiers:
 
 def _room(config: RunConfig, plan: Plan, needs: Needs, gpus: list[Gpu], here: int) -> int | None:
     """Bytes of a worker for SAEs; None for one that is elsewhere."""
-    if config.resources.use_gpu:
+    if config.resources.on_gpu:
         if not gpus:
             return None
         free = min(gpu.free_bytes for gpu in gpus)

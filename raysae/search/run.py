@@ -106,8 +106,11 @@ def make_run_dir(run_dir: Path) -> Path:
     return run_dir
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what the world decides, and check it against the model's own config.
+def resolve(config: RunConfig, address: str | None = None) -> RunConfig:
+    """Fill in what the world and the machine decide, and check it against the model's own config.
+
+    Of a cluster that is to be joined (`address`) nothing is asked yet: `use_gpu: auto` takes its
+    GPUs.
 
     The address of the storage loses its secrets here: a resolved config is written and sent about.
 
@@ -123,7 +126,11 @@ def resolve(config: RunConfig) -> RunConfig:
     except ValueError as error:
         raise UserError(f"hook: {error}") from None
     storage = None if config.storage is None else public(config.storage)
-    return config.model_copy(update={"hook": hook, "storage": storage})
+    resources = config.resources
+    if resources.use_gpu == "auto":
+        use_gpu = address is not None or bool(cluster.list_gpus())
+        resources = resources.model_copy(update={"use_gpu": use_gpu})
+    return config.model_copy(update={"hook": hook, "storage": storage, "resources": resources})
 
 
 def load_run(run_dir: Path) -> RunConfig:

@@ -58,7 +58,7 @@ class Store:
                 cache=cache_folder(config.resources.cache),
                 places=harvest_places(
                     ray.nodes(),
-                    use_gpu=config.resources.use_gpu,
+                    use_gpu=config.resources.on_gpu,
                     most=config.resources.gpus_of(self._plan.workers),
                 ),
             )
@@ -98,7 +98,7 @@ def run_pool(
 
     resources = config.resources
     storage = run_dir / "pool"
-    trainer = _trainer_class(plan, storage, use_gpu=resources.use_gpu)(
+    trainer = _trainer_class(plan, storage, use_gpu=resources.on_gpu)(
         serve_pool,
         train_loop_config={
             "namespace": namespace,
@@ -112,15 +112,15 @@ def run_pool(
             "workers_per_gpu": resources.workers_per_gpu,
             "trials_per_pack": plan.trials_per_pack,
             "threads": resources.threads_per_worker,
-            "use_gpu": resources.use_gpu,
+            "use_gpu": resources.on_gpu,
             "checkpoint_seconds": resources.checkpoint_seconds,
             "run_dir": str(run_dir),
         },
         scaling_config=ScalingConfig(
             num_workers=plan.pool_size,  # type: ignore[arg-type]
-            use_gpu=resources.use_gpu,
+            use_gpu=resources.on_gpu,
             resources_per_worker={"CPU": resources.threads_per_worker}
-            | ({"GPU": 1 / resources.workers_per_gpu} if resources.use_gpu else {}),
+            | ({"GPU": 1 / resources.workers_per_gpu} if resources.on_gpu else {}),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
         ),
         run_config=TrainRunConfig(

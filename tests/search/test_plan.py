@@ -14,7 +14,7 @@ from raysae.errors import InterruptedSearchError, UserError
 from raysae.resources import MOST_TRIALS
 from raysae.search import cluster
 from raysae.search import plan as planning
-from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
+from raysae.search.cluster import HARVEST_CPUS, Gpu, Plan, make_plan, start
 from raysae.search.plan import describe_plan
 from raysae.search.room import memory_of_sae, room_on_gpu
 from raysae.search.run import resolve, run_search
@@ -108,7 +108,8 @@ def test_a_gpu_for_every_worker():
     message = refusal(17, gpus=4, resources__use_gpu=True, resources__workers=5)
     assert "short of GPUs" in message
     assert "at most 4" in message
-    assert "do not fit" in refusal(17, gpus=0, resources__use_gpu=True)
+    without = refusal(17, gpus=0, resources__use_gpu=True)
+    assert "do not fit" in without and without.endswith("set resources.use_gpu to false")
 
 
 def test_workers_that_share_gpus():
@@ -308,6 +309,33 @@ def test_a_machine_without_a_gpu_runs_no_search_that_wants_one(monkeypatch: pyte
     monkeypatch.setattr(cluster, "list_gpus", lambda: [])
     with pytest.raises(UserError, match="this machine has none; set"):
         start(config(resources__use_gpu=True), None, "namespace")
+
+
+@pytest.mark.parametrize("gpus", [[], [Gpu("one", 80 << 30)]], ids=["none", "one"])
+def test_a_gpu_is_taken_where_there_is_one_if_that_is_asked(
+    gpus: list[Gpu], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cluster, "list_gpus", lambda: gpus)
+    asked = config(resources__use_gpu="auto")
+    made = resolve(asked)
+    assert made.resources.use_gpu is made.resources.on_gpu is bool(gpus)
+    assert cluster.local_resources(made)["GPU"] == len(gpus)
+    # A cluster's are not known before it is joined: those of a driver without a GPU are taken.
+    assert resolve(asked, "10.0.0.1:6379").resources.on_gpu
+    for given in (True, False):
+        assert resolve(config(resources__use_gpu=given)).resources.on_gpu is given
+    with pytest.raises(UserError, match=r"resources.use_gpu: must be true, false or auto, got 'ye"):
+        config(resources__use_gpu="yes")
+
+
+def test_the_rehearsal_is_planned_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """As docs/real_study.md has it, «any machine»."""
+    for module in (cluster, planning):
+        monkeypatch.setattr(module, "list_gpus", lambda: [])
+    monkeypatch.setattr("raysae.search.estimate._seconds_a_step", lambda *_: 0.01)
+    lines = describe_plan(resolve(load_config(ORTH.with_name("pythia-70m.yaml"))))
+    assert not any(line.startswith("not here") for line in lines)
+    assert any(line.startswith("time ") for line in lines)
 
 
 def test_a_machine_without_a_gpu_plans_for_one_that_has(monkeypatch: pytest.MonkeyPatch):
