@@ -438,13 +438,14 @@ def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatc
                 "50,000,000 tokens a trial",
                 "at most 4,000,000 tokens are harvested: 18.4 GB",
                 # By hand: 12 · 5e7 · 2304 · 4096 operations; a layer of the model has 32 · 2304² a
-                # token, of which 24 · 190 000 pass 26 layers, 4e6 and 2 · 1024² tokens 13.
-                "an 80 GB card, 35 TFLOP/s: 0.04 h to train an SAE, 0.014 h to score it; once "
-                "0.27 h (known questions 0.16, harvest 0.07, evaluation cache 0.04)",
+                # token, of which 24 · 1998 · 150 pass 26 layers, 4e6 and 2 · 1024² tokens 13. To
+                # score: 16 interventions, a quarter of 841 · 150 tokens in 13 layers; encoding.
+                "an 80 GB card, 35 TFLOP/s: 0.04 h to train an SAE, 0.009 h to score it; once "
+                "0.36 h (known questions 0.25, harvest 0.07, evaluation cache 0.04)",
                 "8 cards of 80 GB, 35 TFLOP/s each: 0.04 h to train an SAE",
                 # At the rung on the way half of the questions is asked.
-                "in all 0.6 h with early stopping as expected, 0.8 h with every trial trained to "
-                "its end: 4.9 and 6.3 GPU hours, times their price",
+                "in all 0.7 h with early stopping as expected, 0.8 h with every trial trained to "
+                "its end: 5.4 and 6.7 GPU hours, times their price",
             ],
         ),
         (
@@ -460,7 +461,8 @@ def test_a_world_that_cannot_be_fetched_is_refused_with_what_it_needs(monkeypatc
 )
 def test_the_spaces_of_the_hub_are_planned_offline(space: str, parts: list[str], monkeypatch):
     monkeypatch.setattr("raysae.worlds.hub._probe", Mock(side_effect=AssertionError))
-    plan = "\n".join(describe_plan(resolve(load_config(SPACES_FOLDER / space))))
+    on_gpus = {"resources.use_gpu": True}  # Pythia's is for any machine
+    plan = "\n".join(describe_plan(resolve(load_config(SPACES_FOLDER / space, on_gpus))))
     assert [part for part in parts if part not in plan] == []
 
 

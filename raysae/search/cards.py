@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from raysae.config import RunConfig
-from raysae.search.estimate import HALF, INTERVENTIONS, LAYER_PARAMETERS, SHARED, expected_share
+from raysae.search.estimate import (
+    HALF,
+    INTERVENTIONS,
+    KNOWN_QUESTIONS,
+    LAYER_PARAMETERS,
+    QUESTION_TOKENS,
+    QUESTIONS,
+    SHARED,
+    expected_share,
+)
 from raysae.worlds.presets import Shape
 from raysae.worlds.world import hook_layer
 
 CARDS = {"a 24 GB card": (1, 20e12), "an 80 GB card": (1, 35e12), "8 cards of 80 GB": (8, 35e12)}
 """How many, and operations a second of each: assumptions, what products in float32 may reach there.
 On a GPU a search multiplies in bfloat16 and TF32, which should take less; measure one trial."""
-PROMPT_TOKENS = 1_900 * 100
-"""Of WMDP-bio and MMLU's four subjects together, in one order of the choices; about."""
 CACHE_TOKENS = 2 * 1024 * 1024
 """That SAEBench looks at of both corpora to choose features."""
 
@@ -35,15 +42,20 @@ def on_cards(config: RunConfig, shape: Shape) -> list[str]:
     above = hook_layer(config.hook) + 1
     layer = 2 * LAYER_PARAMETERS * shape.d_model**2  # operations a token
     once = {
-        "known questions": shape.permutations * PROMPT_TOKENS * shape.n_layers * layer,
+        "known questions": shape.permutations
+        * QUESTIONS
+        * QUESTION_TOKENS
+        * shape.n_layers
+        * layer,
         "harvest": 2 * (shape.store_tokens or 0) * above * layer,
         "evaluation cache": CACHE_TOKENS * above * layer,
     }
     # Of the largest SAE and the longest run: operations of one product, a token.
     sae = 2 * shape.d_model * config.extremes("sae", "d_sae")[1]
     training = 6 * sae * config.extremes("training", "tokens")[1]
-    asking = INTERVENTIONS * SHARED * PROMPT_TOKENS * (shape.n_layers - above) * layer
-    scoring = sae * (CACHE_TOKENS + PROMPT_TOKENS) + asking
+    known = KNOWN_QUESTIONS * QUESTION_TOKENS
+    asking = INTERVENTIONS * SHARED * known * (shape.n_layers - above) * layer
+    scoring = sae * (CACHE_TOKENS + known) + asking
     on_the_way = scoring - (1 - HALF) * asking
     share, early, last = expected_share(config)
     saes = config.num_trials * config.search.seeds_per_trial

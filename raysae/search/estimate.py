@@ -32,6 +32,14 @@ LAYER_PARAMETERS = 16
 """Times d_model² in a layer of a gated transformer: 4 of attention, 12 of an MLP of 4 · d_model."""
 INTERVENTIONS = 16
 """SAEBench's grid: thresholds × numbers of features × multipliers."""
+QUESTIONS = 1273 + 204 + 100 + 198 + 223
+"""That SAEBench asks: WMDP-bio, and the test sets of MMLU's `RETAIN_SETS`, in their order."""
+KNOWN_QUESTIONS = 533 + 308
+"""Of them that gemma-2-2b-it answers right in all orders, to forget and to retain; an SAE is scored
+on these."""
+QUESTION_TOKENS = 150
+"""Of a prompt, about: the data sets' texts at 4.3 bytes a token (MMLU's history questions quote
+sources, and have 300), and 40 of the frame; an estimate, as the data sets are not at hand."""
 SHARED = 0.25
 """Share of the positions that the cached evaluator computes, as it finds the others equal to these;
 between 0.2 and 0.3 on the embedded world.
@@ -122,10 +130,10 @@ def estimate(
         a_layer = 2 * LAYER_PARAMETERS * entry.d_model**2 / rate
         how = (
             "training steps were timed; the model is not on this machine: its part follows from "
-            "counts of operations, for corpora of 1,000 sequences of 1,024 tokens and 1,500 "
-            "questions of 100"
+            "counts of operations, for corpora of 1,000 sequences of 1,024 tokens and "
+            f"{KNOWN_QUESTIONS} known questions of {QUESTION_TOKENS}"
         )
-        sequences, seq_len, prompts = 1000, 1024, 150_000
+        sequences, seq_len, prompts = 1000, 1024, KNOWN_QUESTIONS * QUESTION_TOKENS
     cached = config.objective.evaluator == "cached"
     # One harvesting task at a time; the evaluation cache takes as many sequences once more.
     harvest = sequences * seq_len * a_layer * (layer + 1) * (2 if cached else 1)

@@ -237,7 +237,9 @@ def _memory(
                 else "; activations come from host memory, a step ahead"
             )
         several = f" for each of {each} workers" if each > 1 else ""
-        yield f"a GPU        about {human(needs.gpu)} of model, SAE and batch{several}{resident}"
+        what = "model, SAE and batch" if needs.model else "SAE and batch"
+        unknown = "" if needs.model else "; the model, which is not on this machine, comes on top"
+        yield f"a GPU        about {human(needs.gpu)} of {what}{several}{resident}{unknown}"
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,9 @@ def test_without_the_model_it_counts_operations_and_says_so():
     assert "the model is not on this machine" in found.measured
     # 16 · 2304² parameters a layer, two operations each, at the speed of the training step.
     rate = 12 * made.training.batch_size * 2304 * made.sae.d_sae / 0.01
-    encoded = (2 * 500 * 1024 + 150_000) * 0.01 / 6 / made.training.batch_size
-    layers = 16 * 150_000 * (26 - 20) * 0.25 * 2 * 16 * 2304**2 / rate
+    known = 841 * 150  # tokens of the prompts that gemma-2-2b-it knows the answer of
+    encoded = (2 * 500 * 1024 + known) * 0.01 / 6 / made.training.batch_size
+    layers = 16 * known * (26 - 20) * 0.25 * 2 * 16 * 2304**2 / rate
     assert found.scoring == pytest.approx(layers + encoded)
 
 
