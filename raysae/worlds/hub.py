@@ -166,7 +166,8 @@ def _fetch(
     except RepositoryNotFoundError:
         shopping.add(what, repository, kind, "there is none of that name, or it is private")
     except Exception as error:  # network, file system and cache raise dozens of types
-        why = "not on this machine" if not hub_answers() else first_line(error)
+        here = "on this machine" if copy is None else f"in {copy}, and not in the hub's cache"
+        why = f"not {here}" if not hub_answers() else first_line(error)
         shopping.add(what, repository, kind, why)
     else:
         if any(path.is_file() for path in found.rglob("*")):

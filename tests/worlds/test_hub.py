@@ -169,6 +169,13 @@ def test_everything_that_is_missing_is_named_at_once(monkeypatch):
     assert fetched and all(fetched)  # nothing was waited for
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_folder_that_lacks_a_copy_is_named(tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        load_world(spec(tmp_path, "tiny/nowhere"))
+    assert f"tiny/nowhere: not in {tmp_path}/tiny/nowhere, and not in the" in str(caught.value)
+
+
 def test_whether_the_hub_answers_is_asked_once(monkeypatch: pytest.MonkeyPatch):
     calls: list[float] = []
 
