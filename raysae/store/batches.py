@@ -338,20 +338,21 @@ class _Orders:
     def __init__(self, n_rows: int, is_forget: np.ndarray, device: torch.device) -> None:
         self._n_rows, self._device = n_rows, device
         self.is_forget = torch.tensor(is_forget, device=device)
-        self._made: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()
+        self._made: OrderedDict[tuple[int, int], tuple[int, Tensor]] = OrderedDict()
 
     def rows(self, seed: int, step: int, batch_size: int) -> Tensor:
         """As `batch_rows` of one worker."""
         if batch_size > self._n_rows:
             batch_rows(self._n_rows, seed, step, batch_size)  # says what is wrong
         epoch, place = place_of(self._n_rows, step, batch_size)
-        made = self._made.get(seed)
+        key = seed, batch_size
+        made = self._made.get(key)
         if made is None or made[0] != epoch:
-            order = torch.from_numpy(epoch_order(self._n_rows, seed, epoch).copy())
-            made = self._made[seed] = epoch, _send(order, self._device)
+            order = torch.from_numpy(epoch_order(self._n_rows, seed, epoch, batch_size).copy())
+            made = self._made[key] = epoch, _send(order, self._device)
             while len(self._made) > MOST_ORDERS:
                 self._made.popitem(last=False)
-        self._made.move_to_end(seed)
+        self._made.move_to_end(key)
         return made[1][place]
 
 
