@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -198,7 +199,9 @@ class ChunkedActivations:
         self.n_rows, self.d_in = rows.n_rows, rows.d_in
         self._set_units(scale, mean, variance)
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
-        self._mixtures: dict[float, ChunkedActivations] = {}
+        self._corpora: tuple[np.ndarray, np.ndarray] | None = None
+        # Those that somebody trains on: a searched share is another one in every trial.
+        self._mixtures = WeakValueDictionary[float, ChunkedActivations]()
         self._orders = None
         if isinstance(rows, ResidentRows):
             self._orders = _Orders(rows.n_rows, is_forget, self._device)
@@ -247,14 +250,15 @@ class ChunkedActivations:
         """
         if self._moments is None:
             raise ValueError("a forget_share needs the moments of both corpora")
-        if forget_share in self._mixtures:
-            return self._mixtures[forget_share]
+        made = self._mixtures.get(forget_share)
+        if made is not None:
+            return made
+        if self._corpora is None:
+            forget, retain = np.flatnonzero(self._is_forget), np.flatnonzero(~self._is_forget)
+            self._corpora = forget.astype(np.int32), retain.astype(np.int32)
         other: ChunkedActivations = object.__new__(type(self))
         vars(other).update(vars(self))
-        forget, retain = (
-            np.flatnonzero(self._is_forget == wanted).astype(np.int32) for wanted in (True, False)
-        )
-        other._mixed, other._ahead = (forget, retain, forget_share), {}
+        other._mixed, other._ahead = (*self._corpora, forget_share), {}
         mixture = self._moments["forget"].weighted(forget_share) + self._moments["retain"].weighted(
             1 - forget_share
         )
@@ -297,6 +301,13 @@ class ChunkedActivations:
             acts, labels = self._take(np.concatenate(rows))
         shape = (len(seeds), -1)
         return acts.view(*shape, self.d_in), labels.view(shape)
+
+    def done_with(self, seeds: Collection[int]) -> None:
+        """Let go of what lies ready for the next batches of these seeds: nobody trains on them."""
+        for request in [request for request in self._ahead if request[0] in seeds]:
+            self._ahead.pop(request).cancel()
+        if self._orders is not None:
+            self._orders.let_go(seeds)
 
     def _make(
         self, seed: int, step: int, batch_size: int, rank: int, size: int
@@ -354,6 +365,11 @@ class _Orders:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
         return made[1][place]
+
+    def let_go(self, seeds: Collection[int]) -> None:
+        """Forget the orders of these seeds."""
+        for key in [key for key in self._made if key[0] in seeds]:
+            del self._made[key]
 
 
 @dataclass(frozen=True)

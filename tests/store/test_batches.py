@@ -1,7 +1,10 @@
 """Batches: every row once an epoch, split between ranks, the same on every machine."""
 
+import gc
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from raysae.store import rows as store_rows
 from raysae.store.batches import ChunkedActivations
 from raysae.store.chunks import Moments
 from raysae.store.rows import batch_rows, mixed_batch_rows
+from raysae.training.loop import Events, train
 from raysae.training.run import SAERun
 from raysae.training.spec import TrainingSpec
 
@@ -294,6 +298,72 @@ def test_batches_of_several_seeds_are_those_of_each(how, share, sparse_rows):
         alone = [store.batch(seed, step, 100, *rank) for seed in (5, 2, 5)]
         for ours, theirs in zip(several, zip(*alone, strict=True), strict=True):
             assert torch.equal(ours, torch.stack(theirs))
+
+
+def held_bytes(monkeypatch) -> Callable[[], int]:
+    """Counts the bytes of the batches that lie ready, and have not been let go of."""
+    ready: list[ReferenceType[torch.Tensor]] = []
+    make = ChunkedActivations._make_ahead
+
+    def made(self: ChunkedActivations, *request: int):
+        ahead = make(self, *request)
+        ready.append(ref(ahead.batch[0]))
+        return ahead
+
+    monkeypatch.setattr(ChunkedActivations, "_make_ahead", made)
+
+    def count() -> int:
+        gc.collect()
+        return sum(batch.nbytes for batch in (held() for held in ready) if batch is not None)
+
+    return count
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_runs_that_have_ended_leave_no_batches(
+    share: float | None, stopped: bool, make_spec, sparse_rows, fake_result, monkeypatch
+):
+    held = held_bytes(monkeypatch)
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0, prefetch=True)
+    spec = make_spec(batch_size=50, forget_share=share).model_copy(update={"seeds": 3})
+    runs = [SAERun(member, store) for member in spec.members()]
+    seen = []
+
+    def on_events(events: Events) -> list[bool]:
+        store._thread.submit(lambda: None).result()  # what is being made is ready
+        seen.append(held())
+        return [not (stopped and run == 1 and len(seen) == 1) for run in range(len(events))]
+
+    train(runs, lambda saes, _: [fake_result() for _ in saes], on_events)
+    del runs
+    assert seen[0] == 3 * 50 * 16 * 4
+    assert seen[1] == (2 if stopped else 3) * 50 * 16 * 4
+    store._thread.submit(lambda: None).result()
+    assert held() == 0
+
+
+def test_a_share_that_nobody_trains_on_takes_no_memory(sparse_rows):
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0, prefetch=True)
+    sources = [store.with_forget_share(0.2 + 0.01 * i) for i in range(40)]
+    assert store.with_forget_share(0.2) is sources[0]
+    rows = {id(part) for source in sources for part in source._mixed[:2]}
+    assert len(rows) == 2  # the corpora's row numbers, once for all
+    for source in sources:
+        source.batch(0, 0, 64)
+    store._thread.submit(lambda: None).result()
+    ended = [ref(source) for source in sources]
+    del sources, source
+    gc.collect()
+    assert [source for source in ended if source() is not None] == []
+
+
+def test_a_copys_orders_are_let_go_of_with_their_seed(sparse_rows):
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0, resident=True)
+    for seed in range(3):
+        store.batch(seed, 0, 64)
+    store.done_with([0, 2])
+    assert list(store._orders._made) == [(1, 64)]
 
 
 @pytest.mark.gpu
