@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from raysae.store.chunks import Moments
-from raysae.store.files import checksum
+from raysae.store.files import checksum, checksums, cores
 from raysae.store.rows import batch_rows, epoch_order, mixed_batch_rows, place_of
 
 CACHED_BYTES = 8 << 20
@@ -84,7 +84,7 @@ class _SharedRows:
         return _send(out, self._device)
 
     def checksums(self) -> list[str]:
-        return [checksum(chunk) for chunk in self._chunks]
+        return checksums(self._chunks)
 
 
 class ResidentRows:
@@ -118,7 +118,9 @@ class ResidentRows:
         return self._rows.index_select(0, rows).float().mul_(scale)
 
     def checksums(self) -> list[str]:
-        return [checksum(_as_stored(part)) for part in self._rows.split(self._lengths)]
+        parts = self._rows.split(self._lengths)
+        with ThreadPoolExecutor(cores(), "checksum") as threads:  # each brings its own part here
+            return list(threads.map(lambda part: checksum(_as_stored(part)), parts))
 
     def ends(self) -> list[np.ndarray]:
         """The first and the last row of every chunk, as chunks hold them: (2, d_in) each."""

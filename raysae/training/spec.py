@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 
 from raysae.errors import FieldError
 from raysae.regularizers import REGISTRY, Regularizer
-from raysae.store.rows import forget_rows
+from raysae.training.mixture import forget_rows
 from raysae.training.schedules import SCHEDULES, AlphaSchedule, Constant
 
 Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk"]
