@@ -231,7 +231,7 @@ def measure_harvest(rounds: int = 5) -> None:
     torch.set_num_threads(1)
     world = load_world("embedded")
     model = load_model(world)
-    tokens = corpus_tokens(world, model)["forget"][:512]
+    tokens = corpus_tokens(world, model.tokenizer)["forget"][:512]
 
     @torch.no_grad()
     def bare(layer: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -152,6 +152,9 @@ class Standing:
 
     def with_forget_share(self, forget_share: float) -> Standing:
         raise ValueError("the benchmark's batches have a share of their own")
+
+    def done_with(self, seeds: Collection[int]) -> None:
+        pass
 
 
 def measure_step(

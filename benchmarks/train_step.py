@@ -34,7 +34,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -132,6 +132,9 @@ class Source:
 
     def with_forget_share(self, forget_share: float) -> Source:
         raise ValueError("the benchmark's batches have a share of their own")
+
+    def done_with(self, seeds: Collection[int]) -> None:
+        pass
 
 
 def seconds_each(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:

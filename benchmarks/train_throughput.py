@@ -41,7 +41,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -116,6 +116,9 @@ class Source:
 
     def with_forget_share(self, forget_share: float) -> Source:
         raise ValueError("the benchmark's batches have a share of their own")
+
+    def done_with(self, seeds: Collection[int]) -> None:
+        pass
 
 
 def raysae(setting: Setting, members: int, regularizer: str) -> Step:

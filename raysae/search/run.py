@@ -27,6 +27,7 @@ from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.run_files import read_object, read_records, require
 from raysae.search import cluster
 from raysae.search.conclude import SearchOutcome, conclude
+from raysae.search.integrity import check_store
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
@@ -184,7 +185,7 @@ def run_search(
 
     Raises:
         UserError: Ray cannot be reached, the plan does not fit, or another search is at work in
-            the run folder.
+            the run folder; or the store was written to, after everything else is there.
         InterruptedSearchError: it was stopped, or had to stop, and can be resumed.
     """
     started = time.time() if started is None else started
@@ -228,7 +229,7 @@ def run_search(
                 )  # fmt: skip
             broker = _start_broker(run_dir, namespace)
             threads += [background(run_pool, config, plan, namespace, run_dir, broker)]
-            store = Store(config, plan, broker, console)
+            store = Store(config, plan, broker, console, run_dir)
             threads.append(background(store.fill))
             from raysae.search.progress import Expected
             from raysae.search.watch import Watch
@@ -246,6 +247,10 @@ def run_search(
                 ) as watch,
             ):
                 _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, watch)
+            changed_store = ""
+            if store.held is not None:
+                line, changed_store = check_store(store.held)
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             peak = memory.stop()
             # Pool and Ray end one process after the other, seconds of waiting; nothing below needs
             # them.
@@ -264,9 +269,12 @@ def run_search(
                 finish_mirror()
                 _leave(broker, threads)
         try:
-            return conclude(run_dir, plan.groups, console, started, peak)
+            outcome = conclude(run_dir, plan.groups, console, started, peak)
         finally:
             closing.join()
+        if changed_store:
+            raise UserError(changed_store)
+        return outcome
 
 
 def _take_up(run_dir: Path, world: World) -> list[int] | None:

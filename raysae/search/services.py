@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from raysae.config import RunConfig
 from raysae.errors import UserError
 from raysae.search import cluster
+from raysae.search.integrity import record_store
+
+if TYPE_CHECKING:
+    from raysae.store.handle import StoreHandle
 
 RESIZE_SECONDS = 30.0
 """So often a pool on a cluster looks whether nodes have joined: they restart all workers."""
@@ -31,11 +35,18 @@ class Store:
     """Fills the activation store and publishes it, again where a broker is restarted."""
 
     def __init__(
-        self, config: RunConfig, plan: cluster.Plan, broker: Any, console: Console
+        self,
+        config: RunConfig,
+        plan: cluster.Plan,
+        broker: Any,
+        console: Console,
+        run_dir: Path,
     ) -> None:
-        self._config, self._plan = config, plan
+        self._config, self._plan, self._run_dir = config, plan, run_dir
         self._broker, self._console = broker, console
         self._handle: Any = None
+        self.held: StoreHandle | None = None
+        """What is trained on, once it is there."""
         self.refused = ""
         """Why nothing can be trained on this world, whatever the search."""
 
@@ -62,9 +73,11 @@ class Store:
                     most=config.resources.gpus_of(self._plan.workers),
                 ),
             )
-            self._handle = ray.put(harvested.stores[config.hook])
+            self.held = harvested.stores[config.hook]
+            changed = record_store(self._run_dir, self.held, harvested.sources[config.hook])
+            self._handle = ray.put(self.held)
             self.publish()
-            self._say(harvested.lines)
+            self._say([*harvested.lines, *([changed] if changed else [])])
             self._say(harvested.finish())
         except (WeakModelError, UserError) as error:
             # What a task raises comes with its traceback; its cause is what was said.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ MAX_CHARACTERS_PER_TOKEN = 16
 """On average; prose has about four."""
 
 
-def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarray]:
+def corpus_tokens(world: World, tokenizer: Any) -> dict[str, np.ndarray]:
     """Token ids to train on, int32 (sequences, seq_len), as SAEBench concatenates and cuts.
 
     Of each corpus `world.store_tokens` at most, from its beginning.
+
+    Args:
+        tokenizer: of the model that is trained on, as `load_model` or `load_tokenizer` has it.
     """
     texts = {"forget": world.forget_texts, "retain": world.retain_texts} | dict(
         world.training_texts
@@ -34,7 +38,7 @@ def corpus_tokens(world: World, model: HookedTransformer) -> dict[str, np.ndarra
     found = {}
     for name in CORPORA:
         kept = _enough(texts[name], world.store_tokens)
-        tokens = tokenize_texts(model.tokenizer, kept, world.seq_len)
+        tokens = tokenize_texts(tokenizer, kept, world.seq_len)
         if world.store_tokens is not None:
             tokens = tokens[: max(1, world.store_tokens // world.seq_len)]
         found[name] = tokens
@@ -108,7 +112,7 @@ def local_store(
     world: World, model: HookedTransformer, hook_name: str, dtype: StoreDtype = "float32"
 ) -> ChunkedActivations:
     """The store of a world in this process's own memory: what a search shares through Ray."""
-    tokens = corpus_tokens(world, model)
+    tokens = corpus_tokens(world, model.tokenizer)
     chunks = [harvest_chunks(model, tokens[name], [hook_name], dtype)[0] for name in CORPORA]
     labels = np.repeat([name == "forget" for name in CORPORA], [len(c.tokens) for c in chunks])
     moments = add_up(CORPORA, [chunk.moments for chunk in chunks])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from raysae.store.chunks import Moments
-from raysae.store.files import checksum
+from raysae.store.files import checksum, checksums, cores
 from raysae.store.rows import batch_rows, epoch_order, mixed_batch_rows, place_of
 
 CACHED_BYTES = 8 << 20
@@ -83,7 +84,7 @@ class _SharedRows:
         return _send(out, self._device)
 
     def checksums(self) -> list[str]:
-        return [checksum(chunk) for chunk in self._chunks]
+        return checksums(self._chunks)
 
 
 class ResidentRows:
@@ -117,7 +118,9 @@ class ResidentRows:
         return self._rows.index_select(0, rows).float().mul_(scale)
 
     def checksums(self) -> list[str]:
-        return [checksum(_as_stored(part)) for part in self._rows.split(self._lengths)]
+        parts = self._rows.split(self._lengths)
+        with ThreadPoolExecutor(cores(), "checksum") as threads:  # each brings its own part here
+            return list(threads.map(lambda part: checksum(_as_stored(part)), parts))
 
     def ends(self) -> list[np.ndarray]:
         """The first and the last row of every chunk, as chunks hold them: (2, d_in) each."""
@@ -198,7 +201,9 @@ class ChunkedActivations:
         self.n_rows, self.d_in = rows.n_rows, rows.d_in
         self._set_units(scale, mean, variance)
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
-        self._mixtures: dict[float, ChunkedActivations] = {}
+        self._corpora: tuple[np.ndarray, np.ndarray] | None = None
+        # Those that somebody trains on: a searched share is another one in every trial.
+        self._mixtures = WeakValueDictionary[float, ChunkedActivations]()
         self._orders = None
         if isinstance(rows, ResidentRows):
             self._orders = _Orders(rows.n_rows, is_forget, self._device)
@@ -247,14 +252,15 @@ class ChunkedActivations:
         """
         if self._moments is None:
             raise ValueError("a forget_share needs the moments of both corpora")
-        if forget_share in self._mixtures:
-            return self._mixtures[forget_share]
+        made = self._mixtures.get(forget_share)
+        if made is not None:
+            return made
+        if self._corpora is None:
+            forget, retain = np.flatnonzero(self._is_forget), np.flatnonzero(~self._is_forget)
+            self._corpora = forget.astype(np.int32), retain.astype(np.int32)
         other: ChunkedActivations = object.__new__(type(self))
         vars(other).update(vars(self))
-        forget, retain = (
-            np.flatnonzero(self._is_forget == wanted).astype(np.int32) for wanted in (True, False)
-        )
-        other._mixed, other._ahead = (forget, retain, forget_share), {}
+        other._mixed, other._ahead = (*self._corpora, forget_share), {}
         mixture = self._moments["forget"].weighted(forget_share) + self._moments["retain"].weighted(
             1 - forget_share
         )
@@ -298,6 +304,13 @@ class ChunkedActivations:
         shape = (len(seeds), -1)
         return acts.view(*shape, self.d_in), labels.view(shape)
 
+    def done_with(self, seeds: Collection[int]) -> None:
+        """Let go of what lies ready for the next batches of these seeds: nobody trains on them."""
+        for request in [request for request in self._ahead if request[0] in seeds]:
+            self._ahead.pop(request).cancel()
+        if self._orders is not None:
+            self._orders.let_go(seeds)
+
     def _make(
         self, seed: int, step: int, batch_size: int, rank: int, size: int
     ) -> tuple[Tensor, Tensor]:
@@ -338,21 +351,27 @@ class _Orders:
     def __init__(self, n_rows: int, is_forget: np.ndarray, device: torch.device) -> None:
         self._n_rows, self._device = n_rows, device
         self.is_forget = torch.tensor(is_forget, device=device)
-        self._made: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()
+        self._made: OrderedDict[tuple[int, int], tuple[int, Tensor]] = OrderedDict()
 
     def rows(self, seed: int, step: int, batch_size: int) -> Tensor:
         """As `batch_rows` of one worker."""
         if batch_size > self._n_rows:
             batch_rows(self._n_rows, seed, step, batch_size)  # says what is wrong
         epoch, place = place_of(self._n_rows, step, batch_size)
-        made = self._made.get(seed)
+        key = seed, batch_size
+        made = self._made.get(key)
         if made is None or made[0] != epoch:
-            order = torch.from_numpy(epoch_order(self._n_rows, seed, epoch).copy())
-            made = self._made[seed] = epoch, _send(order, self._device)
+            order = torch.from_numpy(epoch_order(self._n_rows, seed, epoch, batch_size).copy())
+            made = self._made[key] = epoch, _send(order, self._device)
             while len(self._made) > MOST_ORDERS:
                 self._made.popitem(last=False)
-        self._made.move_to_end(seed)
+        self._made.move_to_end(key)
         return made[1][place]
+
+    def let_go(self, seeds: Collection[int]) -> None:
+        """Forget the orders of these seeds."""
+        for key in [key for key in self._made if key[0] in seeds]:
+            del self._made[key]
 
 
 @dataclass(frozen=True)

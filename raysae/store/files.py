@@ -7,7 +7,8 @@ import json
 import mmap
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -28,6 +29,17 @@ class CorruptFileError(Exception):
 def checksum(array: np.ndarray) -> str:
     """The sha256 (hex) of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def checksums(arrays: Iterable[np.ndarray]) -> list[str]:
+    """`checksum` of each, on all cores of this process."""
+    with ThreadPoolExecutor(cores(), "checksum") as threads:
+        return list(threads.map(checksum, arrays))
+
+
+def cores() -> int:
+    """Of the machine, those that this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def write_tensors(
@@ -105,16 +117,17 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def verify(path: Path, tensors: Mapping[str, np.ndarray], checksums: Mapping[str, str]) -> None:
-    """Compare with the checksums that were taken when the file was written.
+def verify(path: Path, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, str]) -> None:
+    """Compare with the checksums by name that were taken when the file was written.
 
     Raises:
         CorruptFileError: a tensor is missing, or is not what it was.
     """
-    for name, wanted in checksums.items():
+    for name in wanted:
         if name not in tensors:
             raise CorruptFileError(f"{path}: holds no tensor {name!r}")
-        if checksum(tensors[name]) != wanted:
+    for name, found in zip(wanted, checksums(tensors[name] for name in wanted), strict=True):
+        if found != wanted[name]:
             raise CorruptFileError(f"{path}: tensor {name!r} is not what was written (checksum)")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ import psutil
 import ray
 from ray import ObjectRef
 
+from raysae.store.checked import check_once, map_checked
 from raysae.store.chunks import CORPORA, Moments
-from raysae.store.files import map_tensors
+from raysae.store.files import checksums
 from raysae.store.mapped import MappedEvaluation
 from raysae.store.tiers import fits_on_device, human
 
@@ -40,7 +42,7 @@ class HeldChunk:
 
 
 class CorruptCopyError(Exception):
-    """A copy on a device does not hold what the store holds."""
+    """A copy of chunks, on a device or a node, does not hold what was harvested."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,52 @@ class StoreHandle:
         """The same store, with a reference to what scoring needs."""
         return replace(self, evaluation_cache=ref)
 
+    @property
+    def digest(self) -> str:
+        """The sha256 (hex) over the checksums of all chunks, in the order of the rows."""
+        return hashlib.sha256("".join(chunk.sha256 for chunk in self.chunks).encode()).hexdigest()
+
     def arrays(self) -> list[np.ndarray]:
-        """The chunks' activations, read-only, in shared memory or mapped."""
+        """The chunks' activations, read-only, in shared memory or mapped.
+
+        Raises:
+            CorruptFileError: a file is not what was written.
+        """
         refs = [c.place for c in self.chunks if not isinstance(c.place, Path)]
         got = iter(ray.get(refs))
         return [
-            map_tensors(c.place)["activations"] if isinstance(c.place, Path) else next(got)
+            map_checked(c.place, {"activations": c.sha256})["activations"]
+            if isinstance(c.place, Path)
+            else next(got)
             for c in self.chunks
         ]
+
+    def _check(self, arrays: list[np.ndarray]) -> None:
+        """Compare this node's copy of every chunk with its checksum; `arrays` has looked at files.
+
+        Chunks of a lost node are computed again by Ray, wherever there is room: on another kind of
+        device with other last digits. The pool's workers are all started anew then, so on every
+        node one worker of each start looks for all.
+
+        Raises:
+            CorruptCopyError: a chunk is another one.
+        """
+        context = ray.get_runtime_context()
+        start, node = context.get_placement_group_id(), context.get_node_id()
+
+        def compare() -> None:
+            wrong = different(self.chunks, arrays)
+            if wrong:
+                raise CorruptCopyError(
+                    f"{wrong[0]}: {len(wrong)} of {len(self.chunks)} chunks on node {node} are not "
+                    "what was harvested. Ray computes chunks of a lost node again, which gives "
+                    "other last digits on another kind of device"
+                )
+
+        if start is None:
+            compare()
+        else:
+            check_once(f"{start} {node} {self.digest}", compare)
 
     def open(self, device: str = "cpu", sharing: Sharing | None = None) -> ChunkedActivations:
         """Batches over the chunks, in the calling process.
@@ -97,11 +137,14 @@ class StoreHandle:
                 then raise `LostCopyError` once the process that holds it has ended.
 
         Raises:
-            CorruptCopyError: what lies on the device is not what the chunks hold.
+            CorruptCopyError: what lies on the device is not what the chunks hold, or this node's
+                chunks are not what was harvested.
+            CorruptFileError: a file is not what was written.
         """
         from raysae.store.batches import ChunkedActivations
 
         arrays, gpu, cannot = self.arrays(), device.startswith("cuda"), ""
+        self._check(arrays)
         if sharing is not None:
             shared, cannot = self._open_shared(device, arrays, sharing)
             if shared is not None:
@@ -196,6 +239,21 @@ class StoreHandle:
         tokens, positions = origins[:, rows]
         corpus = np.where(self.is_forget[rows], *CORPORA)
         return {"corpus": corpus, "tokens": tokens, "positions": positions}
+
+
+def different(chunks: Sequence[HeldChunk], arrays: Iterable[np.ndarray]) -> list[str]:
+    """Of the chunks that are not what was harvested: in words, what they should be and are."""
+    shared = [
+        (i, chunk.sha256, array)
+        for i, (chunk, array) in enumerate(zip(chunks, arrays, strict=True))
+        if chunk.sha256 and not isinstance(chunk.place, Path)
+    ]
+    found = checksums(array for _, _, array in shared)
+    return [
+        f"chunk {i} has the sha256 {now[:12]} in place of {wanted[:12]}"
+        for (i, wanted, _), now in zip(shared, found, strict=True)
+        if now != wanted
+    ]
 
 
 def _free_bytes(device: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError
 
 from raysae.store import tasks
 from raysae.store.cache import Entry, FileRecord, activations_key, evaluation_key, known_key
+from raysae.store.checked import has_been_checked
 from raysae.store.chunks import CORPORA, Chunk, Moments, Piece, StoreDtype, add_up, pieces_of
 from raysae.store.entries import (
     CannotWrite,
@@ -32,7 +34,7 @@ from raysae.store.entries import (
     save_chunk,
     save_evaluation,
 )
-from raysae.store.files import CorruptFileError
+from raysae.store.files import CorruptFileError, cores
 from raysae.store.handle import HeldChunk, StoreHandle
 from raysae.store.mapped import MappedEvaluation, MappedFile
 from raysae.store.places import ANYWHERE, Place
@@ -75,7 +77,8 @@ class _Computing:
 class Harvest:
     """The stores of one world, by hook point, and what is still to be done for them.
 
-    `lines` say what happened: where the activations came from, where they lie, what was damaged.
+    `lines` say what happened: where the activations came from, where they lie, what was damaged;
+    `sources`, by hook point, the first of these alone.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Harvest:
     ) -> None:
         self.stores: dict[str, StoreHandle] = {}
         self.lines: list[str] = []
+        self.sources: dict[str, str] = {}
         self._ref, self._places = world, places
         self._world = load_world(world, checked=True)
         self._hook_names, self._dtype, self._cache = tuple(hook_names), dtype, cache
@@ -147,11 +151,18 @@ class Harvest:
         if not self._pieces:
             self._pieces = pieces_of(ray.get(self._tokenized()[0]), self._sequences_per_chunk())
         self._on_disk, where = self._choose_tier()
-        for piece in self._pieces:
-            for name in self._hook_names:
-                record = listed.get(name, {}).get(piece)
-                if record is None or not self._load(name, piece, record):
-                    self._made.setdefault(piece, []).append(name)
+        with ThreadPoolExecutor(cores(), "checksum") as threads:
+            found = {
+                (name, piece): threads.submit(load_chunk, self._entries[name], files[piece])
+                for piece in self._pieces
+                for name, files in listed.items()
+                if piece in files
+            }
+            for piece in self._pieces:
+                for name in self._hook_names:
+                    chunk = found.pop((name, piece), None)
+                    if chunk is None or not self._load(name, piece, listed[name][piece], chunk):
+                        self._made.setdefault(piece, []).append(name)
         self._compute()
         seconds = time.perf_counter() - started
         for name in self._hook_names:
@@ -159,10 +170,11 @@ class Harvest:
             made = sum(name in names for names in self._made.values())
             source = "from the cache"
             if made:
-                source = f"{made} of {len(self._pieces)} chunks harvested, {self._how()},"
+                source = f"{made} of {len(self._pieces)} chunks harvested, {self._how()}"
+            self.sources[name] = source
             self.lines.append(
                 f"store: {store.rows:,} rows of {self._dtype} at {name}, {human(store.nbytes)} "
-                f"{where}; {source} in {seconds:.1f} s"
+                f"{where}; {source}{',' if made else ''} in {seconds:.1f} s"
             )
 
     def _how(self) -> str:
@@ -238,6 +250,7 @@ class Harvest:
         if not on_disk:
             return ray.put(cache)
         node = ray.get_runtime_context().get_node_id()
+        has_been_checked(entry.path(record), record.checksums)
         file = MappedFile(entry.path(record), node, record.checksums)
         return ray.put(MappedEvaluation(file, facts))
 
@@ -295,19 +308,25 @@ class Harvest:
             self.lines.append(f"cache: {error}; harvesting again")
             return {}
 
-    def _load(self, hook_name: str, piece: Piece, record: FileRecord) -> bool:
+    def _load(
+        self, hook_name: str, piece: Piece, record: FileRecord, loaded: Future[Chunk]
+    ) -> bool:
         """Hold a chunk of the cache; False, and a line, when it is damaged."""
         entry = self._entries[hook_name]
         try:
-            chunk = load_chunk(entry, record)
+            chunk = loaded.result()
         except CorruptFileError as error:
             self.lines.append(f"cache: {error}; harvesting it again")
             return False
-        acts = chunk.activations
-        place = entry.path(record) if self._on_disk else ray.put(acts)
+        acts, sha256 = chunk.activations, record.checksums["activations"]
+        place: Path | ObjectRef = entry.path(record)
+        if self._on_disk:
+            has_been_checked(entry.path(record), {"activations": sha256})
+        else:
+            place = ray.put(acts)
         origin = ray.put(np.stack([chunk.tokens, chunk.positions]))
         self._held[hook_name, piece] = _Held(
-            HeldChunk(place, origin, record.checksums["activations"]),
+            HeldChunk(place, origin, sha256),
             replace(chunk.moments, x=chunk.moments.x.copy()),  # or the file would stay mapped
             acts.nbytes,
             record,

@@ -1,12 +1,13 @@
 """A file of the cache that all processes of a node map: one copy of it in the page cache.
 
 A node that does not see the file, because its disk is its own, is sent it once, in pieces, into its
-own cache; the checksums of what has arrived are compared before anyone maps it.
+own cache. Its checksums are compared before anyone maps it, once on every node.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysae.store.cache import cache_folder
-from raysae.store.files import map_tensors, replacing, verify
+from raysae.store.checked import has_been_checked, map_checked
+from raysae.store.files import CorruptFileError, map_tensors, replacing, verify
+
+log = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
 
@@ -35,22 +39,28 @@ class MappedFile:
         """Its tensors, read-only and mapped.
 
         Raises:
-            CorruptFileError: it is gone, or what has arrived is not what was sent.
+            CorruptFileError: it is gone, or not what was written.
             OSError: there is no room for it on a node that lacked it.
         """
-        return map_tensors(self.path if self.path.is_file() else self._copy())
+        if self.path.is_file():
+            return map_checked(self.path, self.checksums)
+        return self._copy()
 
-    def _copy(self) -> Path:
-        """This node's own copy; who comes first makes it, the others wait."""
+    def _copy(self) -> dict[str, np.ndarray]:
+        """Of this node's own copy; who comes first makes it, the others wait."""
         cache = cache_folder("auto")
         assert cache is not None
         copy = cache / "copies" / self.path.parent.name / self.path.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.with_name(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not copy.is_file():
-                self._fetch(copy)
-        return copy
+            try:
+                return map_checked(copy, self.checksums)
+            except CorruptFileError as error:
+                if copy.exists():
+                    log.warning("%s; it is sent again", error)
+            self._fetch(copy)
+            return map_checked(copy, self.checksums)
 
     def _fetch(self, copy: Path) -> None:
         on_its_node = NodeAffinitySchedulingStrategy(self.node, soft=False)
@@ -62,6 +72,7 @@ class MappedFile:
                     file.write(piece)
                     start += len(piece)
             verify(copy, map_tensors(temporary), self.checksums)
+        has_been_checked(copy, self.checksums)
 
 
 @dataclass(frozen=True)

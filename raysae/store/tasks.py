@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from threading import Timer
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -21,10 +23,18 @@ from raysae.worlds.world import World, load_world
 WorldRef = str | HubWorld | LocalWorld
 """A world by name or description: every process loads it for itself."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 TASK_CPUS = 0
 """Of a harvesting task. How many run at a time is said by who submits them; a task that had to wait
 for a CPU could not bring back what a lost node held, as the pool holds them all.
 """
+
+
+KEPT_SECONDS = 60.0
+"""For the next piece. A piece that is computed again because a node was lost is followed by none,
+and Ray lets idle processes live."""
 
 
 @lru_cache(maxsize=1)
@@ -50,16 +60,52 @@ def _let_go_of_model() -> None:
         torch.cuda.empty_cache()
 
 
+def _leaving_no_model(task: Callable[P, R]) -> Callable[P, R]:
+    """The task, whose model is let go when it is through: what a worker of the pool needs of a GPU
+    must not be held by a process that only waits to be of use."""
+
+    @wraps(task)
+    def whole(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return task(*args, **kwargs)
+        finally:
+            _let_go_of_model()
+
+    return whole
+
+
+class _Later:
+    """Lets go of the model in a while, unless it is wanted again before."""
+
+    def __init__(self) -> None:
+        self._timer: Timer | None = None
+
+    def put_off(self, seconds: float | None) -> None:
+        """So many seconds from now; None: not at all."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if seconds is not None:
+            self._timer = Timer(seconds, _let_go_of_model)
+            self._timer.daemon = True
+            self._timer.start()
+
+
+_LATER = _Later()
+
+
 @ray.remote(num_cpus=TASK_CPUS)
 def tokenize(ref: WorldRef) -> tuple[Any, ...]:
     """Number of sequences of each corpus, and then their tokens, which all tasks of a node share.
 
     The texts are read here alone, in parts; see `raysae.store.texts`.
     """
-    world, model = _model(ref, "cpu", True)
-    from raysae.store.activations import corpus_tokens
+    with imports_without_gc():
+        from raysae.store.activations import corpus_tokens
+        from raysae.worlds.model import load_tokenizer
 
-    tokens = corpus_tokens(world, model)
+    world = load_world(ref, checked=True)
+    tokens = corpus_tokens(world, load_tokenizer(world, trained_on=True))
     return ({name: len(part) for name, part in tokens.items()}, *tokens.values())
 
 
@@ -79,6 +125,7 @@ def harvest_piece(
     After the last piece of its place the model is let go: a worker that measures what is free on
     its GPU, to keep the activations there, would find it taken.
     """
+    _LATER.put_off(None)
     _, model = _model(ref, device, True)
     from raysae.store.activations import harvest_chunks
 
@@ -94,13 +141,16 @@ def harvest_piece(
         for chunk in chunks
     ]
     device = str(model.cfg.device)
+    del model
     if last:
-        del model
         _let_go_of_model()
+    else:
+        _LATER.put_off(KEPT_SECONDS)
     return ((device, parts), *(chunk.activations for chunk in chunks))
 
 
 @ray.remote(num_cpus=TASK_CPUS)
+@_leaving_no_model
 def known_questions(ref: WorldRef, device: str) -> dict[str, Any]:
     """Ids of the known questions by data set, and what to say of a model that knows too few."""
     from raysae.unlearning import ask_all, default_eval_config
@@ -112,6 +162,7 @@ def known_questions(ref: WorldRef, device: str) -> dict[str, Any]:
 
 
 @ray.remote(num_cpus=TASK_CPUS)
+@_leaving_no_model
 def evaluation_cache(
     ref: WorldRef,
     hook_name: str,

@@ -106,51 +106,63 @@ def train(
         """Go on with these alone, on a clock of their own."""
         nonlocal runs, advance, clock
         if len(going) < len(runs):
+            _let_go_of_batches([run for run in runs if run not in going], going)
             runs = going
             advance = stepper(runs) if runs else advance
         clock = _Clock(runs)
 
-    while True:
-        step = runs[0].step
-        # First, because a trial may have been taken up again between training and scoring.
-        if step in rung_steps and runs[0].scored_step < step:
-            clock.stop()
-            events: list[Rung] = []
-            if first.collective.rank == 0:
-                before_scoring()
-                events = _score(runs, evaluate)
-            going = _tell(runs, on_events, events)
-            for run in going:
-                run.scored_step, run.measured = step, []
-            keep(going)
-            if not runs:
+    try:
+        while True:
+            step = runs[0].step
+            # First, because a trial may have been taken up again between training and scoring.
+            if step in rung_steps and runs[0].scored_step < step:
+                clock.stop()
+                events: list[Rung] = []
+                if first.collective.rank == 0:
+                    before_scoring()
+                    events = _score(runs, evaluate)
+                going = _tell(runs, on_events, events)
+                for run in going:
+                    run.scored_step, run.measured = step, []
+                keep(going)
+                if not runs:
+                    return
+            if step == total:
                 return
-        if step == total:
-            return
-        losses = advance()
-        if sums:
-            torch._foreach_add_(list(sums.values()), [losses[name] for name in sums])
-        else:
-            sums = losses
-        since += 1
-        step += 1
-        # Before rates are counted anew: it looks at them.
-        if measure is not None and step in quarters and first.collective.rank == 0:
-            clock.stop()
-            for run in runs:
-                run.measured += measure(run)
-            clock = _Clock(runs)
-        if step in rates_start:
-            for run in runs:
-                run.firing.reset_rates()
-        if step in rung_steps or step % log_every == 0:
-            rows = _rows(runs, sums, since)
-            sums, since = {}, 0
-            clock.stop()
-            going = _tell(runs, on_events, rows)
-            keep(going)
-            if not runs:
-                return
+            losses = advance()
+            if sums:
+                torch._foreach_add_(list(sums.values()), [losses[name] for name in sums])
+            else:
+                sums = losses
+            since += 1
+            step += 1
+            # Before rates are counted anew: it looks at them.
+            if measure is not None and step in quarters and first.collective.rank == 0:
+                clock.stop()
+                for run in runs:
+                    run.measured += measure(run)
+                clock = _Clock(runs)
+            if step in rates_start:
+                for run in runs:
+                    run.firing.reset_rates()
+            if step in rung_steps or step % log_every == 0:
+                rows = _rows(runs, sums, since)
+                sums, since = {}, 0
+                clock.stop()
+                going = _tell(runs, on_events, rows)
+                keep(going)
+                if not runs:
+                    return
+    finally:
+        _let_go_of_batches(runs, [])
+
+
+def _let_go_of_batches(gone: Sequence[SAERun], going: Sequence[SAERun]) -> None:
+    """Have sources drop what lies ready for runs that have ended, and for none that has not."""
+    trained_on = {(id(run.source), run.spec.batches) for run in going}
+    for run in gone:
+        if (id(run.source), run.spec.batches) not in trained_on:
+            run.source.done_with([run.spec.batches])
 
 
 class _Clock:

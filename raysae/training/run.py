@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +65,10 @@ class ActivationSource(Protocol):
 
     def with_forget_share(self, forget_share: float) -> ActivationSource:
         """The same rows, with this share of forget rows in every batch."""
+        ...
+
+    def done_with(self, seeds: Collection[int]) -> None:
+        """Told that nobody trains on batches of these seeds any more: what lies ready may go."""
         ...
 
 

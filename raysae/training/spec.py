@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 
 from raysae.errors import FieldError
 from raysae.regularizers import REGISTRY, Regularizer
+from raysae.training.mixture import forget_rows
 from raysae.training.schedules import SCHEDULES, AlphaSchedule, Constant
 
 Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk"]
@@ -124,6 +125,11 @@ class TrainingSpec(_Frozen):
                 f"tokens {self.tokens} is below batch_size {self.batch_size}: "
                 "the SAE would train for 0 steps",
             )
+        if self.forget_share is not None:
+            try:
+                forget_rows(self.forget_share, self.batch_size)
+            except ValueError as error:
+                raise FieldError("forget_share", str(error)) from None
         if self.lr_warmup + self.lr_decay > 1:
             raise FieldError(
                 "lr_decay",

@@ -36,7 +36,14 @@ from raysae.worlds.world import (
     unknown_name,
 )
 
-__all__ = ["ARCHITECTURES", "check_hook", "from_hugging_face", "hook_layer", "load_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "check_hook",
+    "from_hugging_face",
+    "hook_layer",
+    "load_model",
+    "load_tokenizer",
+]
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,21 @@ def load_model(
         with_padding(model.tokenizer, world.pad_token)
     model.cfg.model_name = world.sae_model_name if trained_on else world.saebench_model_name
     return model
+
+
+def load_tokenizer(world: World, *, trained_on: bool = False) -> Any:
+    """The tokenizer of `load_model`'s model, without its weights."""
+    folder = world.model_path if trained_on else world.asked_path
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=1, d_head=1, n_ctx=1, act_fn="relu", d_vocab=1, init_weights=False,
+        device="cpu", original_architecture=_architecture(folder).hugging_face_class.__name__,
+    )  # fmt: skip
+    # TransformerLens sets a tokenizer up where it makes a model: here one of no size.
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = HookedTransformer(config, tokenizer, default_padding_side="right")
+    if world.pad_token is not None:
+        with_padding(model.tokenizer, world.pad_token)
+    return model.tokenizer
 
 
 def from_hugging_face(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raysae.config import find_space, load_config
 from raysae.search import run
 from raysae.search.cluster import Plan
+from raysae.search.integrity import record_store
 from raysae.search.run import _write_about, load_run, resolve
 from raysae.store import files
+from raysae.store.handle import HeldChunk, StoreHandle
 from raysae.worlds.world import load_world
 
 PLAN = Plan(
@@ -73,3 +76,24 @@ def test_what_has_changed_since_a_search_began_is_said_and_kept(
 def test_a_folder_of_an_earlier_version_that_said_less_is_gone_on_with(tmp_path: Path):
     (tmp_path / "about.json").write_text('{"sessions": [], "started": "", "versions": {}}')
     assert write(tmp_path, 1.0) == ""
+
+
+def test_other_activations_than_a_search_began_with_are_said_and_kept(tmp_path: Path):
+    def handle(*sums: str) -> StoreHandle:
+        chunks = tuple(HeldChunk(Path("chunk"), None, of_chunk) for of_chunk in sums)
+        return StoreHandle(chunks, np.zeros(2048, bool), {}, None, 0)
+
+    first, other = handle("aa", "bb"), handle("aa", "bc")
+    write(tmp_path, 1.0)
+    assert record_store(tmp_path, first, "2 of 2 chunks harvested, 1 at a time on cpu") == ""
+    write(tmp_path, 2.0)
+    assert record_store(tmp_path, first, "from the cache") == ""
+    write(tmp_path, 3.0)
+    said = record_store(tmp_path, other, "2 of 2 chunks harvested, 1 at a time on cuda:0")
+    assert f"store {other.digest[:12]} of 2,048 rows (2 of 2 chunks harvested, 1 at" in said
+    assert said.index("on cuda:0") < said.index(f"then store {first.digest[:12]}")
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["store"]["sha256"] == first.digest
+    kept = [session["store"]["sha256"] for session in about["sessions"]]
+    assert kept == [first.digest, first.digest, other.digest]
+    assert handle("bb", "aa").digest != first.digest  # the order of rows belongs to it

@@ -57,7 +57,7 @@ MACHINE = {
 def test_the_size_of_a_corpus_is_that_of_its_tokens():
     world = load_world("embedded")
     model = load_model(world)
-    tokens = corpus_tokens(world, model)
+    tokens = corpus_tokens(world, model.tokenizer)
     special = [model.tokenizer.bos_token_id, model.tokenizer.eos_token_id]
     rows = sum(int((~np.isin(part, special)).sum()) for part in tokens.values())
     size = corpus_size(world)

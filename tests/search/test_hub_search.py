@@ -168,7 +168,7 @@ def test_an_sae_of_the_base_model_explains_that_model_and_not_the_one_it_is_scor
     explained = {}
     for trained_on in (True, False):
         model = load_model(world, trained_on=trained_on)
-        tokens = torch.from_numpy(corpus_tokens(world, model)["retain"][:20])
+        tokens = torch.from_numpy(corpus_tokens(world, model.tokenizer)["retain"][:20])
         with torch.no_grad():
             _, cache = model.run_with_cache(tokens, names_filter=world.default_hook_name)
             rows = cache[world.default_hook_name][:, 1:].flatten(0, 1)

@@ -1,7 +1,10 @@
 """Batches: every row once an epoch, split between ranks, the same on every machine."""
 
+import gc
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -12,16 +15,18 @@ from raysae.store import rows as store_rows
 from raysae.store.batches import ChunkedActivations
 from raysae.store.chunks import Moments
 from raysae.store.rows import batch_rows, mixed_batch_rows
+from raysae.training.loop import Events, train
 from raysae.training.run import SAERun
 from raysae.training.spec import TrainingSpec
 
 N_ROWS, BATCH = 103, 10
-STEPS_IN_EPOCH = N_ROWS // BATCH
 
 
-def epoch_rows(seed: int, epoch: int) -> np.ndarray:
-    steps = range(epoch * STEPS_IN_EPOCH, (epoch + 1) * STEPS_IN_EPOCH)
-    return np.concatenate([batch_rows(N_ROWS, seed, step, BATCH) for step in steps])
+def stream(seed: int, epochs: int, n_rows: int = N_ROWS, batch: int = BATCH) -> np.ndarray:
+    """The rows of so many epochs, as their batches bring them one after the other."""
+    steps = -(-epochs * n_rows // batch)
+    rows = np.concatenate([batch_rows(n_rows, seed, step, batch) for step in range(steps)])
+    return rows[: epochs * n_rows]
 
 
 def digest(chunks: list[np.ndarray]) -> str:
@@ -33,25 +38,49 @@ def as_bfloat16(rows: np.ndarray) -> np.ndarray:
     return torch.from_numpy(rows).to(torch.bfloat16).view(torch.int16).numpy()
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_an_epoch_holds_no_row_twice_and_leaves_out_less_than_a_batch(epoch: int):
-    rows = epoch_rows(seed=0, epoch=epoch)
-    assert len(set(rows.tolist())) == len(rows) == STEPS_IN_EPOCH * BATCH
-    assert rows.min() >= 0
-    assert rows.max() < N_ROWS
+@pytest.mark.parametrize(
+    ("n_rows", "batch"), [(103, 10), (40, 8), (100, 64), (65, 64), (64, 64), (64, 1), (129, 64)]
+)
+def test_every_epoch_holds_every_row_once_whatever_the_batch(n_rows: int, batch: int):
+    for epoch in stream(0, 9, n_rows, batch).reshape(9, n_rows):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(n_rows))
 
 
-def test_an_epoch_holds_every_row_when_batches_divide_the_store():
-    rows = np.concatenate([batch_rows(40, 7, step, 8) for step in range(5)])
-    np.testing.assert_array_equal(np.sort(rows), np.arange(40))
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_workers_of_a_trial_are_brought_every_row_once_an_epoch(size: int):
+    steps = range(N_ROWS)  # BATCH epochs, to the row
+    of_ranks = [
+        np.concatenate([batch_rows(N_ROWS, 0, step, BATCH, rank, size) for step in steps])
+        for rank in range(size)
+    ]
+    times = np.bincount(np.concatenate(of_ranks), minlength=N_ROWS)
+    np.testing.assert_array_equal(times, np.full(N_ROWS, BATCH))
+
+
+@pytest.mark.parametrize(("n_rows", "batch"), [(103, 10), (20, 10), (21, 10), (1000, 499)])
+def test_a_batch_over_the_end_of_an_epoch_holds_no_row_twice(n_rows: int, batch: int):
+    over_the_end = 0
+    for step in range(12 * n_rows // batch):
+        over_the_end += step * batch // n_rows < ((step + 1) * batch - 1) // n_rows
+        assert len(set(batch_rows(n_rows, 4, step, batch).tolist())) == batch
+    assert over_the_end or n_rows % batch == 0
+
+
+def test_a_batch_needs_none_before_it(monkeypatch):
+    rows = stream(5, 6)
+    for step in (44, 10, 30, 31, 0, 20):  # 10, 20, 30 lie over the ends of epochs
+        monkeypatch.setattr(store_rows, "_ORDERS", store_rows._Orders())
+        wanted = rows[step * BATCH : (step + 1) * BATCH]
+        np.testing.assert_array_equal(batch_rows(N_ROWS, 5, step, BATCH), wanted)
 
 
 def test_epochs_are_shuffled_differently():
-    assert not np.array_equal(epoch_rows(0, 0), epoch_rows(0, 1))
+    first, second = stream(0, 2).reshape(2, N_ROWS)
+    assert (first == second).mean() < 0.1
 
 
 def test_seeds_shuffle_differently():
-    assert not np.array_equal(epoch_rows(0, 0), epoch_rows(1, 0))
+    assert not np.array_equal(stream(0, 1), stream(1, 1))
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -187,11 +216,15 @@ def with_moments(rows: np.ndarray, is_forget: np.ndarray, **kwargs) -> ChunkedAc
     return ChunkedActivations.with_moments(chunks, is_forget, by_name, **kwargs)
 
 
-def test_the_batches_of_published_runs_are_unchanged():
-    epoch, position = divmod(23, STEPS_IN_EPOCH)
-    order = np.random.default_rng([5, epoch]).permutation(N_ROWS)
-    wanted = order[position * BATCH : (position + 1) * BATCH]
-    np.testing.assert_array_equal(batch_rows(N_ROWS, 5, 23, BATCH), wanted)
+def test_an_epoch_is_numpys_permutation_of_seed_and_epoch_but_for_what_its_first_batch_has():
+    first, second = (np.random.default_rng([5, epoch]).permutation(N_ROWS) for epoch in (0, 1))
+    rows = stream(5, 2)
+    np.testing.assert_array_equal(rows[:N_ROWS], first)
+    # The batch over the end has 3 rows of the first epoch, and 7 of the second.
+    twice = np.isin(second[:7], first[-3:]).sum()
+    moved = np.flatnonzero(rows[N_ROWS:] != second)
+    assert len(moved) == 2 * twice
+    assert not np.isin(rows[N_ROWS : N_ROWS + 7], first[-3:]).any()
 
 
 def test_saes_in_turns_have_each_epoch_permuted_once(monkeypatch):
@@ -202,21 +235,21 @@ def test_saes_in_turns_have_each_epoch_permuted_once(monkeypatch):
         return np.random.default_rng(seed).permutation(n_rows)
 
     monkeypatch.setattr(store_rows, "_permutation", permutation)
-    monkeypatch.setattr(store_rows, "_PERMUTATIONS", store_rows._Permutations())
-    for step in range(2 * STEPS_IN_EPOCH):
-        for seed in range(24):
+    monkeypatch.setattr(store_rows, "_ORDERS", store_rows._Orders())
+    for step in range(2 * N_ROWS // BATCH):
+        for seed in (*range(24), 0):  # the first one's batch is wanted by two
             batch_rows(N_ROWS, seed, step, BATCH)
     assert sorted(made) == [(seed, epoch) for seed in range(24) for epoch in range(2)]
 
 
 def test_permutations_of_saes_that_have_ended_are_dropped(monkeypatch):
-    monkeypatch.setattr(store_rows, "_PERMUTATIONS", store_rows._Permutations())
+    monkeypatch.setattr(store_rows, "_ORDERS", store_rows._Orders())
     for seed in range(8):
         batch_rows(N_ROWS, seed, 0, BATCH)
-    assert len(store_rows._PERMUTATIONS) == 8
+    assert len(store_rows._ORDERS) == 8
     for step in range(300):
         batch_rows(N_ROWS, 8, step, BATCH)
-    assert len(store_rows._PERMUTATIONS) == 1
+    assert len(store_rows._ORDERS) == 1
 
 
 def test_neighbours_in_a_batch_are_as_unrelated_as_in_a_full_shuffle():
@@ -267,6 +300,72 @@ def test_batches_of_several_seeds_are_those_of_each(how, share, sparse_rows):
             assert torch.equal(ours, torch.stack(theirs))
 
 
+def held_bytes(monkeypatch) -> Callable[[], int]:
+    """Counts the bytes of the batches that lie ready, and have not been let go of."""
+    ready: list[ReferenceType[torch.Tensor]] = []
+    make = ChunkedActivations._make_ahead
+
+    def made(self: ChunkedActivations, *request: int):
+        ahead = make(self, *request)
+        ready.append(ref(ahead.batch[0]))
+        return ahead
+
+    monkeypatch.setattr(ChunkedActivations, "_make_ahead", made)
+
+    def count() -> int:
+        gc.collect()
+        return sum(batch.nbytes for batch in (held() for held in ready) if batch is not None)
+
+    return count
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_runs_that_have_ended_leave_no_batches(
+    share: float | None, stopped: bool, make_spec, sparse_rows, fake_result, monkeypatch
+):
+    held = held_bytes(monkeypatch)
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0, prefetch=True)
+    spec = make_spec(batch_size=50, forget_share=share).model_copy(update={"seeds": 3})
+    runs = [SAERun(member, store) for member in spec.members()]
+    seen = []
+
+    def on_events(events: Events) -> list[bool]:
+        store._thread.submit(lambda: None).result()  # what is being made is ready
+        seen.append(held())
+        return [not (stopped and run == 1 and len(seen) == 1) for run in range(len(events))]
+
+    train(runs, lambda saes, _: [fake_result() for _ in saes], on_events)
+    del runs
+    assert seen[0] == 3 * 50 * 16 * 4
+    assert seen[1] == (2 if stopped else 3) * 50 * 16 * 4
+    store._thread.submit(lambda: None).result()
+    assert held() == 0
+
+
+def test_a_share_that_nobody_trains_on_takes_no_memory(sparse_rows):
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0, prefetch=True)
+    sources = [store.with_forget_share(0.2 + 0.01 * i) for i in range(40)]
+    assert store.with_forget_share(0.2) is sources[0]
+    rows = {id(part) for source in sources for part in source._mixed[:2]}
+    assert len(rows) == 2  # the corpora's row numbers, once for all
+    for source in sources:
+        source.batch(0, 0, 64)
+    store._thread.submit(lambda: None).result()
+    ended = [ref(source) for source in sources]
+    del sources, source
+    gc.collect()
+    assert [source for source in ended if source() is not None] == []
+
+
+def test_a_copys_orders_are_let_go_of_with_their_seed(sparse_rows):
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0, resident=True)
+    for seed in range(3):
+        store.batch(seed, 0, 64)
+    store.done_with([0, 2])
+    assert list(store._orders._made) == [(1, 64)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -292,7 +391,7 @@ def mixed(step: int, *args: int, share: float = 0.5, seed: int = 3) -> np.ndarra
     return mixed_batch_rows(FORGET, RETAIN, share, seed, step, 20, *args)
 
 
-@pytest.mark.parametrize(("share", "n_forget"), [(0.5, 10), (0.1, 2), (0.33, 7), (0.01, 0)])
+@pytest.mark.parametrize(("share", "n_forget"), [(0.5, 10), (0.1, 2), (0.33, 7), (0.75, 15)])
 def test_every_batch_has_the_set_share_of_forget_rows(share: float, n_forget: int):
     for step in range(8):
         rows = mixed(step, share=share)
@@ -307,6 +406,19 @@ def test_each_corpus_comes_as_a_whole_before_any_of_it_comes_again():
         np.testing.assert_array_equal(np.sort(epoch), FORGET)
     np.testing.assert_array_equal(np.sort(retain), RETAIN)
     assert not np.array_equal(forget[:30], forget[30:60])
+
+
+def test_a_corpus_that_is_no_number_of_its_parts_comes_as_a_whole_too():
+    forget, retain = np.arange(100), np.arange(100, 1000)
+    batches = [mixed_batch_rows(forget, retain, 0.5, 0, step, 128) for step in range(225)]
+    stream = np.concatenate(batches)
+    for corpus in (forget, retain):
+        # Within a batch the corpora are mixed: 64 rows of each, of any epoch of 25 · 64 and more.
+        times = np.bincount(stream[np.isin(stream, corpus)])[corpus]
+        np.testing.assert_array_equal(times, np.full(len(corpus), 225 * 64 // len(corpus)))
+    for batch in batches[:2]:  # one part and a half is an epoch
+        forget = np.setdiff1d(forget, batch)
+    assert len(forget) == 0
 
 
 def test_a_mixed_batch_depends_on_seed_and_step_alone_and_ranks_part_it():
@@ -350,6 +462,30 @@ def test_a_trial_trains_on_the_share_that_it_asks_for(make_spec, sparse_rows):
     np.testing.assert_array_equal(store.batch(0, 0, 50)[1], batch_rows(512, 0, 0, 50) % 4 == 0)
     b_dec = SAERun(make_spec(forget_share=0.6), store).sae.b_dec
     assert torch.equal(b_dec.detach(), run.source.mean)
+
+
+@pytest.mark.parametrize(
+    ("share", "batch_size", "said"),
+    [
+        (0.003, 128, r"no forget rows; it takes a forget_share from 0.0078125 to 0.992188, or a "
+         r"batch_size of at least 167"),
+        (0.02, 25, r"no forget rows; .* from 0.04 to 0.96, or a batch_size of at least 26"),
+        (0.95, 5, r"forget rows alone; .* from 0.2 to 0.8, or a batch_size of at least 11"),
+        (0.5, 1, r"no forget rows; it takes a batch_size of at least 2"),
+    ],
+)  # fmt: skip
+def test_a_share_that_leaves_a_corpus_out_is_refused_and_what_would_do_is_named(
+    share: float, batch_size: int, said: str
+):
+    for make in (
+        lambda: mixed_batch_rows(FORGET, RETAIN, share, 0, 0, batch_size),
+        lambda: TrainingSpec(forget_share=share, batch_size=batch_size),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make()
+    wanted = int(said.rsplit(" ", 1)[1])
+    assert 0 < round(share * wanted) < wanted
+    assert round(share * (wanted - 1)) in (0, wanted - 1)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])

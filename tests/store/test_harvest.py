@@ -96,7 +96,7 @@ def test_the_rows_are_those_of_a_plain_loop_at_every_hook(first: Harvest):
 def test_every_row_knows_the_token_that_it_came_from(first: Harvest):
     world = load_world("embedded")
     model = load_model(world)
-    tokens = corpus_tokens(world, model)
+    tokens = corpus_tokens(world, model.tokenizer)
     store = first.stores[HOOKS[0]]
     origin = store.origin(np.arange(store.rows))
     special = {model.tokenizer.bos_token_id, model.tokenizer.eos_token_id}

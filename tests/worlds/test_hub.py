@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from huggingface_hub._local_folder import write_download_metadata
@@ -33,7 +34,7 @@ from raysae.store.activations import corpus_tokens
 from raysae.unlearning import ask_all, default_eval_config
 from raysae.worlds import World, hub, load_world
 from raysae.worlds.embedded import DATA
-from raysae.worlds.model import load_model
+from raysae.worlds.model import load_model, load_tokenizer
 from raysae.worlds.presets import PRESETS, SIZES, Shape, label_of, shape_of
 from raysae.worlds.prompts import GEMMA_2
 from raysae.worlds.spec import HubWorld
@@ -86,8 +87,13 @@ def test_every_family_loads_and_is_asked(
     assert texts == (small.forget_texts, small.retain_texts)
     assert world.known_questions is None
     loaded = load_model(world)
-    tokens = corpus_tokens(world, loaded)
+    tokens = corpus_tokens(world, loaded.tokenizer)
     assert all(part.shape[1] == 64 and len(part) > 1 for part in tokens.values())
+    alone = load_tokenizer(world)
+    for name, part in corpus_tokens(world, alone).items():
+        np.testing.assert_array_equal(part, tokens[name])
+    assert alone.special_tokens_map == loaded.tokenizer.special_tokens_map
+    assert alone.padding_side == loaded.tokenizer.padding_side
     assert bool((tokens["forget"][:, 0] == loaded.tokenizer.bos_token_id).all())
     with torch.no_grad():
         assert bool(torch.isfinite(loaded(torch.from_numpy(tokens["retain"][:2]))).all())
@@ -302,8 +308,8 @@ def test_neither_are_the_names_of_the_models_folders(root: Path, tmp_path: Path)
 def test_the_tokens_to_train_on_can_be_limited_and_be_others(root: Path, small: World):
     changes: dict[str, Any] = {"retain": {"training_corpus": {"dataset": BIO}}, "store_tokens": 640}
     world = load_world(spec(root, **changes))
-    tokens = corpus_tokens(world, load_model(world))
-    whole = corpus_tokens(load_world(spec(root)), load_model(world))
+    tokens = corpus_tokens(world, load_model(world).tokenizer)
+    whole = corpus_tokens(load_world(spec(root)), load_model(world).tokenizer)
     assert tuple(world.retain_texts) == small.retain_texts
     assert {name: len(part) for name, part in tokens.items()} == {"forget": 10, "retain": 10}
     assert (tokens["retain"] == tokens["forget"]).all()
