@@ -18,7 +18,13 @@ from raysae.analysis.describe import (
     why_not_asked,
     word_of,
 )
-from raysae.analysis.predictors import MIN_TRIALS, OUTCOMES, PREDICTORS, SENSITIVITY
+from raysae.analysis.predictors import (
+    MIN_CONFIGURATIONS,
+    MIN_TRIALS,
+    OUTCOMES,
+    PREDICTORS,
+    SENSITIVITY,
+)
 from raysae.analysis.statistics import SIGNIFICANT
 from raysae.report.run import Run
 from raysae.report.style import Plot
@@ -292,11 +298,12 @@ def prediction(run: Run) -> str:
     """Whether conditioning or overlap predict the score, in one paragraph."""
     table = run.associations
     if table.empty:
-        most = int(run.rungs["step"].value_counts().max()) if len(run.rungs) else 0
+        by_step = run.rungs.groupby("step")["configuration"].agg(["size", "nunique"])
+        most = by_step.max() if len(by_step) else {"size": 0, "nunique": 0}
         return (
             "Whether conditioning or overlap predict the unlearning score cannot be said from this "
-            f"run: it needs {MIN_TRIALS} SAEs scored at one training step, and there are at most "
-            f"{most}."
+            f"run: it needs {MIN_TRIALS} SAEs of {MIN_CONFIGURATIONS} configurations scored at one "
+            f"training step, and there are at most {most['size']} of {most['nunique']}."
         )
     asked = table[~table["predictor"].isin(SENSITIVITY[1:])]
     if asked["rho"].isna().all():
