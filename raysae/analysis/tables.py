@@ -102,7 +102,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "train_seconds": "wall time in training, s",
     "score_seconds": "wall time in scoring at the last rung, s",
     "wall_seconds": "from the start of the trial on its worker to its end, s",
-    "gpu_hours": "wall_seconds × GPUs of the trial / trials a pack, h; 0 on the CPU",
+    "gpu_hours": "wall_seconds × workers of the trial / workers a GPU / trials a pack, h; 0 on the "
+    "CPU",
     "tokens_per_second": "tokens × seeds / train_seconds",
     "attempts": "1, or more if a worker died under it",
     "config_hash": "12 hex digits over everything that decides the trial's numbers but its number",
@@ -260,8 +261,9 @@ def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, A
     if about is None:
         return row
     plan = about["plan"]
-    # Plans did not always have packs.
-    gpus = plan["workers_per_trial"] / plan.get("trials_per_pack", 1) if plan["gpus"] else 0
+    # Plans did not always have packs, nor workers that share a GPU.
+    shares = plan.get("trials_per_pack", 1) * plan.get("workers_per_gpu", 1)
+    gpus = plan["workers_per_trial"] / shares if plan["gpus"] else 0
     return row | {
         "gpu_hours": None if seconds is None else seconds * gpus / 3600,
         "git_commit": about["git_commit"],
