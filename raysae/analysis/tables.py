@@ -20,13 +20,14 @@ TRIAL_COLUMNS: dict[str, str] = {
     "stage": "search, or confirmation: the best and the baselines trained again with fresh seeds",
     "run": "name of the run, grid point or candidate that the trial is a seed of",
     "score": "unlearning score on the half of the questions that the search sees, at the last rung "
-    "reached; 0 to 1, higher is better",
+    "reached; 0 to 1, higher is better; 0 where under no intervention more is missed than without",
     "heldout_score": "the same on the other half, which no sampler sees; missing where `questions` "
     "is not all",
     "transferred_score": "the intervention that gives `score`, read on that other half: 1 − its "
     "forget accuracy there, 0 where it keeps less than 99 % of the retain questions there; never "
     "above heldout_score, which chooses anew; missing where `questions` is not all",
-    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones; in "
+    "saebench_score": "SAEBench's own score, on all questions, the model's own errors in it: "
+    "comparable with published ones; in "
     "worlds of fewer permutations it is called score_of_N_orders, and compares with none; missing "
     "where `questions` is not all",
     "questions": "asked at the last rung reached: all; or search half, of a trial that was stopped "
