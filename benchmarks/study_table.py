@@ -13,8 +13,8 @@ import pandas as pd
 from raysae.analysis.runs import runs_table
 
 COLUMNS = (
-    "run", "score", "held-out", "− baseline, held-out", "ahead", "SAEBench", "L2 loss", "sparsity",
-    "total loss", "L0", "EV", "dead", "κ", "steps", "why 0",
+    "run", "score", "held-out", "− baseline, held-out", "ahead", "p (Holm)", "SAEBench", "L2 loss",
+    "sparsity", "total loss", "L0", "EV", "dead", "κ", "steps", "why 0",
 )  # fmt: skip
 
 
@@ -26,17 +26,20 @@ def cells(row: pd.Series) -> list[str]:
         shown = "" if pd.isna(deviation) else f" ± {deviation:.{digits}f}"
         return f"{row[figure]:.{digits}f}{shown}"
 
-    difference = ahead = ""
+    difference = ahead = p = ""
     if not pd.isna(row.get("difference")):
         low, high = row["difference_low"], row["difference_high"]
-        difference = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        interval = "" if pd.isna(low) else f" [{low:+.3f}, {high:+.3f}]"
+        difference = f"{row['difference']:+.3f}{interval}"
         ahead = f"{row['ahead']:.0f}/{row['seeds']}"
+        p = f"{row['p']:.2g} ({row['p_holm']:.2g})"
     return [
         str(row["run"]),
         spread("score", 3),
         spread("heldout_score", 3),
         difference,
         ahead,
+        p,
         spread("saebench_score", 3),
         spread("l2_loss", 2),
         spread("sparsity_loss", 2),

@@ -11,7 +11,15 @@ from typing import Any
 
 import yaml
 
-from raysae.analysis.describe import TRANSFERRED, by_transferred, describe, why_not_asked
+from raysae.analysis.describe import (
+    TRANSFERRED,
+    by_transferred,
+    describe,
+    difference_of,
+    p_of,
+    why_not_asked,
+    word_of,
+)
 from raysae.analysis.seeds import SEARCH_HALF, asked, seed_records
 from raysae.errors import UserError, first_line
 from raysae.journal import ended_trials
@@ -269,16 +277,14 @@ def _confirmation(run: _Run) -> list[str]:
         "",
         "Beside baselines with the same budget, sparsity and seeds:",
         "",
-        "| baseline | its mean | difference | 95 % interval | ahead in | |",
+        "| baseline | its mean | difference [95 % interval] | t-test | ahead in | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in run.verdicts:
-        difference = (float(row["low"]), float(row["high"]))
         lines.append(
             f"| {row['baseline']} | {float(row['baseline_heldout']):.3f} "
-            f"| {float(row['difference']):+.3f} | {_range(difference, sign='+')} "
-            f"| {row['wins']} of {row['seeds']} seeds "
-            f"| {'beats it' if row['beats'] == 'True' else 'is not shown to beat it'} |"
+            f"| {difference_of(row)} | {p_of(row)} | {row['wins']} of {row['seeds']} seeds "
+            f"| {word_of(row)} it |"
         )
     transferred = [
         f"- {row['baseline']}: {words}" for row in run.verdicts if (words := by_transferred(row))
@@ -288,9 +294,16 @@ def _confirmation(run: _Run) -> list[str]:
     return [
         *lines,
         "",
-        "The interval resamples few seeds: it says how much they agree. One beats "
-        "another where it is above 0 and a paired t-test over the seeds gives p < 0.05.",
+        "The interval resamples few seeds: it says how much they agree. One beats another where it "
+        f"is above 0 and a paired t-test over the seeds gives p < 0.05{_corrected(run.verdicts)}.",
     ]
+
+
+def _corrected(verdicts: list[dict[str, str]]) -> str:
+    """Tables of older versions were not corrected."""
+    if not verdicts[0].get("p_holm"):
+        return ""
+    return ", after Holm's correction for all comparisons of the confirmation"
 
 
 def _limits(run: _Run) -> list[str]:
@@ -346,9 +359,9 @@ def _interval(best: dict[str, Any] | None) -> tuple[float, float] | None:
     return 1 - high, 1 - low
 
 
-def _range(interval: tuple[float, float], sign: str = "") -> str:
+def _range(interval: tuple[float, float]) -> str:
     low, high = interval
-    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"[{low:.3f}, {high:.3f}]"
 
 
 def _parameters(values: dict[str, Any]) -> str:

@@ -26,9 +26,9 @@ from raysae.unlearning import halve, split_questions
 VERDICTS = (
     ",".join(COLUMNS)
     + """
-1,none,2,0.3,0.2,0.1,0.05,0.15,0.01,2,True,False,0.25,0.24,0.01,-0.1,0.12,0.4,1,False,False
-1,fixed_orthogonal,2,0.3,0.35,-0.05,-0.1,0.02,0.3,0,False,False,,,,,,,,,
-7,none,2,0.9,0.2,0.7,0.6,0.8,0.01,2,True,False,,,,,,,,,
+1,none,2,0.3,0.2,0.1,0.05,0.15,0.01,0.02,2,True,False,0.25,0.24,0.01,-0.1,0.12,0.4,0.4,1,False,False
+1,fixed_orthogonal,2,0.3,0.35,-0.05,-0.1,0.02,0.3,0.3,0,False,False,,,,,,,,,,
+7,none,2,0.9,0.2,0.7,0.6,0.8,0.01,0.02,2,True,False,,,,,,,,,,
 """
 )
 
@@ -150,9 +150,17 @@ def test_an_sae_that_was_stopped_early_has_the_one_score_that_it_has(run_dir: Pa
 
 def test_the_confirmation_is_told_whichever_way_it_went(run_dir: Path):
     text = "\n".join(lines(run_dir))
+    assert (
+        "gives p < 0.05, after Holm's correction for all comparisons of the confirmation." in text
+    )
     assert "2 other seeds, on held-out questions: 0.312, 0.287 (mean 0.300)" in text
-    assert "| none | 0.200 | +0.100 | [+0.050, +0.150] | 2 of 2 seeds | beats it |" in text
-    worse = "| -0.050 | [-0.100, +0.020] | 0 of 2 seeds | is not shown to beat it |"
+    assert (
+        "| none | 0.200 | +0.100 [+0.050, +0.150] | p 0.01 (Holm 0.02) | 2 of 2 seeds | beats it |"
+        in text
+    )
+    worse = (
+        "| -0.050 [-0.100, +0.020] | p 0.3 (Holm 0.3) | 0 of 2 seeds | is not shown to beat it |"
+    )
     assert f"| fixed_orthogonal | 0.350 {worse}" in text
     assert "0.900" not in text  # another candidate's
     caution = "Caution, by the transferred score it is not shown to beat it: 0.250 against 0.240"
@@ -170,13 +178,23 @@ def test_a_run_from_before_transferred_scores_has_a_card_without_them(run_dir: P
             del found[name]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     table = run_dir / "confirmation.csv"
-    old = [",".join(line.split(",")[:12]) for line in table.read_text().splitlines()]
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    corrected = rows[0].index("p_holm")
+    old = [",".join(row[:corrected] + row[corrected + 1 : 13]) for row in rows]
     table.write_text("\n".join(old) + "\n")
     card = ModelCard.load(write_card(run_dir))
     assert {r.dataset_split for r in card.data.eval_results} == {"search", "heldout", "all"}
     assert "held-out forget questions right" in card.text
     assert "ransferred" not in card.text
-    assert "| none | 0.200 | +0.100 |" in card.text
+    assert "| none | 0.200 | +0.100 [+0.050, +0.150] | p 0.01 | 2 of 2 seeds |" in card.text
+    assert "gives p < 0.05." in card.text
+
+
+def test_a_candidate_that_is_worse_is_not_only_not_shown_to_be_better(run_dir: Path):
+    table = run_dir / "confirmation.csv"
+    table.write_text(table.read_text().replace(",0.3,0.3,0,False,False", ",0.01,0.02,0,False,True"))
+    (row,) = (line for line in lines(run_dir) if line.startswith("| fixed_orthogonal"))
+    assert row.endswith("| is worse than it |")
 
 
 def test_an_sae_that_was_not_confirmed_says_so(run_dir: Path):

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from raysae.analysis.seeds import seed_records
-from raysae.analysis.statistics import bootstrap_interval, p_of_mean
+from raysae.analysis.statistics import SIGNIFICANT, bootstrap_interval, holm, p_of_mean
 from raysae.training.spec import TrialSpec
 
 BASELINES = ("none", "fixed_orthogonal")
-SIGNIFICANT = 0.05
-"""Two-sided; chance alone finds one better in half as many comparisons."""
+KINDS = {"heldout": "", "transferred": "transferred_"}
+"""Scores that are compared, with the prefix of their columns."""
 COLUMNS = {
     "candidate": "trial of the search that was trained again",
     "baseline": "what it is compared with: same budget, sparsity and seeds",
@@ -25,10 +25,13 @@ COLUMNS = {
     "difference": "mean of the differences by seed",
     "low": "2.5 % of the difference, bootstrap over seeds",
     "high": "97.5 %",
-    "p": "two-sided p of a paired t-test: by chance the seeds would differ so much so often",
+    "p": "two-sided p of a paired t-test: by chance the seeds would differ so much so often; that "
+    "of the sign test where all differences are equal",
+    "p_holm": "p corrected for the number of rows (Holm): so often would chance find so much in "
+    "any of them",
     "wins": "seeds in which the candidate is ahead",
-    "beats": f"whether low is above 0 and p below {SIGNIFICANT}",
-    "worse": f"whether high is below 0 and p below {SIGNIFICANT}",
+    "beats": f"whether low is above 0 and p_holm below {SIGNIFICANT}",
+    "worse": f"whether high is below 0 and p_holm below {SIGNIFICANT}",
     "candidate_transferred": "mean transferred score of the candidate; this and what follows is "
     "missing where journals of an older version have none",
     "baseline_transferred": "mean transferred score of the baseline",
@@ -36,6 +39,7 @@ COLUMNS = {
     "transferred_low": "2.5 % of transferred_difference",
     "transferred_high": "97.5 %",
     "transferred_p": "of transferred_difference",
+    "transferred_p_holm": "of transferred_p, over the rows that have one",
     "transferred_wins": "seeds in which the candidate is ahead",
     "transferred_beats": "what `beats` would be by the transferred score",
     "transferred_worse": "what `worse` would be",
@@ -47,7 +51,8 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
 
     Differences are taken seed by seed: both were trained from the same weights on the same batches.
     The interval resamples seeds, of which there are few: it says how much they agree, not more;
-    what that is worth with so few says the t-test.
+    what that is worth with so few says the t-test. Several candidates beside several baselines are
+    as many chances to be lucky, so that its p counts corrected for the rows of the table.
     """
     records = [
         r for r in ended if r["spec"]["stage"] == "confirmation" and r["state"] == "finished"
@@ -77,7 +82,7 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
                 "baseline": method,
                 "seeds": len(seeds),
             }
-            for i, (kind, prefix) in enumerate((("heldout", ""), ("transferred", "transferred_"))):
+            for i, (kind, prefix) in enumerate(KINDS.items()):
                 pairs = [(scores[run][seed][i], other[seed][i]) for seed in seeds]
                 if any(None in pair for pair in pairs):  # a mean of some seeds is not that of all
                     continue
@@ -85,21 +90,31 @@ def verdicts(ended: list[dict[str, Any]]) -> pd.DataFrame:
                 row |= {f"candidate_{kind}": mine.mean(), f"baseline_{kind}": theirs.mean()}
                 row |= {f"{prefix}{name}": found for name, found in _compare(mine, theirs).items()}
             rows.append(row)
+    for prefix in KINDS.values():
+        judge([row for row in rows if f"{prefix}p" in row], prefix)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def judge(rows: list[dict[str, Any]], prefix: str = "") -> None:
+    """Add `p_holm`, `beats` and `worse` to the rows of a table of comparisons, which have `low`,
+    `high` and `p`; all of these names with `prefix`.
+    """
+    corrected = holm(np.array([row[f"{prefix}p"] for row in rows], dtype=float))
+    for row, p in zip(rows, corrected, strict=True):
+        row[f"{prefix}p_holm"] = float(p)
+        row[f"{prefix}beats"] = bool(row[f"{prefix}low"] > 0 and p < SIGNIFICANT)
+        row[f"{prefix}worse"] = bool(row[f"{prefix}high"] < 0 and p < SIGNIFICANT)
+
+
 def _compare(mine: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """Statistics of the differences of scores (seeds,), as in `COLUMNS`."""
+    """Statistics of the differences of scores (seeds,), as in `COLUMNS`; `judge` adds the rest."""
     low, high = bootstrap_interval(mine - theirs)
-    p = p_of_mean(mine - theirs)
     return {
         "difference": (mine - theirs).mean(),
         "low": low,
         "high": high,
-        "p": p,
+        "p": p_of_mean(mine - theirs),
         "wins": int((mine > theirs).sum()),
-        "beats": bool(low > 0 and p < SIGNIFICANT),
-        "worse": bool(high < 0 and p < SIGNIFICANT),
     }
 
 

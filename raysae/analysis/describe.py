@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from typing import Any
 
 NOT_ASKED = "–"
@@ -46,19 +47,41 @@ TRANSFERRED = (
 )
 
 
+def word_of(row: Mapping[Any, Any], prefix: str = "") -> str:
+    """What a row of `confirmation.COLUMNS`, or of its CSV file, says of the candidate and the
+    baseline, as a verb; `prefix` as of the columns.
+    """
+    # As text: a CSV file has no truth values.
+    if str(row[f"{prefix}beats"]) == "True":
+        return "beats"
+    worse = str(row.get(f"{prefix}worse")) == "True"  # which old tables do not tell
+    return "is worse than" if worse else "is not shown to beat"
+
+
+def difference_of(row: Mapping[Any, Any], prefix: str = "") -> str:
+    """The row's difference with its interval, which one seed alone does not have."""
+    difference, low, high = (_number(row, f"{prefix}{n}") for n in ("difference", "low", "high"))
+    return f"{difference:+.3f}" + ("" if isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+
+
+def p_of(row: Mapping[Any, Any], prefix: str = "") -> str:
+    """The row's p, and what is left of it beside the other rows; "" where an old table has none."""
+    p, corrected = (_number(row, f"{prefix}{name}") for name in ("p", "p_holm"))
+    if isnan(p):
+        return ""
+    return f"p {p:.2g}" + ("" if isnan(corrected) else f" (Holm {corrected:.2g})")
+
+
 def by_transferred(row: Mapping[Any, Any]) -> str:
     """A row of `confirmation.COLUMNS`, or of its CSV file, by the transferred score, with a warning
     where its verdict is not that of the held-out score; "" where the journal has none.
     """
     if not _has_transferred(row):
         return ""
-    difference, low, high, p = (
-        float(row[f"transferred_{name}"]) for name in ("difference", "low", "high", "p")
-    )
     figures = (
         f"{float(row['candidate_transferred']):.3f} against "
-        f"{float(row['baseline_transferred']):.3f}, difference {difference:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}], p {p:.2g}, "
+        f"{float(row['baseline_transferred']):.3f}, difference "
+        f"{difference_of(row, 'transferred_')}, {p_of(row, 'transferred_')}, "
         f"ahead in {float(row['transferred_wins']):.0f} of {row['seeds']}"
     )
     other = disagreement(row)
@@ -67,17 +90,16 @@ def by_transferred(row: Mapping[Any, Any]) -> str:
 
 def disagreement(row: Mapping[Any, Any]) -> str:
     """What the transferred score says where it is not what the held-out score says; else ""."""
-    if not _has_transferred(row) or _word(row, "transferred_") == _word(row, ""):
+    if not _has_transferred(row) or word_of(row, "transferred_") == word_of(row):
         return ""
-    return f"by the transferred score it {_word(row, 'transferred_')} it"
+    return f"by the transferred score it {word_of(row, 'transferred_')} it"
 
 
 def _has_transferred(row: Mapping[Any, Any]) -> bool:
-    return str(row.get("transferred_difference", "")) not in ("", "nan", "None")
+    return not isnan(_number(row, "transferred_difference"))
 
 
-def _word(row: Mapping[Any, Any], prefix: str) -> str:
-    # As text: a CSV file has no truth values.
-    if str(row[f"{prefix}beats"]) == "True":
-        return "beats"
-    return "is worse than" if str(row[f"{prefix}worse"]) == "True" else "is not shown to beat"
+def _number(row: Mapping[Any, Any], name: str) -> float:
+    """nan for what a table has not, or a CSV file has not written."""
+    value = row.get(name)
+    return nan if value in (None, "") else float(value)

@@ -47,6 +47,11 @@ OUTCOMES = {
 MIN_TRIALS = 12
 """SAEs scored at one step. Below, an interval by bootstrap promises more than there is."""
 
+MIN_CONFIGURATIONS = max(10, len(COVARIATES) + 3)
+"""Different configurations among them, which are what is resampled: of three with five seeds each,
+resamples are so few that chance alone has some interval leave out 0 in half of the cases, and a
+partial correlation needs more of them than it holds fixed."""
+
 MOST_EQUAL = 0.75
 """Share of the SAEs that may have one and the same value of a predictor: what lies at its bound in
 nearly all of them says something about the few others alone."""
@@ -132,8 +137,9 @@ def rung_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
     """One row a (step, predictor), columns as in `ASSOCIATION_COLUMNS`.
 
-    Steps at which fewer than `MIN_TRIALS` SAEs were scored are left out, and so are predictors
-    that fewer have, or of which more than `MOST_EQUAL` have the same value.
+    Steps at which fewer SAEs than `MIN_TRIALS` or `MIN_CONFIGURATIONS` of them were scored are
+    left out, and so are predictors that fewer have, or of which more than `MOST_EQUAL` have the
+    same value.
     """
     rows: list[dict[str, Any]] = []
     for step, at_step in rungs.groupby("step"):
@@ -144,10 +150,11 @@ def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
         masks = {name: tuple(present[name].notna()) for name in asked}
         outcome = outcome_of(at_step)
         for mask in dict.fromkeys(masks.values()):
-            if sum(mask) < MIN_TRIALS:
+            part = at_step[list(mask)]
+            configurations = part["configuration"].nunique()
+            if len(part) < MIN_TRIALS or configurations < MIN_CONFIGURATIONS:
                 continue
             names = [name for name in asked if masks[name] == mask]
-            part = at_step[list(mask)]
             found = _associate(
                 present.loc[list(mask), names].to_numpy(dtype=float),
                 part[outcome].to_numpy(dtype=float),
@@ -156,7 +163,7 @@ def associations_table(rungs: pd.DataFrame) -> pd.DataFrame:
                 comparisons=len(set(asked) - set(SENSITIVITY[1:])),
             )
             head = {"step": step, "outcome": outcome, "trials": len(part)}
-            head["configurations"] = part["configuration"].nunique()
+            head["configurations"] = configurations
             rows += [
                 head | {"predictor": name} | row for name, row in zip(names, found, strict=True)
             ]

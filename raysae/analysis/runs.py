@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
-from raysae.analysis.statistics import bootstrap_interval
+from raysae.analysis.statistics import SIGNIFICANT, bootstrap_interval, holm, p_of_mean
 
 _MEANINGS = {
     "score": "unlearning score on the half of the questions that a search sees, 0 to 1",
@@ -41,11 +44,17 @@ RUN_COLUMNS: dict[str, str] = {
     "zeros": "why a score is 0 where one is, with the number of seeds",
     "difference": "mean over seeds of the difference of held-out scores to the run without a "
     "regularizer of the same SAE and training, seed by seed",
-    "difference_low": "2.5 % of it, bootstrap over seeds",
+    "difference_low": "2.5 % of it, bootstrap over seeds; nan for one seed",
     "difference_high": "97.5 %",
     "ahead": "seeds in which the difference is above 0 (count)",
+    "p": "two-sided p of a paired t-test of the difference; that of the sign test where it is the "
+    "same in all seeds, 1 for one seed",
+    "p_holm": "p corrected for the number of runs that have one (Holm)",
+    "beats": f"whether difference_low is above 0 and p_holm below {SIGNIFICANT}",
+    "worse": f"whether difference_high is below 0 and p_holm below {SIGNIFICANT}",
 }
-"""Columns of `runs.csv` with their meaning and unit; the last four where there is such a run."""
+"""Columns of `runs.csv` with their meaning and unit; from `difference` on where there is such a
+run."""
 
 _SAE = ("architecture", "d_sae", "k", "l1_coefficient", "l0_coefficient")
 
@@ -68,10 +77,10 @@ def runs_table(seeds: pd.DataFrame) -> pd.DataFrame:
     baselines: dict[str, str] = {}
     for run in named.loc[named["regularizer"] == BASELINE, "run"].unique():
         baselines.setdefault(equal[run], run)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run, group in named.groupby("run", sort=False):
         done = group[group["state"] == "finished"]
-        row: dict[str, object] = {
+        row: dict[str, Any] = {
             "run": run,
             "seeds": len(done),
             "failed": int((group["state"] == "failed").sum()),
@@ -85,7 +94,16 @@ def runs_table(seeds: pd.DataFrame) -> pd.DataFrame:
         baseline = baselines.get(equal[str(run)])
         row |= {} if baseline is None else _difference(done_all, str(run), baseline)
         rows.append(row)
+    _judge([row for row in rows if "p" in row])
     return pd.DataFrame(rows)
+
+
+def _judge(rows: list[dict[str, Any]]) -> None:
+    """Add what depends on how many runs are compared."""
+    for row, p in zip(rows, holm(np.array([row["p"] for row in rows])), strict=True):
+        row["p_holm"] = float(p)
+        row["beats"] = bool(row["difference_low"] > 0 and p < SIGNIFICANT)
+        row["worse"] = bool(row["difference_high"] < 0 and p < SIGNIFICANT)
 
 
 def _what_is_equal(named: pd.DataFrame) -> dict[str, str]:
@@ -109,4 +127,5 @@ def _difference(done: pd.DataFrame, run: str, baseline: str) -> dict[str, float]
         "difference_low": low,
         "difference_high": high,
         "ahead": int((differences > 0).sum()),
+        "p": p_of_mean(differences),
     }

@@ -20,13 +20,14 @@ TRIAL_COLUMNS: dict[str, str] = {
     "stage": "search, or confirmation: the best and the baselines trained again with fresh seeds",
     "run": "name of the run, grid point or candidate that the trial is a seed of",
     "score": "unlearning score on the half of the questions that the search sees, at the last rung "
-    "reached; 0 to 1, higher is better",
+    "reached; 0 to 1, higher is better; 0 where under no intervention more is missed than without",
     "heldout_score": "the same on the other half, which no sampler sees; missing where `questions` "
     "is not all",
     "transferred_score": "the intervention that gives `score`, read on that other half: 1 − its "
     "forget accuracy there, 0 where it keeps less than 99 % of the retain questions there; never "
     "above heldout_score, which chooses anew; missing where `questions` is not all",
-    "saebench_score": "SAEBench's own score, on all questions: comparable with published ones; in "
+    "saebench_score": "SAEBench's own score, on all questions, the model's own errors in it: "
+    "comparable with published ones; in "
     "worlds of fewer permutations it is called score_of_N_orders, and compares with none; missing "
     "where `questions` is not all",
     "questions": "asked at the last rung reached: all; or search half, of a trial that was stopped "
@@ -102,7 +103,8 @@ TRIAL_COLUMNS: dict[str, str] = {
     "train_seconds": "wall time in training, s",
     "score_seconds": "wall time in scoring at the last rung, s",
     "wall_seconds": "from the start of the trial on its worker to its end, s",
-    "gpu_hours": "wall_seconds × GPUs of the trial / trials a pack, h; 0 on the CPU",
+    "gpu_hours": "wall_seconds × workers of the trial / workers a GPU / trials a pack, h; 0 on the "
+    "CPU",
     "tokens_per_second": "tokens × seeds / train_seconds",
     "attempts": "1, or more if a worker died under it",
     "config_hash": "12 hex digits over everything that decides the trial's numbers but its number",
@@ -260,8 +262,9 @@ def _origin(record: dict[str, Any], about: dict[str, Any] | None) -> dict[str, A
     if about is None:
         return row
     plan = about["plan"]
-    # Plans did not always have packs.
-    gpus = plan["workers_per_trial"] / plan.get("trials_per_pack", 1) if plan["gpus"] else 0
+    # Plans did not always have packs, nor workers that share a GPU.
+    shares = plan.get("trials_per_pack", 1) * plan.get("workers_per_gpu", 1)
+    gpus = plan["workers_per_trial"] / shares if plan["gpus"] else 0
     return row | {
         "gpu_hours": None if seconds is None else seconds * gpus / 3600,
         "git_commit": about["git_commit"],

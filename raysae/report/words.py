@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pandas as pd
@@ -11,10 +12,20 @@ from raysae.analysis.describe import (
     TRANSFERRED,
     by_transferred,
     describe,
+    difference_of,
     disagreement,
+    p_of,
     why_not_asked,
+    word_of,
 )
-from raysae.analysis.predictors import MIN_TRIALS, OUTCOMES, PREDICTORS, SENSITIVITY
+from raysae.analysis.predictors import (
+    MIN_CONFIGURATIONS,
+    MIN_TRIALS,
+    OUTCOMES,
+    PREDICTORS,
+    SENSITIVITY,
+)
+from raysae.analysis.statistics import SIGNIFICANT
 from raysae.report.run import Run
 from raysae.report.style import Plot
 from raysae.worlds.world import SAEBENCH
@@ -89,12 +100,29 @@ def _study_headline(run: Run) -> str:
     )
     if "difference" not in runs or runs["difference"].isna().all():
         return first + "."
-    ahead = int((runs["difference_low"] > 0).sum())
-    compared = int(runs["difference"].notna().sum())
-    return (
-        f"{first}. {ahead} of {compared} runs are ahead of the run without a regularizer by more "
-        "than their seeds disagree."
-    )
+    return f"{first}. {_against_baseline(runs[runs['difference'].notna()])}"
+
+
+def _against_baseline(compared: pd.DataFrame) -> str:
+    """What is shown of the runs of a study against the run without a regularizer, and what not."""
+    if compared["difference_low"].isna().all():
+        return (
+            "With one seed each nothing is shown of how they differ from the run without a "
+            "regularizer."
+        )
+    parts = []
+    for column, one, several in (("beats", "beats", "beat"), ("worse", "is worse", "are worse")):
+        names = compared.loc[compared[column].astype(bool), "run"].tolist()
+        if names:
+            verb = (one if len(names) == 1 else several) + (" than" if column == "worse" else "")
+            parts.append(f"{', '.join(names)} {verb} the run without a regularizer")
+    left = len(compared) - int(compared[["beats", "worse"]].astype(bool).to_numpy().sum())
+    of = "" if len(compared) == 1 else f" after Holm's correction for {len(compared)} comparisons"
+    test = f"paired t-test over seeds, p < {SIGNIFICANT}{of}"
+    if not parts:
+        return f"No run is shown to differ from the run without a regularizer ({test})."
+    rest = f" No difference is shown of the other {left}." if left else ""
+    return f"By held-out scores {'; '.join(parts)} ({test}).{rest}"
 
 
 def _on_all(run: Run) -> str:
@@ -255,15 +283,14 @@ def _interval(run: Run, trial: int, best: dict[str, Any] | None) -> str:
 
 def verdict(run: Run, row: pd.Series[Any]) -> str:
     """One line of the confirmation."""
-    word = "is worse than" if row["worse"] else "is not shown to beat"
-    word = "beats" if row["beats"] else word
-    transferred = by_transferred(row.to_dict()).replace(" -", " −").replace("[-", "[−")
+    transferred = _with_minus(by_transferred(row.to_dict()))
     return (
-        f"Trial {row['candidate']} ({describe(run.specs[row['candidate']])}) {word} "
+        f"Trial {row['candidate']} ({describe(run.specs[row['candidate']])}) "
+        f"{word_of(row.to_dict())} "
         f"{row['baseline']} at equal budget and sparsity: held-out "
         f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
-        f"{_difference(row)}, p {row['p']:.2g}, ahead in {row['wins']} of {row['seeds']} fresh "
-        f"seeds.{f' {transferred}.' if transferred else ''}"
+        f"{_difference(row)}, {p_of(row.to_dict())}, ahead in {row['wins']} of {row['seeds']} "
+        f"fresh seeds.{f' {transferred}.' if transferred else ''}"
     )
 
 
@@ -271,11 +298,12 @@ def prediction(run: Run) -> str:
     """Whether conditioning or overlap predict the score, in one paragraph."""
     table = run.associations
     if table.empty:
-        most = int(run.rungs["step"].value_counts().max()) if len(run.rungs) else 0
+        by_step = run.rungs.groupby("step")["configuration"].agg(["size", "nunique"])
+        most = by_step.max() if len(by_step) else {"size": 0, "nunique": 0}
         return (
             "Whether conditioning or overlap predict the unlearning score cannot be said from this "
-            f"run: it needs {MIN_TRIALS} SAEs scored at one training step, and there are at most "
-            f"{most}."
+            f"run: it needs {MIN_TRIALS} SAEs of {MIN_CONFIGURATIONS} configurations scored at one "
+            f"training step, and there are at most {most['size']} of {most['nunique']}."
         )
     asked = table[~table["predictor"].isin(SENSITIVITY[1:])]
     if asked["rho"].isna().all():
@@ -388,7 +416,12 @@ def _limits(asked: pd.DataFrame) -> str:
 
 
 def _difference(row: pd.Series[Any]) -> str:
-    return f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
+    return _with_minus(difference_of(row.to_dict()))
+
+
+def _with_minus(text: str) -> str:
+    """With real minus signs in front of numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def _signed(value: float, digits: int = 3) -> str:

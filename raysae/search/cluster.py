@@ -94,6 +94,8 @@ class Plan:
     cpus: int
     gpus: int
     local: bool
+    workers_per_gpu: int = 1
+    """That share one, where GPUs are used."""
 
     @property
     def pool_size(self) -> int | tuple[int, int]:
@@ -436,4 +438,5 @@ def make_plan(
     pack = trials_per_pack(config, gpu_bytes)
     slots = most // per_trial * pack
     concurrent = min(config.search.max_concurrent or slots, slots, config.num_trials)
-    return Plan(workers, most, per_trial, pack, concurrent, cpus, gpus, local)
+    shared = resources.workers_per_gpu
+    return Plan(workers, most, per_trial, pack, concurrent, cpus, gpus, local, shared)

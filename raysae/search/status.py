@@ -19,7 +19,13 @@ import yaml
 from rich.console import Console
 from rich.live import Live
 
-from raysae.analysis.describe import describe, disagreement, why_not_asked
+from raysae.analysis.describe import (
+    describe,
+    difference_of,
+    disagreement,
+    why_not_asked,
+    word_of,
+)
 from raysae.analysis.seeds import SEARCH_HALF, asked
 from raysae.errors import UserError, first_line
 from raysae.journal import JOURNAL, ended_trials
@@ -206,12 +212,10 @@ def _is_half_scored(trial: dict[str, Any]) -> bool:
 def _verdict(row: dict[str, str], specs: dict[int, dict[str, Any]]) -> str:
     """A row of the confirmation in a sentence."""
     candidate = int(row["candidate"])
-    beaten = "beats" if row["beats"] == "True" else "is not shown to beat"
     other = disagreement(row)
     return (
-        f"Confirmation: trial {candidate} ({describe(specs[candidate])}) {beaten} "
-        f"{row['baseline']}: held-out difference {float(row['difference']):+.3f} "
-        f"[{float(row['low']):+.3f}, {float(row['high']):+.3f}], {row['seeds']} fresh seeds"
+        f"Confirmation: trial {candidate} ({describe(specs[candidate])}) {word_of(row)} "
+        f"{row['baseline']}: held-out difference {difference_of(row)}, {row['seeds']} fresh seeds"
         f"{f'; caution: {other}' if other else ''}"
     )
 

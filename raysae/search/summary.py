@@ -16,8 +16,12 @@ from raysae.analysis.describe import (
     TRANSFERRED,
     by_transferred,
     describe,
+    difference_of,
+    p_of,
     why_not_asked,
+    word_of,
 )
+from raysae.analysis.statistics import SIGNIFICANT
 from raysae.analysis.tables import best_first
 from raysae.worlds.world import SAEBENCH
 
@@ -58,7 +62,7 @@ def print_summary(
     for error, group in trials[trials["state"] == "failed"].groupby("error"):
         numbers = ", ".join(str(number) for number in group["trial"])
         console.print(f"failed: trial {numbers}: {error}", markup=False, highlight=False)
-    for _, row in confirmation.iterrows():
+    for row in confirmation.to_dict("records"):
         _say(console, _verdict(row, specs))
     if confirmation["transferred_difference"].notna().any():
         _say(console, TRANSFERRED)
@@ -160,7 +164,8 @@ def _print_runs(console: Console, runs: pd.DataFrame) -> None:
     table = Table(
         title="Runs: mean ± standard deviation over seeds",
         caption="score: on the half of the questions that a search sees; held-out: on the other; "
-        "− baseline: held-out, seed by seed, with its bootstrap interval",
+        "− baseline: held-out, seed by seed, with its bootstrap interval; p: paired t-test over "
+        f"seeds, after Holm's correction for all runs: below {SIGNIFICANT} a difference is shown",
         title_justify="left",
         caption_justify="left",
         box=None,
@@ -172,6 +177,7 @@ def _print_runs(console: Console, runs: pd.DataFrame) -> None:
         "score": lambda row: _spread(row, "score", 3),
         "held-out": lambda row: _spread(row, "heldout_score", 3),
         "− baseline": _interval,
+        "p": lambda row: "" if pd.isna(row.get("p_holm")) else f"{row['p_holm']:.2g}",
         "L2 loss": lambda row: _spread(row, "l2_loss", 2),
         "sparsity": lambda row: _spread(row, "sparsity_loss", 2),
         "loss": lambda row: _spread(row, "loss", 2),
@@ -193,14 +199,14 @@ def _print_runs(console: Console, runs: pd.DataFrame) -> None:
     console.print(table)
 
 
-def _verdict(row: pd.Series[Any], specs: dict[int, dict[str, Any]]) -> str:
-    beaten = "beats" if row["beats"] else "is not shown to beat"
-    transferred = by_transferred(row.to_dict())
+def _verdict(row: dict[Any, Any], specs: dict[int, dict[str, Any]]) -> str:
+    transferred = by_transferred(row)
     return (
-        f"Confirmation: trial {row['candidate']} ({describe(specs[row['candidate']])}) {beaten} "
+        f"Confirmation: trial {row['candidate']} ({describe(specs[row['candidate']])}) "
+        f"{word_of(row)} "
         f"{row['baseline']} at the same budget and sparsity: held-out score "
         f"{row['candidate_heldout']:.3f} against {row['baseline_heldout']:.3f}, difference "
-        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p']:.2g}, "
+        f"{difference_of(row)}, {p_of(row)}, "
         f"ahead in {row['wins']} of {row['seeds']} fresh seeds"
         f"{f'. {transferred}' if transferred else ''}"
     )
@@ -221,7 +227,7 @@ def _interval(row: pd.Series[Any]) -> str:
     if pd.isna(row.get("difference")):
         return ""
     low, high = row["difference_low"], row["difference_high"]
-    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{row['difference']:+.3f}" + ("" if pd.isna(low) else f" [{low:+.3f}, {high:+.3f}]")
 
 
 def _count(correct: float, total: float) -> str:

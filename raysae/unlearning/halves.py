@@ -39,7 +39,8 @@ class Transfer:
 
     score: float
     """The transferred score: 1 minus its forget accuracy on the held-out half, 0 where it keeps
-    less than 99 % of the retain questions there. Never above the held-out half's own score, which
+    less than 99 % of the retain questions there, or leaves as many of the others right as the model
+    does by itself. Never above the held-out half's own score, which
     is the best of all interventions there."""
     status: TransferStatus
     cause: str
@@ -108,13 +109,17 @@ def _transfer(search: UnlearningResult, heldout: UnlearningResult) -> Transfer:
         return Transfer(0.0, TransferStatus.nothing_chosen, cause, None)
     row = search.interventions.index(search.best)
     found = heldout.interventions[row]
+    unaided = heldout.unaided_forget_correct
     # By SAEBench's rule, as if it were the only intervention.
     score = unlearning_score({name: rows[[row]] for name, rows in heldout.is_correct.items()})
+    score = score if found.forget_correct < unaided else 0.0
     cause = (
         "the intervention chosen on the questions that the search saw leaves "
         f"{found.forget_correct} of {found.forget_total} held-out forget questions right and "
         f"{found.retain_correct} of {found.retain_total} to retain ({found.retain_accuracy:.1%})"
     )
+    if unaided < found.forget_total:
+        cause += f", where by itself the model gets {unaided} of {found.forget_total} right"
     if not found.passes_gate:
         status, cause = TransferStatus.retain_gate_failed, f"{cause}, fewer than {RETAIN_GATE:.0%}"
     else:

@@ -4,6 +4,11 @@ The score is sae-bench 0.6.0's: 1 minus the smallest accuracy on the forget ques
 interventions that keep at least 99 % of the retain questions. It is 0.0 for an SAE that was never
 trained, for one without an eligible feature, for one whose every intervention costs retain
 questions, and for one whose interventions change nothing: `UnlearningStatus` tells them apart.
+
+Questions are chosen because the model knows them; asked again, in bfloat16 or in other batches, it
+may miss some. SAEBench then gives an SAE that does nothing the score of the model's own errors.
+Its number stays as it is under its name, and the status and the cause say whose it is; on a part of
+the questions, by which a search chooses and is judged, such a score counts as 0.
 """
 
 from __future__ import annotations
@@ -43,7 +48,8 @@ UNTRAINED_CAUSE = "the SAE was trained for 0 steps, so nothing was evaluated"
 
 
 class UnlearningStatus(StrEnum):
-    """Why the score is what it is; every member but `ok` means a score of 0.0."""
+    """Why the score is what it is; every member but `ok` means that no intervention makes the model
+    forget: a score of 0.0, or on all questions of what the model misses by itself, see `cause`."""
 
     ok = "ok"
     untrained = "untrained"
@@ -89,7 +95,9 @@ class UnlearningResult:
     """Everything one evaluation found out; arrays are by question and by feature."""
 
     score: float
-    """SAEBench's unlearning score, 0 (nothing unlearnt) to 1."""
+    """SAEBench's unlearning score, 0 (nothing unlearnt) to 1. On a part of the questions, of which
+    SAEBench has none, by the same rule, but 0 where no intervention that passes the gate leaves
+    fewer forget questions right than the model does by itself."""
     status: UnlearningStatus
     cause: str
     """One sentence with the figures behind the status."""
@@ -99,7 +107,7 @@ class UnlearningResult:
     interventions: tuple[Intervention, ...]
     """All of the grid, in SAEBench's order: threshold, then features, then multiplier."""
     best: Intervention | None
-    """The intervention that gives the score; None when the score is 0."""
+    """The intervention that gives the score; None when none makes the model forget."""
     baseline_forget_correct: int
     baseline_forget_total: int
     baseline_retain_correct: int
@@ -118,19 +126,34 @@ class UnlearningResult:
     """Whether only a part of the known questions was asked: the score is then not SAEBench's."""
 
     @property
+    def unaided_forget_correct(self) -> int:
+        """Forget questions that the model gets right by itself: without an intervention or under
+        one without features, whichever are fewer. What is right under an intervention is only
+        forgetting where it is less than that."""
+        return _unaided(self.interventions, self.baseline_forget_correct)
+
+    @property
     def frontier(self) -> float:
         """How much can be forgotten at what cost, a graded companion of the score; in [0, 1].
 
-        Mean over required retain accuracies r from 0.9 to 1 of the largest loss of forget accuracy
-        among the interventions that keep at least r (0 where none does). Unlike the score it has no
-        cliff at 0.99: an SAE that just misses the gate is told from one that separates nothing.
+        Mean over required retain accuracies r from 0.9 to 1 of the largest loss of forget accuracy,
+        from what it is without an intervention, among the interventions that keep at least r (0
+        where none does). Unlike the score it has no cliff at 0.99: an SAE that just misses the gate
+        is told from one that separates nothing.
         """
+        if not self.interventions:
+            return 0.0
+        unaided = self.unaided_forget_correct / self.baseline_forget_total
         # Not quite the decimals, so that an accuracy of exactly 0.94 keeps 0.94.
         levels = np.linspace(FRONTIER_FROM, 1.0, FRONTIER_LEVELS) - 1e-9
         losses = [
             max(
-                (1 - i.forget_accuracy for i in self.interventions if i.retain_accuracy >= level),
-                default=0.0,
+                [
+                    unaided - i.forget_accuracy
+                    for i in self.interventions
+                    if i.retain_accuracy >= level
+                ]
+                + [0.0]
             )
             for level in levels
         ]
@@ -230,7 +253,7 @@ def make_result(
 
     Args:
         evaluator: ``saebench`` or ``cached``.
-        score: SAEBench's.
+        score: SAEBench's, or its rule's on a part of the questions.
         grid: the interventions, in SAEBench's order.
         is_correct: by data set, bool (len(grid), questions).
         baseline: by data set, bool (questions,), answers without an intervention.
@@ -253,9 +276,18 @@ def make_result(
         )
         for row, p in enumerate(grid)
     )
+    unaided = _unaided(interventions, int(baseline[FORGET_SET].sum()))
     row = best_row(is_correct) if score > 0 else None
-    best = None if row is None else interventions[row]
+    # The lowest of those that pass: where it is no lower than without it, none makes forget.
+    best = (
+        None if row is None or interventions[row].forget_correct >= unaided else interventions[row]
+    )
+    if partial and best is None:
+        score = 0.0
     status, cause = _explain(interventions, best, eligible, forget_sparsity, retain_sparsity)
+    if unaided < forget.shape[1]:
+        cause += f"; by itself the model gets {unaided} of {forget.shape[1]} forget questions right"
+        cause += f", which is all of the score of {score:.4f}" if score > 0 and best is None else ""
     base_retain = np.concatenate([v for k, v in baseline.items() if k not in NOT_RETAIN_SETS])
     return UnlearningResult(
         score=score,
@@ -330,6 +362,12 @@ def too_few_known(counts: Mapping[str, int], minimum: int) -> str | None:
     )
 
 
+def _unaided(interventions: Sequence[Intervention], baseline_forget_correct: int) -> int:
+    """See `UnlearningResult.unaided_forget_correct`."""
+    without = [i.forget_correct for i in interventions if not i.n_features_used]
+    return min([baseline_forget_correct, *without])
+
+
 def _explain(
     interventions: Sequence[Intervention],
     best: Intervention | None,
@@ -357,9 +395,11 @@ def _explain(
             f"({near.retain_accuracy:.1%})"
         )
     if best is None:
+        least = min(i.forget_correct for i in passing)
+        left = f"all {least}" if least == passing[0].forget_total else f"no fewer than {least}"
         return UnlearningStatus.no_effect, (
             f"{len(passing)} of {len(real)} interventions keep {RETAIN_GATE:.0%} of the retain "
-            f"questions, and all {passing[0].forget_total} forget questions stay right under them"
+            f"questions, and {left} forget questions stay right under them"
         )
     return UnlearningStatus.ok, (
         f"{best.n_features_used} features clamped to -{best.multiplier} (retain threshold "

@@ -149,13 +149,41 @@ def test_nothing_is_found_where_nothing_is():
 
 
 def test_seeds_of_one_configuration_are_resampled_together():
-    """Twenty copies of three configurations are three witnesses: the interval must be wide."""
+    """Six copies of ten configurations are ten witnesses: the interval must be wide."""
     alone = associations_table(rungs(60, 0.5)).set_index("predictor").loc["condition_number"]
-    copied = associations_table(rungs(60, 0.5, copies=20))
+    copied = associations_table(rungs(60, 0.5, copies=6))
     copied = copied.set_index("predictor").loc["condition_number"]
-    assert copied["configurations"] == 3
+    assert copied["configurations"] == 10
     width = copied["rho_high"] - copied["rho_low"]
     assert not width < alone["rho_high"] - alone["rho_low"]
+
+
+def noise(rng: np.random.Generator, configurations: int, seeds: int) -> pd.DataFrame:
+    """A rungs table in which every figure is that of its configuration and a seed's own, and none
+    has to do with another."""
+    names = [*PREDICTORS, *COVARIATES, "score"]
+    n = configurations * seeds
+    shared = np.repeat(rng.normal(size=(configurations, len(names))), seeds, axis=0)
+    frame = pd.DataFrame(shared + 0.5 * rng.normal(size=(n, len(names))), columns=names)
+    frame = frame.assign(trial=range(n), step=100, saebench_score=frame["score"])
+    return frame.assign(configuration=np.repeat(range(configurations), seeds))
+
+
+@pytest.mark.parametrize(("configurations", "seeds"), [(3, 5), (4, 4), (9, 3), (12, 2)])
+def test_of_noise_evidence_is_seldom_found(configurations: int, seeds: int):
+    """With three configurations chance alone makes up evidence in half of the runs, if asked."""
+    rng = np.random.default_rng(0)
+    runs = 15
+    found = sum(
+        bool(associations_table(noise(rng, configurations, seeds))["evidence"].any())
+        for _ in range(runs)
+    )
+    assert found <= 2
+
+
+def test_a_step_needs_ten_configurations_whatever_the_number_of_seeds():
+    assert associations_table(rungs(45, 0.5, copies=5)).empty
+    assert not associations_table(rungs(50, 0.5, copies=5)).empty
 
 
 def test_steps_are_apart_and_those_with_few_trials_are_left_out():

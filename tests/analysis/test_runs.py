@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
+from statsmodels.stats.multitest import multipletests
 
+from raysae.analysis import statistics
 from raysae.analysis.runs import FIGURES, RUN_COLUMNS, runs_table
 
 
@@ -137,6 +140,62 @@ def test_a_difference_needs_the_seed_on_both_sides():
     )  # fmt: skip
     assert runs.loc["strong", "difference"] == pytest.approx(0.4)
     assert np.isnan(runs.loc["other", "difference"])
+
+
+def study(differences: dict[str, list[float]]) -> pd.DataFrame:
+    """Runs beside a baseline of 0.3 at every seed."""
+    seeds = len(next(iter(differences.values())))
+    rows = [trial(0, "base", seed, 0.3) for seed in range(seeds)]
+    rows += [
+        trial(1 + number, run, seed, 0.3 + value)
+        for number, (run, values) in enumerate(differences.items())
+        for seed, value in enumerate(values)
+    ]
+    return table(*rows)
+
+
+def test_one_seed_shows_no_difference():
+    """Of one difference every resample is the same."""
+    runs = study({"strong": [0.2], "weak": [-0.2]})
+    assert runs.loc["strong", "difference"] == pytest.approx(0.2)
+    assert runs[["difference_low", "difference_high"]].isna().all(axis=None)
+    assert (runs.loc[["strong", "weak"], "p_holm"] == 1).all()
+    assert not runs.loc[["strong", "weak"], ["beats", "worse"]].any(axis=None)
+
+
+def test_a_difference_is_tested_seed_by_seed_and_corrected_for_the_number_of_runs():
+    differences = {
+        "strong": [0.10, 0.12, 0.11, 0.13],
+        "weak": [-0.10, -0.12, -0.11, -0.13],
+        "lead": [0.01, 0.06, 0.05, 0.04],  # alone a find
+        "nothing": [0.1, -0.1, 0.02, -0.02],
+    }
+    runs = study(differences)
+    p = {run: ttest_1samp(values, 0).pvalue for run, values in differences.items()}
+    corrected = multipletests(list(p.values()), method="holm")[1]
+    assert p["lead"] < 0.05 < 2 * p["lead"]
+    assert runs["p"].dropna().to_dict() == pytest.approx(p)
+    np.testing.assert_allclose(runs["p_holm"].dropna(), corrected)
+    assert runs.loc["lead", "difference_low"] > 0
+    assert runs["beats"].eq(True).to_dict() == {**dict.fromkeys(runs.index, False), "strong": True}
+    assert runs["worse"].eq(True).to_dict() == {**dict.fromkeys(runs.index, False), "weak": True}
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_of_studies_without_a_difference_few_have_a_run_that_is_ahead(seeds: int, monkeypatch):
+    """Eleven runs beside one baseline, whose luck they share."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    rng = np.random.default_rng(0)
+    studies, found = 100, 0
+    for _ in range(studies):
+        scores = rng.normal(0.3, 0.05, (12, seeds))
+        rows = [
+            trial(run, "base" if run == 0 else f"run {run}", seed, scores[run, seed])
+            for run in range(12)
+            for seed in range(seeds)
+        ]
+        found += table(*rows)["beats"].eq(True).any()
+    assert found / studies <= 0.06  # of 100 at 2.5 %, that many or fewer are seen in 99 %
 
 
 def test_without_a_baseline_there_are_no_differences():

@@ -253,6 +253,8 @@ def test_time_gpus_and_origin_of_a_trial_are_in_its_row(records):
     pack = {"workers_per_trial": 1, "trials_per_pack": 4, "gpus": 4}
     shared = trials_table(ended_trials(records), ABOUT | {"plan": pack})
     assert shared.loc[0, "gpu_hours"] == pytest.approx(0.0025)
+    both = trials_table(ended_trials(records), ABOUT | {"plan": pack | {"workers_per_gpu": 2}})
+    assert both.loc[0, "gpu_hours"] == pytest.approx(0.00125)
 
 
 def test_training_parameters_and_dense_features_are_in_the_row(trials: pd.DataFrame, make_spec):

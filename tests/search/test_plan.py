@@ -115,6 +115,7 @@ def test_a_gpu_for_every_worker():
 def test_workers_that_share_gpus():
     shared = {"resources__use_gpu": True, "resources__workers_per_gpu": 3}
     assert plan(17, gpus=4, **shared).workers == 12
+    assert vars(plan(17, gpus=4, **shared))["workers_per_gpu"] == 3  # of which GPU-hours are told
     message = refusal(17, gpus=4, **shared, resources__workers=13)
     assert "13 workers with 1 CPU(s) and 1/3 GPU each" in message
     assert "short of GPUs" in message and "at most 12" in message

@@ -240,6 +240,18 @@ def test_a_verdict_warns_where_the_transferred_score_does_not_agree(
     assert line.endswith(f"3 fresh seeds{caution}")
 
 
+def test_a_candidate_that_is_worse_is_called_that(run_dir, end):
+    write_journal(run_dir, end(0, 0.25), end(1, 0.5))
+    (run_dir / "confirmation.csv").write_text(
+        "candidate,baseline,seeds,difference,low,high,wins,beats,worse\n"
+        "1,none,3,-0.05,-0.09,-0.01,0,False,True\n"
+    )
+    facts = {"wall_seconds": 321.0, "busy_share": 0.78, "peak_gib": 2.9}
+    (run_dir / "facts.json").write_text(json.dumps(facts))
+    (line,) = (line for line in told(run_dir).splitlines() if line.startswith("Confirmation:"))
+    assert ") is worse than none: held-out difference -0.050 [-0.090, -0.010]" in line
+
+
 def test_a_summary_of_an_earlier_start_does_not_finish_a_later_one(run_dir, end):
     write_journal(run_dir, end(0))
     (run_dir / "facts.json").write_text("{}")

@@ -269,6 +269,7 @@ def verdict(**changes: Any) -> dict[str, Any]:
         "low": 0.125,
         "high": 0.375,
         "p": 0.0123,
+        "p_holm": 0.0246,
         "wins": 3,
         "beats": True,
         "worse": False,
@@ -286,22 +287,38 @@ def test_a_confirmation_says_who_beats_whom_by_how_much(ended: Ended, summary, m
     first, second = (line for line in lines if line.startswith("Confirmation:"))
     assert "trial 1 (importance α=0.5 constant k=4) beats none" in first
     assert "held-out score 0.500 against 0.250" in first
-    assert "difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3 of 3 fresh seeds" in first
+    figures = "difference +0.250 [+0.125, +0.375], p 0.012 (Holm 0.025), ahead in 3 of 3"
+    assert f"{figures} fresh seeds" in first
     assert "is not shown to beat fixed_orthogonal" in second
-    assert "[-0.125, +0.375], p 0.012, ahead in 2 of 3 fresh seeds" in second
+    assert "[-0.125, +0.375], p 0.012 (Holm 0.025), ahead in 2 of 3 fresh seeds" in second
+
+
+def test_a_candidate_that_is_worse_is_called_that(ended: Ended, summary, make_spec):
+    for number in range(2):
+        ended.add(make_spec(number=number), 0.1)
+    row = verdict(difference=-0.25, low=-0.375, high=-0.125, wins=0, beats=False, worse=True)
+    alone = verdict(seeds=1, low=np.nan, high=np.nan, p=1.0, p_holm=1.0, beats=False)
+    lines = summary(pd.DataFrame([row, alone], columns=list(COLUMNS)))
+    first, second = (line for line in lines if line.startswith("Confirmation:"))
+    assert ") is worse than none at" in first
+    assert "difference -0.250 [-0.375, -0.125], p 0.012" in first
+    assert ") is not shown to beat none at" in second and "difference +0.250, p 1 (" in second
 
 
 def test_a_confirmation_says_what_the_transferred_score_says(ended: Ended, summary, make_spec):
     for number in range(2):
         ended.add(make_spec(number=number), 0.1)
-    other = {f"transferred_{name}": verdict()[name] for name in ("low", "high", "p", "wins")}
+    other = {
+        f"transferred_{name}": verdict()[name] for name in ("low", "high", "p", "p_holm", "wins")
+    }
     other |= {"candidate_transferred": 0.375, "baseline_transferred": 0.125}
     other |= {"transferred_difference": 0.25, "transferred_beats": True, "transferred_worse": False}
     differs = other | {"transferred_beats": False, "transferred_low": -0.25}
     table = pd.DataFrame([verdict(**other), verdict(**differs)], columns=list(COLUMNS))
     lines = summary(table)
     first, second = (line for line in lines if line.startswith("Confirmation:"))
-    figures = "0.375 against 0.125, difference +0.250 [+0.125, +0.375], p 0.012, ahead in 3 of 3"
+    figures = "0.375 against 0.125, difference +0.250 [+0.125, +0.375], p 0.012 (Holm 0.025), "
+    figures += "ahead in 3 of 3"
     assert first.endswith(f"3 of 3 fresh seeds. By the transferred score: {figures}")
     assert "Caution, by the transferred score it is not shown to beat it: 0.375" in second
     assert TRANSFERRED in lines

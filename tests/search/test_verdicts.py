@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ended import Record, config, of_run, record, runs
+from scipy.stats import binomtest
+from statsmodels.stats.multitest import multipletests
 
 from raysae.analysis.confirmation import COLUMNS, verdicts
 from raysae.analysis.describe import by_transferred, disagreement
-from raysae.analysis.statistics import bootstrap_interval, p_of_mean
+from raysae.analysis.statistics import bootstrap_interval, holm, p_of_mean
 from raysae.search.confirm import confirmation_trials
 
 
@@ -100,23 +102,27 @@ def test_where_a_seed_has_no_transferred_score_there_is_none_of_the_configuratio
                                              transferred=others)).iterrows()
     )  # fmt: skip
     names = [name for name in COLUMNS if "transferred" in name]
-    assert len(names) == 9
+    assert len(names) == 10
     assert none[names].isna().all() and not none.drop(names).isna().any()
     assert none["difference"] == pytest.approx(0.7 / 3)
     assert fixed["transferred_difference"] == pytest.approx(0.3)
     assert by_transferred(none.to_dict()) == disagreement(none.to_dict()) == ""
 
 
+LOW, HIGH = [0.30, 0.31, 0.29], [0.60, 0.61, 0.59]
+"""Baselines that a candidate of 0.4 beats, or that beat it: t = 17 and 35."""
+
+
 @pytest.mark.parametrize(
     ("heldout", "transferred", "caution"),
     [
-        ([0.3] * 3, [0.3] * 3, ""),
-        ([0.3] * 3, [0.5, 0.2, 0.4], "by the transferred score it is not shown to beat it"),
-        ([0.3] * 3, [0.6] * 3, "by the transferred score it is worse than it"),
-        ([0.5, 0.2, 0.6], [0.3] * 3, "by the transferred score it beats it"),
+        (LOW, LOW, ""),
+        (LOW, [0.5, 0.2, 0.4], "by the transferred score it is not shown to beat it"),
+        (LOW, HIGH, "by the transferred score it is worse than it"),
+        ([0.5, 0.2, 0.6], LOW, "by the transferred score it beats it"),
         ([0.5, 0.2, 0.6], [0.5, 0.1, 0.6], ""),
-        ([0.6] * 3, [0.6] * 3, ""),
-        ([0.6] * 3, [0.5, 0.1, 0.6], "by the transferred score it is not shown to beat it"),
+        (HIGH, HIGH, ""),
+        (HIGH, [0.5, 0.1, 0.6], "by the transferred score it is not shown to beat it"),
     ],
 )
 def test_verdicts_that_do_not_agree_are_cautioned_against(
@@ -168,11 +174,12 @@ def test_verdicts_do_not_depend_on_how_the_seeds_were_split(grouped):
 @pytest.mark.parametrize(
     ("baseline", "above", "beats", "worse"),
     [
-        ([0.4, 0.4, 0.4], True, True, False),
+        ([0.4, 0.4, 0.4], True, False, False),  # one sign, as chance has it in a quarter
         ([0.40, 0.41, 0.42], True, True, False),  # t = 15.6
+        ([0.36, 0.40, 0.42], True, False, False),  # t = 6.1: p 0.026, and two comparisons
         ([0.2, 0.4, 0.45], True, False, False),  # t = 2: by chance once in five times
         ([0.4, 0.4, 0.5], False, False, False),
-        ([0.6, 0.6, 0.6], False, False, True),
+        ([0.60, 0.61, 0.62], False, False, True),
         ([0.8, 0.6, 0.55], False, False, False),
     ],
 )
@@ -197,6 +204,60 @@ def test_without_a_difference_one_beats_another_once_in_forty(seeds: int):
 def test_a_single_difference_shows_nothing():
     assert p_of_mean(np.array([0.3])) == 1.0
     assert p_of_mean(np.zeros(3)) == 1.0
+    assert np.isnan(bootstrap_interval(np.array([0.3]))).all()
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_equal_differences_are_as_likely_as_equal_signs(seeds: int):
+    expected = binomtest(seeds, seeds).pvalue
+    for difference in (0.1, -0.2):
+        assert p_of_mean(np.full(seeds, difference)) == pytest.approx(expected)
+    rounded = np.nextafter(0.1, [0.0, *[1.0] * (seeds - 1)])
+    assert p_of_mean(rounded) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_scores_of_ten_questions_beat_others_by_chance_once_in_forty(seeds: int):
+    """A lattice so coarse that differences are often equal."""
+    rng = np.random.default_rng(1)
+    draws = rng.binomial(10, 0.3, size=(4000, 2, seeds)) / 10
+    differences = draws[:, 0] - draws[:, 1]
+    found = np.mean([p_of_mean(x) < 0.05 and x.mean() > 0 for x in differences])
+    assert found < 0.033  # three standard errors above 0.025
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_correction_is_that_of_statsmodels(seed: int):
+    p = np.random.default_rng(seed).random(7) ** 3
+    p[3] = p[5]
+    np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1])
+    gaps = np.array([np.nan, *p, np.nan])
+    np.testing.assert_allclose(holm(gaps)[1:-1], holm(p))
+    assert np.isnan(holm(gaps)[[0, -1]]).all()
+    assert len(holm(np.zeros(0))) == 0
+
+
+@pytest.mark.parametrize(("top", "seeds"), [(2, 3), (5, 5)])
+def test_of_tables_without_a_difference_few_have_a_winner(top: int, seeds: int, grouped):
+    """Several candidates beside two baselines, which they share: as the README says, one or more
+    are said to be better in at most 2.5 % of such tables, not in 2.5 % of their rows."""
+    ended = [record(grouped(number), 0.9 - 0.1 * number) for number in range(top)]
+    specs = confirmation_trials(config(top=top, seeds=seeds), ended, seeds)
+    found = [record(spec, 0.9, heldout=[0.0] * seeds) for spec in specs]
+    rng = np.random.default_rng(0)
+    tables = 300
+    with_winner = with_any = 0
+    for _ in range(tables):
+        for one in found:
+            for seed in one["rung"]["seeds"]:
+                seed["heldout_score"] = rng.normal(0.3, 0.05)
+        table = verdicts(found)
+        assert len(table) == 2 * top
+        assert (table["p_holm"] >= table["p"]).all()
+        with_winner += table["beats"].any()
+        with_any += (table["beats"] | table["worse"]).any()
+    assert with_winner / tables < 0.025 + 2.5 * (0.025 / tables) ** 0.5
+    assert with_any / tables < 0.05 + 2.5 * (0.05 / tables) ** 0.5
 
 
 def test_a_baseline_that_could_not_be_trained_gives_no_verdict(grouped):
