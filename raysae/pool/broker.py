@@ -60,6 +60,10 @@ class BrokerState:
         self._jobs = replay(read_journal(self._journal), session)
         waiting = [job for job in self._jobs.values() if job.state == "waiting"]
         self._queue = deque(job.number for job in waiting)
+        with suppress(HaltedError):  # the driver hears of it
+            for job in self._jobs.values():
+                if job.end_is_missing:
+                    self._end(job, "finished")
 
     async def _notify(self) -> None:
         async with self._wake:
@@ -154,7 +158,7 @@ class BrokerState:
             await self._notify()
 
     async def cancel(self, number: int) -> None:
-        """Nobody wants more of the trial; a finished one is left as it is.
+        """Nobody wants more of the trial; one that has finished is left as it is.
 
         While the search pauses this is only its clients' end.
         """
@@ -369,11 +373,15 @@ class BrokerState:
     # ---- inner
 
     def _fail(self, job: Job, reason: str, curve: list[dict[str, Any]] | None = None) -> None:
-        if job.state not in ENDED:
+        if job.state in ENDED:
+            return
+        if not job.fully_trained:
             job.error, job.curve = reason, job.curve if curve is None else curve
-            self._end(job, "failed")
+        self._end(job, "failed")
 
     def _end(self, job: Job, state: str) -> None:
+        if job.fully_trained:
+            state = "finished"
         self._append(end_record(job, state))
         if job.number in self._queue:
             self._queue.remove(job.number)

@@ -52,6 +52,16 @@ class Job:
         """Whether a rung waits for the client's word."""
         return int(self.rung.get("tokens", 0)) > self.proceeded
 
+    @property
+    def fully_trained(self) -> bool:
+        """Whether its last rung is recorded: whatever comes then, it has finished."""
+        return bool(self.rung.get("last"))
+
+    @property
+    def end_is_missing(self) -> bool:
+        """Whether a crash came between the record of the last rung and that of the end."""
+        return self.fully_trained and self.state not in ENDED
+
     def can_join(self, other: Job) -> bool:
         """Whether one worker may train both together.
 

@@ -233,10 +233,60 @@ def test_a_record_cut_off_by_a_crash_is_as_if_it_had_not_been(cut: int, play, jo
         await broker.rung(0, rung(1, last=True), curve(1))
 
     play(first, session="one")
-    journal.write_bytes(journal.read_bytes()[:-cut])
+    *lines, end = journal.read_bytes().splitlines(keepends=True)
+    assert b'"end"' in end and b'"rung"' in lines[-1]
+    journal.write_bytes(b"".join(lines)[:-cut])
     play(second, session="two")
     assert [end["state"] for end in ends(journal)] == ["finished"]
     assert [r["event"] for r in read_journal(journal)].count("rung") == 1
+
+
+@pytest.mark.parametrize("asks", ["a worker", "nobody"])
+@pytest.mark.parametrize("session", ["one", "two"])
+def test_a_trial_whose_last_rung_was_recorded_has_finished(
+    session: str, asks: str, play, journal: Path
+):
+    """The broker was killed between that record and the next, or the disk was full."""
+
+    async def first(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        await broker.submit(0, SPEC)
+        await broker.next_jobs(0, "a")
+        await broker.rung(0, rung(3, last=True), curve(3))
+
+    async def second(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        if asks == "a worker":
+            await broker.register(0, "", "b")
+            await waiting(broker.next_jobs(0, "b"))
+        assert (await soon(broker.next_event(0)))["last"]
+        await broker.cancel(0)
+
+    play(first, session="one")
+    lines = journal.read_text().splitlines(keepends=True)
+    assert '"event": "end"' in lines[-1]
+    journal.write_text("".join(lines[:-1]))
+    play(second, session)
+    (end,) = ends(journal)
+    assert (end["state"], end["rung"]["tokens"], end["curve"]) == ("finished", 30, curve(3))
+
+
+@pytest.mark.parametrize("call", ["cancel", "fail", "abandon"])
+def test_a_trial_whose_end_could_not_be_recorded_still_finishes(
+    call: str, play, journal: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_jobs(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(broker, "_end", lambda *_: None)
+            await broker.rung(0, rung(3, last=True), curve(3))
+        await (broker.abandon("gone") if call == "abandon" else getattr(broker, call)(*arguments))
+
+    arguments = (0, "raised") if call == "fail" else (0,)
+    play(scenario)
+    (end,) = ends(journal)
+    assert (end["state"], end["error"], end["curve"]) == ("finished", "", curve(3))
 
 
 # --- Pausing and halting --------------------------------------------------------------------------
