@@ -43,3 +43,9 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, "" for one without."""
     return next(iter(str(error).splitlines()), "")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error that carries a remote traceback: what was raised there."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

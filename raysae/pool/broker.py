@@ -337,10 +337,17 @@ class BrokerState:
 
     async def fail(
         self, number: int, reason: str, curve: list[dict[str, Any]] | None = None
-    ) -> None:
-        """The trial raised; its client and the journal hear why, and the search goes on."""
-        self._fail(self._jobs[number], reason, curve)
+    ) -> bool:
+        """The trial raised; its client and the journal hear why, and the search goes on.
+
+        False where the search is over: what its end does to a trial is not to be held against it.
+        """
+        job = self._jobs[number]
+        if self._over and job.state not in ENDED:
+            return False
+        self._fail(job, reason, curve)
         await self._notify()
+        return True
 
     def _word(self, job: Job) -> str:
         if job.state in ENDED:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from raysae.config import RunConfig
+from raysae.errors import last_line
 from raysae.search import cluster
 
 RESIZE_SECONDS = 30.0
@@ -163,12 +164,6 @@ def _trainer_class(plan: cluster.Plan, storage: Path, *, use_gpu: bool) -> Any:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     return DataParallelTrainer
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error that carries a remote traceback: what was raised there."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 class MemoryWatch:

@@ -62,15 +62,18 @@ class Checkpoints:
     def save(self, runs: Sequence[SAERun]) -> None:
         """Write the runs' states, at one of their events; the file is replaced as a whole.
 
-        Raises OSError where it cannot be written.
+        Raises what the system or torch raises where it cannot be written; nothing is left of it.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save({**_identity(runs), "runs": [run.state_dict() for run in runs]}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        try:
+            with partial.open("wb") as file:
+                torch.save({**_identity(runs), "runs": [run.state_dict() for run in runs]}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def restore(self, runs: Sequence[SAERun]) -> bool:
         """Bring new runs to where the checkpoint was taken; False: they begin at step 0.

@@ -337,6 +337,21 @@ def test_a_halted_search_fails_no_trial_and_says_why(play, journal: Path):
     assert ends(journal) == []
 
 
+@pytest.mark.parametrize("end", ["halt", "pause", "close"])
+def test_a_trial_does_not_fail_while_the_search_ends(end: str, play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_jobs(0)
+        if end == "pause":
+            await broker.pause(0.01)
+        else:
+            await (broker.halt("the harvest failed") if end == "halt" else broker.close())
+        assert not await broker.fail(0, "an object was lost", curve(1))
+
+    play(scenario)
+    assert ends(journal) == []
+
+
 def test_a_full_disk_halts_the_search_and_says_so():
     async def main() -> None:
         broker = BrokerState("/dev/full")  # every write: no space left on device

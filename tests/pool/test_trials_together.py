@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import ray
 import torch
+from sae_lens import SAE
+from safetensors import SafetensorError
 
 from raysae.analysis.seeds import SCORES
 from raysae.pool import worker as module
@@ -41,6 +44,7 @@ class FakeBroker:
         self.failed: dict[int, str] = {}
         self.saved: list[int] = []
         self.halted = ""
+        self.over = False
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=partial(getattr(type(self), f"_{name}"), self))
@@ -54,8 +58,11 @@ class FakeBroker:
         assert curve[-1]["step"] == record["step"]
         return "stop" if record["last"] else self.decide("rung", number, record)
 
-    def _fail(self, number: int, reason: str, curve: list[dict[str, Any]]) -> None:
+    def _fail(self, number: int, reason: str, curve: list[dict[str, Any]]) -> bool:
+        if self.over:
+            return False
         self.failed[number] = reason
+        return True
 
     def _paused(self, number: int) -> None:
         self.saved.append(number)
@@ -134,10 +141,14 @@ def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callab
         decide: Decide = go_on,
         name: str = "run",
         evaluator: FakeEvaluator | None = None,
+        make_evaluator: Callable[[], FakeEvaluator] | None = None,
+        over: bool = False,
     ) -> tuple[FakeBroker, Worker]:
         source = make_store()
         source.publish = lambda: None
         broker = FakeBroker(decide)
+        broker.over = over
+        (tmp_path / name).mkdir(exist_ok=True)
         evaluator = evaluator or FakeEvaluator()
         worker = Worker(
             config=WorkerConfig(**settings | {"run_dir": str(tmp_path / name)}),
@@ -148,7 +159,7 @@ def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callab
             device="cpu",
             world=SimpleNamespace(sae_model_name=""),
             eval_config=None,
-            make_evaluator=lambda: evaluator,
+            make_evaluator=make_evaluator or (lambda: evaluator),
             make_probing=lambda: None,
             source=source,
         )
@@ -327,15 +338,140 @@ def test_the_loss_of_the_activations_on_the_gpu_ends_the_worker_and_fails_no_tri
     assert len(delivered) == 11
 
 
-def test_a_full_disk_fails_no_trial(bench, trials, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+# --- What is no trial's doing ---------------------------------------------------------------------
 
-    monkeypatch.setattr(FakeArtifacts, "write", full)
+
+def no_space_at(path: Path) -> None:
+    """What is written there meets a full disk, as the system has it and the library reports it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/full")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Of the three trials, which are saved with every row of their curves."""
+    monkeypatch.setattr(Pace, "is_due", lambda _: True)
+    return [trial_folder(tmp_path / "run", number) for number in range(3)]
+
+
+@pytest.mark.parametrize("file", ["SAE", "checkpoint", "log", "last good SAE", "other"])
+def test_a_full_disk_fails_no_trial_and_leaves_the_checkpoints(
+    file: str, bench, trials, folders, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever there was no room for, also of a trial that would have failed."""
+    folder = folders[1]
+    if file in ("log", "last good SAE"):
+        training = trials[1].training.model_copy(update={"lr": 1e30, "lr_warmup": 0.5})
+        trials[1] = trials[1].model_copy(update={"training": training})
+    if file == "log":
+        no_space_at(folder / "error.log")
+
+    def save_model(*_: Any) -> None:  # as safetensors does, see test_full_disk.py
+        words = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(words)
+
+    def write(self: FakeArtifacts, _: TrialSpec, rung: Rung, __: Any) -> None:
+        if file == "other":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        rung.sae.save_model(self.folder / "sae")
+
+    def decide(what: str, number: int, row: dict[str, Any]) -> str:
+        if file == "checkpoint" and (what, number, row["step"]) == ("progress", 1, 5):
+            no_space_at(folder / "checkpoint.partial")
+        return "go"
+
+    monkeypatch.setattr(FakeArtifacts, "write", write)
+    if file != "log":
+        monkeypatch.setattr(SAE, "save_model", save_model)
+    broker, _ = bench(*trials, decide=decide)
+    assert broker.failed == {}
+    words = "Disk quota exceeded" if file == "other" else "No space left on device"
+    assert broker.halted.endswith(f"cannot be written to: {words}")
+    assert sorted(broker.saved) == [0, 1, 2]
+    kept = [torch.load(one / CHECKPOINT_FILE)["runs"][0]["step"] for one in folders]
+    assert kept == {"checkpoint": [5, 4, 4]}.get(file, kept)
+    assert min(kept) > 0
+    assert [path for one in folders for path in one.rglob("*.partial*")] == []
+
+
+def test_a_checkpoint_is_there_until_the_broker_knows_that_its_trial_has_failed(
+    bench, trials, folders, monkeypatch: pytest.MonkeyPatch
+):
+    there: list[bool] = []
+    fail = FakeBroker._fail
+
+    def spy(self: FakeBroker, number: int, *args: Any) -> bool:
+        there.append((folders[number] / CHECKPOINT_FILE).is_file())
+        return fail(self, number, *args)
+
+    class Picky(FakeEvaluator):
+        def score(self, sae: Any) -> float:
+            raise ValueError("no score")
+
+    monkeypatch.setattr(FakeBroker, "_fail", spy)
+    broker, _ = bench(trials[0], evaluator=Picky())
+    assert there == [True] and set(broker.failed) == {0}
+    assert not (folders[0] / CHECKPOINT_FILE).exists()
+
+
+def test_a_trial_that_raises_while_the_search_ends_is_left_for_a_later_session(
+    bench, trials, folders
+):
+    class Picky(FakeEvaluator):
+        def score(self, sae: Any) -> float:
+            raise ValueError("no score")
+
+    broker, _ = bench(trials[0], evaluator=Picky(), over=True)
+    assert broker.failed == {} and broker.saved == [0]
+    assert torch.load(folders[0] / CHECKPOINT_FILE)["runs"][0]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ray.exceptions.WorkerCrashedError(), "WorkerCrashedError: The worker died unexpectedly"),
+        (ray.exceptions.ObjectLostError("ab", None, ""), "ObjectLostError: "),
+        (FileNotFoundError("no evaluation cache"), "FileNotFoundError: no evaluation cache"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_evaluator_that_cannot_be_had_ends_the_search_and_no_trial(
+    error: Exception, words: str, bench, trials, folders, tmp_path: Path
+):
+    def missing() -> FakeEvaluator:
+        raise error
+
+    broker, _ = bench(*trials, make_evaluator=missing)
+    assert broker.failed == {} and broker.saved == [0, 1, 2]
+    log = tmp_path / "run" / "worker_error.log"
+    assert broker.halted.startswith(f"trials cannot be scored: {words}")
+    assert broker.halted.endswith(f"(log: {log})")
+    assert type(error).__name__ in log.read_text()
+    assert [torch.load(one / CHECKPOINT_FILE)["runs"][0]["step"] for one in folders] == [8] * 3
+
+
+def test_trials_that_leave_no_memory_for_the_evaluator_are_scored_one_by_one(bench, trials):
+    asked: list[int] = []
+
+    def make() -> FakeEvaluator:
+        asked.append(1)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return FakeEvaluator()
+
+    broker, worker = bench(*trials, make_evaluator=make)
+    assert broker.failed == {} and broker.halted == ""
+    assert worker.evaluator.asked == [(8, 1), (24, 1), (8, 2), (24, 2), (8, 1), (24, 1)]
+
+
+def test_a_lost_object_ends_the_search_and_no_trial(bench, trials, monkeypatch: pytest.MonkeyPatch):
+    def write(*_: Any) -> None:
+        raise ray.exceptions.OwnerDiedError("ab", None, "")
+
+    monkeypatch.setattr(FakeArtifacts, "write", write)
     broker, _ = bench(*trials)
-    assert not broker.failed
-    assert "No space left on device" in broker.halted
-    assert broker.saved == [0, 1, 2]
+    assert broker.failed == {} and broker.saved == [0, 1, 2]
+    assert broker.halted.startswith("OwnerDiedError: ")
 
 
 # --- Saved, and taken up again --------------------------------------------------------------------
