@@ -28,7 +28,13 @@ class Job:
     generation: str = ""
     """Of the worker, see `BrokerState.register`."""
     attempt: int = 0
-    """Times that a worker has taken it since it last got further."""
+    """Times that a worker has taken it since it last got further; those that ended for what was not
+    its worker's death do not count."""
+    alone: bool = False
+    """Whether no other trial was in flight when it was last taken. A broker that is started again
+    does not know what has been since: False then."""
+    worker_died: bool = False
+    """And not only was restarted, since it was last taken."""
     attempts: int = 0
     pack: int | None = None
     """The first of the trials that it was last handed out with, itself perhaps; None: never."""

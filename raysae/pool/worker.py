@@ -99,7 +99,9 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     """Everything that is paid for once; None when the search was closed before it began, and for a
     worker more than fill whole groups.
     """
-    ray.get(broker.starting.remote())
+    # Ray Train gives every set of workers that it starts a placement group of its own.
+    generation = ray.get_runtime_context().get_placement_group_id() or ""
+    ray.get(broker.starting.remote(generation))
     torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # but in training steps, see `TrainingSpec.tf32`
     context = ray.train.get_context()
@@ -137,8 +139,6 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
             probed = load_model(world, device=device, trained_on=True)
         return SparseProbing(world, probed, config.hook, folder)
 
-    # Ray Train gives every set of workers that it starts a placement group of its own.
-    generation = ray.get_runtime_context().get_placement_group_id() or ""
     source = store.open(device, _sharing(config, generation))
     if leader:
         where = f"node {context.get_node_rank()}, rank {rank}"

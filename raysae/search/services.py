@@ -94,6 +94,7 @@ def run_pool(
     from ray.train import RunConfig as TrainRunConfig
 
     from raysae.pool.client import serve_pool
+    from raysae.pool.losses import Losses
 
     resources = config.resources
     storage = run_dir / "pool"
@@ -126,6 +127,7 @@ def run_pool(
             name=namespace,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=POOL_FAILURES),
+            callbacks=[Losses(namespace, plan.workers_per_trial)],  # type: ignore[list-item]
         ),
     )
     reason = "the worker pool ended before the search did"

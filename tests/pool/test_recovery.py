@@ -55,12 +55,161 @@ def test_a_trial_that_takes_its_workers_down_at_one_place_fails(gets: str, play,
             if life < MAX_ATTEMPTS or gets == "further":
                 assert await soon(broker.next_jobs(0, f"generation {life}")) == [SPEC]
                 await broker.progress(0, row(7 + (life if gets == "further" else 0)))
+                await broker.lost([0])
         if gets == "no further":
             event = await soon(broker.next_event(0))
             assert event["kind"] == "failed" and "its worker died" in event["error"]
 
     play(scenario)
     assert [end["state"] for end in ends(journal)] == (["failed"] if gets == "no further" else [])
+
+
+LIVES = 3 * MAX_ATTEMPTS
+
+
+async def live(broker: BrokerState, life: int, trials: int, lost: list[int] | None) -> list[int]:
+    """One set of workers, a trial for each, from its start to its end: which worker got one.
+
+    `lost` are those that then die; None: they were all stopped, because a node joined.
+    """
+    name = f"generation {life}"
+    taken = []
+    for group in range(trials):
+        await broker.register(group, "", name)
+        call = asyncio.create_task(broker.next_jobs(group, name))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        if call.done():
+            taken += [spec["number"] for spec in call.result()]
+        else:
+            call.cancel()
+    for number in taken:
+        await broker.progress(number, row(7))
+    if lost is not None:
+        await broker.lost([job.worker for job in broker._jobs.values() if job.number in lost])
+    return taken
+
+
+def test_restarts_that_no_worker_died_for_count_against_no_trial(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(4):
+            await broker.submit(number, {"number": number})
+        for life in range(LIVES):
+            assert await live(broker, life, 4, lost=None) == [0, 1, 2, 3]
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+def test_only_the_trial_whose_worker_died_answers_for_it(play, journal: Path):
+    """With those whose workers were beside it, and are restarted with it, the search goes on."""
+
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        taken = [await live(broker, life, 3, lost=[1]) for life in range(MAX_ATTEMPTS + 1)]
+        assert taken == [[0, 1, 2], [0, 1, 2], [1], [0, 2]]
+
+    play(scenario)
+    (end,) = ends(journal)
+    assert (end["trial"], end["state"]) == (1, "failed")
+    assert end["error"] == "its worker died 3 times at the same place"
+
+
+def test_a_suspect_that_gets_further_alone_is_none_any_more(play, journal: Path):
+    """The others wait for no more than that."""
+
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        for life in range(MAX_ATTEMPTS - 1):
+            await live(broker, life, 3, lost=[1])
+        await broker.register(0, "", "last")
+        (suspect,) = await soon(broker.next_jobs(0, "last"))
+        others = [await waiting(broker.next_jobs(group, "last")) for group in (1, 2)]
+        await broker.progress(1, row(7))
+        await asyncio.sleep(0.01)
+        assert suspect["number"] == 1 and not any(task.done() for task in others)
+        await broker.progress(1, row(8))
+        assert [spec["number"] for (spec,) in await soon(asyncio.gather(*others))] == [0, 2]
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+@pytest.mark.parametrize("alone", ["dies", "gets further"])
+def test_a_trial_that_dies_beside_another_is_not_yet_the_one_to_blame(
+    alone: str, play, journal: Path
+):
+    """Who takes all memory may not be whom the system kills for it."""
+
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(2):
+            await broker.submit(number, {"number": number})
+        for life in range(MAX_ATTEMPTS - 1):
+            assert await live(broker, life, 2, lost=[0, 1]) == [0, 1]
+        # Two suspects: the first gets further alone, the second is then taken beside it, and dies.
+        await broker.register(0, "", "third")
+        assert (await soon(broker.next_jobs(0, "third")))[0]["number"] == 0
+        await broker.progress(0, row(8))
+        assert (await soon(broker.next_jobs(1, "third")))[0]["number"] == 1
+        await broker.lost([1])
+        await broker.register(0, "", "fourth")
+        assert ends(journal) == []
+        assert (await soon(broker.next_jobs(0, "fourth")))[0]["number"] == 1
+        other = await waiting(broker.next_jobs(1, "fourth"))
+        if alone == "dies":
+            await broker.lost([0])
+            await broker.register(0, "", "fifth")
+            assert (await soon(broker.next_jobs(0, "fifth")))[0]["number"] == 0
+        else:
+            await broker.progress(1, row(9))
+            assert (await soon(other))[0]["number"] == 0
+        other.cancel()
+
+    play(scenario)
+    assert [(end["trial"], end["state"]) for end in ends(journal)] == (
+        [(1, "failed")] if alone == "dies" else []
+    )
+
+
+def test_a_broker_that_is_started_again_blames_no_trial_for_what_it_did_not_see(
+    play, journal: Path
+):
+    async def before(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        for life in range(MAX_ATTEMPTS - 1):
+            await live(broker, life, 1, lost=[0])
+        await broker.register(0, "", "last")
+        await broker.next_jobs(0, "last")  # its last attempt, and then it gets further
+
+    async def after(broker: BrokerState) -> None:
+        await broker.lost([0])
+        await broker.register(0, "", "next")
+        assert await soon(broker.next_jobs(0, "next")) == [SPEC]
+
+    play(before)
+    play(after)
+    assert ends(journal) == []
+
+
+@pytest.mark.parametrize("how", ["told twice", "of workers that had only begun to start"])
+def test_a_death_counts_once_and_for_the_trials_of_its_own_set_of_workers(
+    how: str, play, journal: Path
+):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        for life in range(LIVES):
+            await broker.register(0, "", f"generation {life}")
+            assert await soon(broker.next_jobs(0, f"generation {life}")) == [SPEC]
+            if how == "told twice":
+                await broker.lost([])
+            else:  # all were stopped for a node that joined, and of the new ones one has died
+                await broker.starting(f"another before {life + 1}")
+            await broker.lost([0])
+
+    play(scenario)
+    assert ends(journal) == []
 
 
 @pytest.mark.parametrize("died", ["waiting for the decision", "after the decision"])
