@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,111 +13,19 @@ import ray
 import torch
 from sae_lens import SAE
 from safetensors import SafetensorError
+from worker_bench import Decide, FakeArtifacts, FakeBroker, FakeEvaluator, make_worker
 
-from raysae.analysis.seeds import SCORES
 from raysae.pool import worker as module
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
-from raysae.pool.worker import Worker, WorkerConfig
+from raysae.pool.worker import Worker
 from raysae.store.batches import ChunkedActivations
 from raysae.store.one_copy import LostCopyError
 from raysae.training.checkpoint import CHECKPOINT_FILE, Pace
-from raysae.training.collective import Alone
-from raysae.training.run import Rung, SAERun
+from raysae.training.run import Rung
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import split_questions
 
-Decide = Callable[[str, int, dict[str, Any]], str]
 FIRST_RUNG, END = 8 * 64, 24 * 64
-
-
-class FakeBroker:
-    """Notes what it is told by trial, and answers as `decide(call, number, record)` says."""
-
-    def __init__(self, decide: Decide) -> None:
-        self.decide = decide
-        self.rows: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        self.rungs: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        self.failed: dict[int, str] = {}
-        self.saved: list[int] = []
-        self.halted = ""
-        self.over = False
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=partial(getattr(type(self), f"_{name}"), self))
-
-    def _progress(self, number: int, row: dict[str, Any]) -> str:
-        self.rows[number].append(row)
-        return self.decide("progress", number, row)
-
-    def _rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
-        self.rungs[number].append(record)
-        assert curve[-1]["step"] == record["step"]
-        return "stop" if record["last"] else self.decide("rung", number, record)
-
-    def _fail(self, number: int, reason: str, curve: list[dict[str, Any]]) -> bool:
-        if self.over:
-            return False
-        self.failed[number] = reason
-        return True
-
-    def _paused(self, number: int) -> None:
-        self.saved.append(number)
-
-    def _halt(self, reason: str) -> None:
-        self.halted = reason
-
-
-class FakeArtifacts:
-    """Records of what the weights are, instead of files."""
-
-    def __init__(self, folder: Path, *_: Any) -> None:
-        self.folder = folder
-
-    def measure(self, run: SAERun) -> list[dict[str, Any]]:
-        return [
-            {"step": run.step, "seed": run.spec.seed, "weight": float(run.sae.W_dec.detach()[3, 5])}
-        ]
-
-    def write(self, spec: TrialSpec, rung: Rung, probing: Any) -> dict[str, Any]:
-        score = rung.result.score
-        return {
-            "step": rung.step,
-            "tokens": rung.tokens,
-            "last": rung.last,
-            "metrics": rung.metrics,
-            "measured": rung.measured,
-            "cause": "",
-            "sparse_probing": probing,
-            "dense_features": 0,
-            "train_seconds": 1.0,
-            "score_seconds": 1.0,
-            **dict.fromkeys(("objective", *SCORES), score),
-            "seed": spec.seed,
-        }
-
-
-class FakeEvaluator:
-    """Scores an SAE by a number that any change of its weights would change."""
-
-    known_questions: ClassVar = {"forget": 9, "retain": 20}
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-        self.questions: list[dict[str, np.ndarray] | None] = []
-
-    def evaluate_many(
-        self,
-        saes: list[Any],
-        *,
-        training_steps: int,
-        questions: dict[str, np.ndarray] | None,
-    ) -> list[Any]:
-        self.asked.append((training_steps, len(saes)))
-        self.questions.append(questions)
-        return [SimpleNamespace(score=self.score(sae)) for sae in saes]
-
-    def score(self, sae: Any) -> float:
-        return float(sae.W_enc.detach().double().abs().sum() + sae.W_dec.detach()[3, 5])
 
 
 def go_on(*_: Any) -> str:
@@ -133,8 +37,6 @@ def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callab
     """Run trials on a worker: its broker, and the worker."""
     monkeypatch.setattr("ray.get", lambda answers: answers)
     monkeypatch.setattr(module, "Artifacts", FakeArtifacts)
-    settings = dict.fromkeys((f.name for f in fields(WorkerConfig)), "")
-    settings |= {"evals": (), "checkpoint_seconds": 3600.0, "trials_per_pack": 4, "split_seed": 7}
 
     def run(
         *specs: TrialSpec,
@@ -144,25 +46,11 @@ def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callab
         make_evaluator: Callable[[], FakeEvaluator] | None = None,
         over: bool = False,
     ) -> tuple[FakeBroker, Worker]:
-        source = make_store()
-        source.publish = lambda: None
         broker = FakeBroker(decide)
         broker.over = over
-        (tmp_path / name).mkdir(exist_ok=True)
         evaluator = evaluator or FakeEvaluator()
-        worker = Worker(
-            config=WorkerConfig(**settings | {"run_dir": str(tmp_path / name)}),
-            broker=broker,
-            generation="",
-            group=0,
-            collective=Alone(),
-            device="cpu",
-            world=SimpleNamespace(sae_model_name=""),
-            eval_config=None,
-            make_evaluator=make_evaluator or (lambda: evaluator),
-            make_probing=lambda: None,
-            source=source,
-        )
+        make = make_evaluator or (lambda: evaluator)
+        worker = make_worker(tmp_path / name, make_store(), broker, make)
         worker._run(list(specs))
         return broker, worker
 
