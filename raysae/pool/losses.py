@@ -31,21 +31,15 @@ class Losses(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train's: what ended workers, by their rank."""
-        died = [rank for rank, error in worker_exceptions.items() if self._died(error)]
+        died = [rank for rank, error in worker_exceptions.items() if _died(error)]
         groups = sorted({rank // self._per_trial for rank in died})
         broker = ray.get_actor(BROKER_NAME, namespace=self._namespace)
         ray.get(broker.lost.remote(groups))
 
-    def _died(self, error: Exception) -> bool:
-        """Whether the process has died, or one of its group, rather than raised: what a trial
-        raises ends it at once, and the rest is no trial's doing. Nor is the loss of a node that is
-        taken away."""
-        if isinstance(error, WorkerHealthCheckFailedError):
-            return not getattr(error.health_check_failure, "preempted", False)
-        if isinstance(error, WorkerHealthCheckTimeoutError):
-            return True
-        if self._per_trial == 1:
-            return False
-        from raysae.training.collective import LostPeerError  # brings torch, as the group has
 
-        return isinstance(error, LostPeerError)
+def _died(error: Exception) -> bool:
+    """Whether the process has died: what a trial raises ends it at once, and what else a worker
+    raises is no trial's doing. Nor is the loss of a node that is taken away."""
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return not getattr(error.health_check_failure, "preempted", False)
+    return isinstance(error, WorkerHealthCheckTimeoutError)
