@@ -14,7 +14,7 @@ from typing import TypeVar
 import ray
 import torch
 
-from raysae.errors import last_line
+from raysae.errors import in_words, last_line
 from raysae.pool.jobs import HaltedError
 from raysae.store.one_copy import LostCopyError
 from raysae.training.collective import LostPeerError
@@ -38,7 +38,7 @@ def needed(what: str, make: Callable[[], T]) -> T:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise UnavailableError(f"{what}: {_in_words(error)}") from error
+        raise UnavailableError(f"{what}: {in_words(error)}") from error
 
 
 def restarts(error: Exception) -> bool:
@@ -55,7 +55,7 @@ def halts(error: Exception) -> str:
         return last_line(error)
     if words := no_room(error):
         return words
-    return _in_words(error) if isinstance(error, ray.exceptions.RayError) else ""
+    return in_words(error) if isinstance(error, ray.exceptions.RayError) else ""
 
 
 def own(error: Exception) -> bool:
@@ -74,10 +74,6 @@ def no_room(error: BaseException) -> str:
             if (isinstance(one, OSError) and one.errno == number) or words in str(one):
                 return words
     return ""
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {last_line(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

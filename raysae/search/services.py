@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from raysae.config import RunConfig
-from raysae.errors import last_line
+from raysae.errors import in_words, last_line
 from raysae.search import cluster
 
 RESIZE_SECONDS = 30.0
@@ -47,7 +47,7 @@ class Store:
         from raysae.store.harvest import WeakModelError, harvest
         from raysae.store.places import harvest_places
 
-        config = self._config
+        config, what = self._config, "harvest failed"
         try:
             assert config.hook is not None
             harvested = harvest(
@@ -65,12 +65,13 @@ class Store:
             self._handle = ray.put(harvested.stores[config.hook])
             self.publish()
             self._say(harvested.lines)
+            what = "what trials are scored with cannot be computed"
             self._say(harvested.finish())
         except WeakModelError as error:
             self.refused = str(error)
             ray.get(self._broker.halt.remote(str(error)))
         except Exception as error:
-            ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
+            ray.get(self._broker.halt.remote(f"{what}: {in_words(error)}"))
 
     def _say(self, lines: list[str]) -> None:
         for line in lines:

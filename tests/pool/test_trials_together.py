@@ -314,12 +314,18 @@ def test_a_trial_that_raises_while_the_search_ends_is_left_for_a_later_session(
     assert torch.load(folders[0] / CHECKPOINT_FILE)["runs"][0]["step"] == 8
 
 
+def raised_by_a_task(error: Exception) -> Exception:
+    trace = f"ray::evaluation_cache() (pid=7)\n  File a.py\n{type(error).__name__}: {error}"
+    return ray.exceptions.RayTaskError("evaluation_cache", trace, error).as_instanceof_cause()
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (ray.exceptions.WorkerCrashedError(), "WorkerCrashedError: The worker died unexpectedly"),
         (ray.exceptions.ObjectLostError("ab", None, ""), "ObjectLostError: "),
         (FileNotFoundError("no evaluation cache"), "FileNotFoundError: no evaluation cache"),
+        (raised_by_a_task(ValueError("no questions")), "ValueError: no questions"),
     ],
     ids=lambda value: type(value).__name__,
 )
