@@ -43,3 +43,16 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, "" for one without."""
     return next(iter(str(error).splitlines()), "")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error that carries a remote traceback: what was raised there."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def in_words(error: BaseException) -> str:
+    """An error's type and the last line of its message, which is all of it that Ray leaves where it
+    carries a remote traceback."""
+    name, line = type(error).__name__, last_line(error)
+    return line if name.startswith("RayTaskError(") else f"{name}: {line}"

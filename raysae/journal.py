@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,37 @@ JOURNAL = "journal.jsonl"
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Write one record and wait until it is on the disk.
+    """Write one record and wait until it is on the disk; a new file's name too.
 
     Raises OSError where that is not possible; what could be written of it then is cut off again.
     """
     line = (json.dumps(record) + "\n").encode()
-    with path.open("ab") as file:
-        size = file.tell()
+    new = not path.exists()
+    # Without a buffer, which would be written out once more when the file is closed.
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor)
         try:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
         except OSError:
-            if path.is_file():
-                os.truncate(path, size)
+            if stat.S_ISREG(before.st_mode):
+                os.ftruncate(descriptor, before.st_size)
             raise
+    finally:
+        os.close(descriptor)
+    if new:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cut_partial_line(path: Path) -> None:

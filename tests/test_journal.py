@@ -1,11 +1,16 @@
 """The journal survives a crash in the middle of a line, and is not silent about damage."""
 
 import json
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from raysae.journal import ended_trials, read_journal
+from raysae.journal import append, ended_trials, read_journal
 
 RECORDS = [
     {"event": "rung", "trial": 1, "score": 0.5},
@@ -60,3 +65,62 @@ def test_the_first_end_of_a_trial_counts():
 
 def test_trials_without_an_end_are_not_among_the_ended():
     assert ended_trials([{"event": "rung", "trial": 4}]) == []
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """The kernel writes what fits and refuses the rest, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("length", [1500, 7000, 30000])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.9])
+def test_a_record_for_which_there_is_no_room_leaves_the_file_as_it_was(
+    length: int, part: float, path: Path
+):
+    """Shorter and longer than a buffer, of which a part would still be written later."""
+    append(path, {"event": "submit", "trial": 2, "spec": "a" * 9000})
+    before = path.read_bytes()
+    with no_file_beyond(len(before) + int(length * part)), pytest.raises(OSError, match="large"):
+        append(path, {"event": "end", "trial": 2, "state": "b" * length})
+    assert path.read_bytes() == before
+    append(path, {"event": "end", "trial": 2})
+    assert read_journal(path)[-2:] == [
+        json.loads(before.split(b"\n")[-2]),
+        {"event": "end", "trial": 2},
+    ]
+
+
+def test_a_record_that_the_system_takes_in_pieces_is_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+    append(path, {"event": "end", "trial": 3, "state": "finished"})
+    assert read_journal(path) == [*RECORDS, {"event": "end", "trial": 3, "state": "finished"}]
+
+
+def test_the_name_of_a_new_journal_is_on_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else a machine that loses its power has the records and no file that they are in."""
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+
+    monkeypatch.setattr(os, "fsync", spy)
+    for record in RECORDS:
+        append(tmp_path / "new.jsonl", record)
+    assert synced == [False, True, False, False]
+    assert read_journal(tmp_path / "new.jsonl") == RECORDS

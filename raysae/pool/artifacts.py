@@ -143,8 +143,11 @@ class Artifacts:
                 kept = {name: saved[name] for name in saved.files if int(name) < step}
         # The next worker reads it if this one is killed meanwhile.
         partial = path.with_suffix(".partial.npz")
-        np.savez_compressed(partial, **kept, **{str(step): groups})
-        partial.replace(path)
+        try:
+            np.savez_compressed(partial, **kept, **{str(step): groups})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return kept[max(kept, key=int)] if kept else None
 
 

@@ -27,7 +27,7 @@ from raysae.pool.jobs import ENDED, HaltedError, Job, end_record, replay
 
 MAX_ATTEMPTS = 3
 """Workers that a trial may take down at one place, before it is the trial that fails; the last of
-them alone, because it may have been one beside it.
+them with no other trial in flight, because it may have been one beside it, or the memory of all.
 """
 PACK_SECONDS = 0.5
 """A worker that trains several trials together waits so long for more than one: trials that end
@@ -53,6 +53,8 @@ class BrokerState:
         self._store: Any = None
         self._some_worker = False
         self._generation = ""
+        self._losses_known = False
+        """Of the generation's workers: what is told of later is another's."""
         self._workers: dict[int, str] = {}
         self._tiers: dict[int, str] = {}
         self._asking = 0
@@ -60,6 +62,10 @@ class BrokerState:
         self._jobs = replay(read_journal(self._journal), session)
         waiting = [job for job in self._jobs.values() if job.state == "waiting"]
         self._queue = deque(job.number for job in waiting)
+        with suppress(HaltedError):  # the driver hears of it
+            for job in self._jobs.values():
+                if job.end_is_missing:
+                    self._end(job, "finished")
 
     async def _notify(self) -> None:
         async with self._wake:
@@ -154,7 +160,7 @@ class BrokerState:
             await self._notify()
 
     async def cancel(self, number: int) -> None:
-        """Nobody wants more of the trial; a finished one is left as it is.
+        """Nobody wants more of the trial; one that has finished is left as it is.
 
         While the search pauses this is only its clients' end.
         """
@@ -173,10 +179,20 @@ class BrokerState:
         """Returns as soon as one worker has started, or none will."""
         await self._wait_for(lambda: self._some_worker or self._over)
 
-    async def starting(self) -> None:
-        """The calling worker has its imports behind it."""
+    async def starting(self, generation: str = "") -> None:
+        """The calling worker, of that generation, has its imports behind it."""
         self._some_worker = True
+        if generation != self._generation:
+            self._losses_known = True
         await self._notify()
+
+    async def lost(self, groups: list[int]) -> None:
+        """Workers of these groups have died; Ray Train stops the others and starts new ones."""
+        if self._losses_known:
+            return
+        self._losses_known = True
+        for job in self._running():
+            job.worker_died = job.worker in groups
 
     async def register(self, group: int, where: str, generation: str = "", tier: str = "") -> None:
         """A worker group is ready.
@@ -185,8 +201,9 @@ class BrokerState:
             group: its index.
             where: for people.
             generation: the same for all workers that Ray Train started together. It restarts all
-                of them when one is lost, so with a new generation every older worker is gone, and
-                their trials are queued anew.
+                of them when one is lost or nodes join, so with a new generation every older worker
+                is gone, and their trials are queued anew. That counts against those alone whose
+                worker died, see `lost`.
             tier: of the store, from which it has its batches, in words.
         """
         self._adopt(generation)
@@ -197,14 +214,17 @@ class BrokerState:
         if generation == self._generation:
             return
         self._generation, self._workers, self._tiers = generation, {}, {}
+        self._losses_known = False
         for job in reversed(self._running()):
             if job.generation == generation:
                 continue
-            if job.attempt >= MAX_ATTEMPTS:
+            if not job.worker_died:
+                job.attempt -= 1
+            elif job.attempt >= MAX_ATTEMPTS and job.alone:
                 self._fail(job, f"its worker died {job.attempt} times at the same place")
-            else:
-                job.state, job.worker = "waiting", None
-                self._queue.appendleft(job.number)
+                continue
+            job.state, job.worker = "waiting", None
+            self._queue.appendleft(job.number)
 
     async def next_jobs(
         self, group: int, generation: str = "", most: int = 1
@@ -233,13 +253,16 @@ class BrokerState:
         def settled() -> bool:
             return bool(mine()) or self._over or outdated()
 
+        def available() -> bool:
+            return bool(self._queue) and not any(map(_on_trial_alone, self._running()))
+
         self._asking += 1
         try:
             while True:
-                await self._wait_for(lambda: settled() or self._queue)
+                await self._wait_for(lambda: settled() or available())
                 if most > 1:
                     await self._moment(lambda: settled() or len(self._queue) >= most * self._asking)
-                if settled() or self._queue:  # nobody has taken what there was
+                if settled() or available():  # nobody has taken what there was
                     break
             if outdated() or self._over:
                 return None
@@ -255,8 +278,14 @@ class BrokerState:
 
     def _choose(self, most: int) -> list[Job]:
         """The oldest waiting trial and others that can join it; no more than leaves the other
-        workers that wait their share."""
+        workers that wait their share.
+
+        Where nothing is in flight, as after every restart, suspects come first: alone.
+        """
         first, *others = [self._jobs[number] for number in self._queue]
+        suspects = [job for job in (first, *others) if _suspect(job)]
+        if suspects and not self._running():
+            return suspects[:1]
         share = ceil(len(self._queue) / self._asking)
         room = 1 if _suspect(first) else min(most, share)
         chosen = [first]
@@ -266,11 +295,13 @@ class BrokerState:
         return chosen
 
     def _hand_out(self, jobs: list[Job], group: int, generation: str) -> None:
+        alone = len(jobs) == 1 and not self._running()
         for job in jobs:
             self._queue.remove(job.number)
             job.state, job.worker, job.generation = "running", group, generation
             job.attempt += 1
             job.attempts += 1
+            job.alone, job.worker_died = alone, False
             job.pack = jobs[0].number
             job.started = job.started or time.time()
             self._write(
@@ -291,7 +322,10 @@ class BrokerState:
         job.progress = row
         job.rows.append(row)
         if row["tokens"] > job.furthest:
+            was_alone = _on_trial_alone(job)
             job.furthest, job.attempt = row["tokens"], 1
+            if was_alone:
+                await self._notify()
         return self._word(job)
 
     async def rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
@@ -333,10 +367,17 @@ class BrokerState:
 
     async def fail(
         self, number: int, reason: str, curve: list[dict[str, Any]] | None = None
-    ) -> None:
-        """The trial raised; its client and the journal hear why, and the search goes on."""
-        self._fail(self._jobs[number], reason, curve)
+    ) -> bool:
+        """The trial raised; its client and the journal hear why, and the search goes on.
+
+        False where the search is over: what its end does to a trial is not to be held against it.
+        """
+        job = self._jobs[number]
+        if self._over and job.state not in ENDED:
+            return False
+        self._fail(job, reason, curve)
         await self._notify()
+        return True
 
     def _word(self, job: Job) -> str:
         if job.state in ENDED:
@@ -369,11 +410,15 @@ class BrokerState:
     # ---- inner
 
     def _fail(self, job: Job, reason: str, curve: list[dict[str, Any]] | None = None) -> None:
-        if job.state not in ENDED:
+        if job.state in ENDED:
+            return
+        if not job.fully_trained:
             job.error, job.curve = reason, job.curve if curve is None else curve
-            self._end(job, "failed")
+        self._end(job, "failed")
 
     def _end(self, job: Job, state: str) -> None:
+        if job.fully_trained:
+            state = "finished"
         self._append(end_record(job, state))
         if job.number in self._queue:
             self._queue.remove(job.number)
@@ -391,7 +436,13 @@ class BrokerState:
 
 
 def _suspect(job: Job) -> bool:
+    """Whether a waiting trial has but one attempt left."""
     return job.attempt >= MAX_ATTEMPTS - 1
+
+
+def _on_trial_alone(job: Job) -> bool:
+    """Whether a running trial is at its last attempt, with nobody beside it."""
+    return job.alone and job.attempt >= MAX_ATTEMPTS
 
 
 Broker: Any = ray.remote(BrokerState)

@@ -28,7 +28,13 @@ class Job:
     generation: str = ""
     """Of the worker, see `BrokerState.register`."""
     attempt: int = 0
-    """Times that a worker has taken it since it last got further."""
+    """Times that a worker has taken it since it last got further; those that ended for what was not
+    its worker's death do not count."""
+    alone: bool = False
+    """Whether no other trial was in flight when it was last taken. A broker that is started again
+    does not know what has been since: False then."""
+    worker_died: bool = False
+    """And not only was restarted, since it was last taken."""
     attempts: int = 0
     pack: int | None = None
     """The first of the trials that it was last handed out with, itself perhaps; None: never."""
@@ -51,6 +57,16 @@ class Job:
     def undecided(self) -> bool:
         """Whether a rung waits for the client's word."""
         return int(self.rung.get("tokens", 0)) > self.proceeded
+
+    @property
+    def fully_trained(self) -> bool:
+        """Whether its last rung is recorded: whatever comes then, it has finished."""
+        return bool(self.rung.get("last"))
+
+    @property
+    def end_is_missing(self) -> bool:
+        """Whether a crash came between the record of the last rung and that of the end."""
+        return self.fully_trained and self.state not in ENDED
 
     def can_join(self, other: Job) -> bool:
         """Whether one worker may train both together.

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import ray
 
 from raysae.analysis.seeds import mean_curve, over_seeds
 from raysae.pool.artifacts import Artifacts
+from raysae.pool.errors import own
 from raysae.pool.folder import LAST_GOOD_FOLDER
-from raysae.pool.jobs import HaltedError
 from raysae.training.checkpoint import Checkpoints
 from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 from raysae.training.spec import TrialSpec
 
 Probe = Callable[[Rung], dict[str, float] | None]
 """Sparse probing of a scored SAE, where it is asked for."""
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
-
-def no_room(error: Exception) -> TypeGuard[OSError]:
-    """A full disk is nobody's error but an end of the whole search, which can be taken up again
-    once there is room."""
-    return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
 @dataclass
@@ -103,27 +94,30 @@ class TrialAtWork:
 
     @contextmanager
     def alone_with_errors(self) -> Iterator[None]:
-        """Whatever is raised in here ends this trial and no other, unless it ends the search."""
+        """Whatever is raised in here ends this trial and no other, unless it is not its own."""
         try:
             yield
-        except HaltedError:
-            raise
         except Exception as error:
-            if no_room(error):
+            if not own(error):
                 raise
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """The trial raised: its folder says where, and the broker hears of it."""
+        """The trial raised: its folder says where, and the broker hears of it.
+
+        Its checkpoint stays until the broker has, and where the search is already over, for a
+        later session to find out by itself.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(error, TrainingDivergedError) and error.last_good is not None:
             error.last_good.save_model(self.folder / LAST_GOOD_FOLDER)
-        self.checkpoints.remove()
         log = self.folder / "error.log"
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         reason = f"{type(error).__name__}: {error} (log: {log})"
-        ray.get(self.broker.fail.remote(self.number, reason, self._curve()))
-        self.over = True
+        if ray.get(self.broker.fail.remote(self.number, reason, self._curve())):
+            self.stop()
+        else:
+            self.abandon()
 
     def _curve(self) -> list[dict[str, Any]]:
         """The training curve so far, means over the SAEs, as plain data.

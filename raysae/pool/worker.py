@@ -20,14 +20,14 @@ from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
+from raysae.pool.errors import UnavailableError, halts, needed, no_room, own, restarts
 from raysae.pool.folder import seed_folder, trial_folder
 from raysae.pool.jobs import HaltedError
 from raysae.pool.together import Evaluator, Together
-from raysae.pool.trial import TrialAtWork, no_room
+from raysae.pool.trial import TrialAtWork
 from raysae.pool.waits import TimedSource
 from raysae.sparse_probing import SparseProbing
 from raysae.store.handle import Sharing, StoreHandle
-from raysae.store.one_copy import LostCopyError
 from raysae.training.checkpoint import Pace
 from raysae.training.collective import Alone, Group
 from raysae.training.run import Rung, SAERun
@@ -99,7 +99,9 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
     """Everything that is paid for once; None when the search was closed before it began, and for a
     worker more than fill whole groups.
     """
-    ray.get(broker.starting.remote())
+    # Ray Train gives every set of workers that it starts a placement group of its own.
+    generation = ray.get_runtime_context().get_placement_group_id() or ""
+    ray.get(broker.starting.remote(generation))
     torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # but in training steps, see `TrainingSpec.tf32`
     context = ray.train.get_context()
@@ -137,8 +139,6 @@ def _set_up(config: WorkerConfig, broker: Any) -> Worker | None:
             probed = load_model(world, device=device, trained_on=True)
         return SparseProbing(world, probed, config.hook, folder)
 
-    # Ray Train gives every set of workers that it starts a placement group of its own.
-    generation = ray.get_runtime_context().get_placement_group_id() or ""
     source = store.open(device, _sharing(config, generation))
     if leader:
         where = f"node {context.get_node_rank()}, rank {rank}"
@@ -177,12 +177,12 @@ class Worker:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Waits for the evaluation cache, which is still being filled when training begins."""
-        return self.make_evaluator()
+        return needed("trials cannot be scored", self.make_evaluator)
 
     @cached_property
     def probing(self) -> SparseProbing:
         """Made when the first trial is probed: most searches ask for none."""
-        return self.make_probing()
+        return needed("trials cannot be probed", self.make_probing)
 
     def serve(self) -> None:
         """Take trials from the broker until it has no more."""
@@ -198,7 +198,7 @@ class Worker:
             self._run([TrialSpec.model_validate(job) for job in jobs])
 
     def _run(self, specs: list[TrialSpec]) -> None:
-        """Train and score trials; an error is a trial's own and reaches the journal, not the loop.
+        """Train and score trials; an error of a trial's own reaches the journal, not the loop.
 
         Those that are taken up at different positions are trained one position after the other.
         """
@@ -227,10 +227,8 @@ class Worker:
         trial = TrialAtWork(spec, folder, self.broker, artifacts)
         try:
             trial.begin([self._make_run(member) for member in spec.members()])
-        except LostCopyError:
-            raise
         except Exception as error:
-            self._failed(trial, error)
+            self._raised([trial], error)
         return trial
 
     def _make_run(self, spec: TrialSpec) -> SAERun:
@@ -260,15 +258,10 @@ class Worker:
         try:
             together.train()
             return
-        except HaltedError:
-            return
-        except LostCopyError:
-            raise  # no trial's own: this worker cannot go on, and Ray Train restarts it
         except Exception as error:
             left = [trial for trial in trials if not trial.over]
-            if len(left) == 1 or no_room(error):
-                for trial in left:
-                    self._failed(trial, error)
+            if len(left) == 1 or not own(error):
+                self._raised(left, error)
                 return
             numbers = [trial.number for trial in left]
             log.warning("trials %s go on one by one", numbers, exc_info=error)
@@ -277,18 +270,41 @@ class Worker:
         for trial in left:
             self._run([trial.spec])
 
-    def _failed(self, trial: TrialAtWork, error: Exception) -> None:
-        """A trial alone has raised."""
-        if no_room(error):
-            reason = f"trial {trial.number} cannot write to {trial.folder}: {error.strerror}"
-            ray.get(self.broker.halt.remote(reason))
-            trial.abandon()
-            return
-        trial.fail(error)
+    def _raised(self, trials: list[TrialAtWork], error: Exception) -> None:
+        """One trial alone has raised, or all of them for what is no trial's doing."""
+        if restarts(error):
+            raise error  # this worker cannot go on, and Ray Train restarts it
+        halting = error if halts(error) else None
+        if halting is None:
+            try:
+                for trial in trials:
+                    trial.fail(error)
+            except Exception as another:
+                if not halts(another):
+                    raise
+                halting = another
+        if halting is not None:
+            self._halt(trials, halting)
         if self.collective.size > 1:
             # The other workers of the trial are waiting in a collective that will not come:
             # only a restart of the group by Ray Train brings them back.
             raise error
+
+    def _halt(self, trials: list[TrialAtWork], error: Exception) -> None:
+        """The search cannot go on; the trials stay as their checkpoints have them."""
+        words, missing = no_room(error), UnavailableError | ray.exceptions.RayError
+        if isinstance(error, HaltedError):
+            pass  # the broker knows
+        elif words and not isinstance(error, missing):
+            where = trials[0].folder if trials else self.config.run_dir
+            ray.get(self.broker.halt.remote(f"{where} cannot be written to: {words}"))
+        else:
+            path = Path(self.config.run_dir) / "worker_error.log"
+            ray.get(self.broker.halt.remote(f"{halts(error)} (log: {path})"))
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        for trial in trials:
+            if not trial.over:
+                trial.abandon()
 
     def _probe(self, rung: Rung) -> dict[str, float] | None:
         """Sparse probing of a finished SAE, where it is asked for."""

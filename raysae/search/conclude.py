@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from raysae.analysis.seeds import seed_records
+from raysae.errors import last_line
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import RESULT_FILE, SAE_FOLDER, TRIAL_FILE, seed_folder, trial_folder
-from raysae.search.services import last_line
 from raysae.worlds.world import SAEBENCH
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from raysae import __version__
 from raysae.config import RunConfig, load_config
-from raysae.errors import InterruptedSearchError, UserError, first_line
+from raysae.errors import InterruptedSearchError, UserError, first_line, last_line
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.run_files import read_object, read_records, require
 from raysae.search import cluster
@@ -33,7 +33,7 @@ from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
 from raysae.search.mirror import mirroring
 from raysae.search.plan import shortages
-from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
+from raysae.search.services import MemoryWatch, Store, background, run_pool
 from raysae.storage import Location, is_address, public
 from raysae.store.files import replacing
 from raysae.worlds.presets import shape_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raysae.config import RunConfig
-from raysae.errors import UserError
+from raysae.errors import UserError, in_words, last_line
 from raysae.search import cluster
 from raysae.search.integrity import record_store
 
@@ -58,7 +58,7 @@ class Store:
         from raysae.store.harvest import WeakModelError, harvest
         from raysae.store.places import harvest_places
 
-        config = self._config
+        config, what = self._config, "harvest failed"
         try:
             assert config.hook is not None
             harvested = harvest(
@@ -78,13 +78,14 @@ class Store:
             self._handle = ray.put(self.held)
             self.publish()
             self._say([*harvested.lines, *([changed] if changed else [])])
+            what = "what trials are scored with cannot be computed"
             self._say(harvested.finish())
         except (WeakModelError, UserError) as error:
             # What a task raises comes with its traceback; its cause is what was said.
             self.refused = str(getattr(error, "cause", None) or error)
             ray.get(self._broker.halt.remote(self.refused))
         except Exception as error:
-            ray.get(self._broker.halt.remote(f"harvest failed: {last_line(error)}"))
+            ray.get(self._broker.halt.remote(f"{what}: {in_words(error)}"))
 
     def _say(self, lines: list[str]) -> None:
         for line in lines:
@@ -108,6 +109,7 @@ def run_pool(
     from ray.train import RunConfig as TrainRunConfig
 
     from raysae.pool.client import serve_pool
+    from raysae.pool.losses import Losses
 
     resources = config.resources
     storage = run_dir / "pool"
@@ -140,6 +142,7 @@ def run_pool(
             name=namespace,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=POOL_FAILURES),
+            callbacks=[Losses(namespace, plan.workers_per_trial)],  # type: ignore[list-item]
         ),
     )
     reason = "the worker pool ended before the search did"
@@ -178,12 +181,6 @@ def _trainer_class(plan: cluster.Plan, storage: Path, *, use_gpu: bool) -> Any:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     return DataParallelTrainer
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error that carries a remote traceback: what was raised there."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 class MemoryWatch:

@@ -95,8 +95,9 @@ class ResumableSearch(OptunaSearch):
 def reconcile(run_dir: Path, storage: BaseStorage) -> list[int] | None:
     """Make study and journal agree before a session begins.
 
-    A trial that has ended in the journal is told to the study; one that Optuna was told of, because
-    the scheduler stopped it, is ended in the journal.
+    A trial that has ended in the journal is told to the study, as its client would have told it;
+    one that Optuna was told of, because the scheduler stopped it, is ended in the journal. One that
+    was scored for the last time has finished, though a crash kept that from being recorded.
 
     Returns:
         Optuna's ids of the trials in flight, by number; None where there is no trial yet.
@@ -109,12 +110,16 @@ def reconcile(run_dir: Path, storage: BaseStorage) -> list[int] | None:
     path = run_dir / JOURNAL
     cut_partial_line(path)
     jobs = replay(read_journal(path), session="")
+    for unended in [job for job in jobs.values() if job.end_is_missing]:
+        append(path, end_record(unended, "finished"))
+        unended.state = "finished"
     in_flight = []
     for trial in study.trials:
         job = jobs.get(trial.number)
         ended = job is not None and job.state in ENDED
         if trial.state == TrialState.RUNNING and job is not None and ended:
-            study.tell(trial.number, job.rung.get("objective", WORST_OBJECTIVE))
+            failed = job.state == "failed"
+            study.tell(trial.number, WORST_OBJECTIVE if failed else job.rung["objective"])
         elif trial.state == TrialState.RUNNING:
             in_flight.append(trial._trial_id)
         elif trial.state.is_finished() and job is not None and not ended:

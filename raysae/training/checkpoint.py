@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,41 +64,85 @@ class Checkpoints:
     def save(self, runs: Sequence[SAERun]) -> None:
         """Write the runs' states, at one of their events; the file is replaced as a whole.
 
-        Raises OSError where it cannot be written.
+        The file has an id of its own, by which workers that share the trial know it.
+
+        Raises what the system or torch raises where it cannot be written; nothing is left of it.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save({**_identity(runs), "runs": [run.state_dict() for run in runs]}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        try:
+            with partial.open("wb") as file:
+                states = [run.state_dict() for run in runs]
+                torch.save({**_identity(runs), "id": uuid.uuid4().hex, "runs": states}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def restore(self, runs: Sequence[SAERun]) -> bool:
         """Bring new runs to where the checkpoint was taken; False: they begin at step 0.
 
         A file that is damaged, or of another spec or version, is left aside: training is
         deterministic, so starting again costs time and changes nothing.
+
+        Workers that share the trial begin where its first one does: those that find another file
+        there, as a network's file system may have it, or none, are sent its state.
         """
-        try:
-            saved: dict[str, Any] = torch.load(
-                self._path, map_location=runs[0].device, weights_only=True
-            )
-        except FileNotFoundError:
-            return False
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("%s cannot be read, the trial begins again: %s", self._path, error)
-            return False
-        if any(saved.get(name) != value for name, value in _identity(runs).items()):
-            log.warning("%s is not of this trial, which begins again", self._path)
+        saved = _of_the_first(self._read(runs), runs[0])
+        if saved is None:
             return False
         for run, state in zip(runs, saved["runs"], strict=True):
             run.load_state_dict(state)
         return True
 
+    def _read(self, runs: Sequence[SAERun]) -> dict[str, Any] | None:
+        try:
+            saved: dict[str, Any] = torch.load(
+                self._path, map_location=runs[0].device, weights_only=True
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("%s cannot be read, the trial begins again: %s", self._path, error)
+            return None
+        if any(saved.get(name) != value for name, value in _identity(runs).items()):
+            log.warning("%s is not of this trial, which begins again", self._path)
+            return None
+        return saved
+
     def remove(self) -> None:
         """The trial has ended: nobody will take it up again."""
         self._path.unlink(missing_ok=True)
+
+
+def _of_the_first(saved: dict[str, Any] | None, run: SAERun) -> dict[str, Any] | None:
+    """What the first of the trial's workers has read, on every one of them."""
+    collective, device = run.collective, run.device
+    if collective.size == 1:
+        return saved
+    mine = _place(saved)
+    first = collective.broadcast(mine)
+    differs = torch.tensor(float(mine != first), device=device)
+    if collective.sum_(differs).item() == 0:
+        return saved
+    if mine != first:
+        log.warning("worker %d read checkpoint %s, the first %s", collective.rank, mine, first)
+    # Seldom, and then of any size: as bytes, for a device of another name.
+    file = io.BytesIO()
+    if collective.rank == 0:
+        torch.save(saved, file)
+    sent = collective.broadcast(file.getvalue())
+    assert isinstance(sent, bytes)
+    theirs = torch.load(io.BytesIO(sent), map_location=device, weights_only=True)
+    return saved if mine == first else theirs
+
+
+def _place(saved: dict[str, Any] | None) -> tuple[Any, ...] | None:
+    """Which checkpoint it is, and the steps that its SAEs have behind them."""
+    if saved is None:
+        return None
+    return saved.get("id"), [(state["step"], state["scored_step"]) for state in saved["runs"]]
 
 
 def _identity(runs: Sequence[SAERun]) -> dict[str, Any]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class LostPeerError(Exception):
+    """A trial's workers can no longer talk to each other, most likely because one has ended: this
+    process must be started again."""
 
 
 class Alone:
@@ -31,7 +37,10 @@ class Alone:
 
 
 class Group(Alone):
-    """A trial on several workers, joined by a torch.distributed process group."""
+    """A trial on several workers, joined by a torch.distributed process group.
+
+    Every call raises `LostPeerError` where another of them has gone.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -39,7 +48,8 @@ class Group(Alone):
         self.size = dist.get_world_size(group)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self.group)
+        with _talking():
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def mean_gradients_(self, parameters: Iterable[Tensor]) -> None:
@@ -53,11 +63,25 @@ class Group(Alone):
 
     def broadcast(self, value: object) -> object:
         box = [value]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        with _talking():
+            source = dist.get_global_rank(self.group, 0)
+            dist.broadcast_object_list(box, src=source, group=self.group)
         return box[0]
 
     def broadcast_(self, tensor: Tensor) -> None:
-        dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+        with _talking():
+            dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
         # It does not count as a write by itself; what is kept of a tensor as long as it is
         # unchanged (`raysae.regularizers.layout`) would stay.
         torch.autograd.graph.increment_version(tensor)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """What torch raises in here says nothing about the trial."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of which torch's errors of networks and backends are kinds
+        raise LostPeerError(f"another worker of the trial does not answer: {error}") from error

@@ -98,6 +98,29 @@ def test_a_search_that_is_killed_again_and_again_ends_as_if_nothing_had_happened
 
 
 @pytest.mark.slow
+def test_a_search_that_cannot_score_says_why_and_fails_no_trial(undisturbed: Path, tmp_path: Path):
+    """What scoring needs is killed as often as it is begun; resumed, the search gets it."""
+    out = tmp_path / "run"
+    search = Search(out, *OPTIONS, "--out", str(out), RAYSAE_CACHE=str(tmp_path / "cache"))
+    kills = 0
+
+    def killing() -> bool:
+        nonlocal kills
+        kills += search.kill_all("evaluation")
+        return False
+
+    search.wait_until(killing, 300)  # until the search has ended
+    assert search.wait(60) == 1, search.tail()
+    assert kills > 3, "Ray begins a task that died three times again"
+    assert "the search stopped: " in search.tail() and "WorkerCrashedError" in search.tail()
+    assert f"--resume {out}" in search.tail()
+    assert results(out) == []
+    search = Search(out, "--resume", str(out))
+    assert search.wait(400) == 0, search.tail()
+    assert differences(results(out), results(undisturbed)) == []
+
+
+@pytest.mark.slow
 def test_a_search_whose_machine_is_lost_goes_on_elsewhere_from_its_mirror(
     undisturbed: Path, tmp_path: Path
 ):

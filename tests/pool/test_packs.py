@@ -264,6 +264,7 @@ def test_the_last_attempt_of_a_trial_is_alone(play, journal: Path):
             assert numbers(await soon(broker.next_jobs(0, f"life {life}", 2))) == together
             for number in together:
                 await broker.progress(number, row(7))
+            await broker.lost([0])
         await broker.register(0, "", "without 0")
         assert numbers(await soon(broker.next_jobs(0, "without 0", 2))) == [1]
         await broker.rung(1, rung(8, last=True), curve(8))

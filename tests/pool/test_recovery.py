@@ -55,12 +55,161 @@ def test_a_trial_that_takes_its_workers_down_at_one_place_fails(gets: str, play,
             if life < MAX_ATTEMPTS or gets == "further":
                 assert await soon(broker.next_jobs(0, f"generation {life}")) == [SPEC]
                 await broker.progress(0, row(7 + (life if gets == "further" else 0)))
+                await broker.lost([0])
         if gets == "no further":
             event = await soon(broker.next_event(0))
             assert event["kind"] == "failed" and "its worker died" in event["error"]
 
     play(scenario)
     assert [end["state"] for end in ends(journal)] == (["failed"] if gets == "no further" else [])
+
+
+LIVES = 3 * MAX_ATTEMPTS
+
+
+async def live(broker: BrokerState, life: int, trials: int, lost: list[int] | None) -> list[int]:
+    """One set of workers, a trial for each, from its start to its end: which worker got one.
+
+    `lost` are those that then die; None: they were all stopped, because a node joined.
+    """
+    name = f"generation {life}"
+    taken = []
+    for group in range(trials):
+        await broker.register(group, "", name)
+        call = asyncio.create_task(broker.next_jobs(group, name))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        if call.done():
+            taken += [spec["number"] for spec in call.result()]
+        else:
+            call.cancel()
+    for number in taken:
+        await broker.progress(number, row(7))
+    if lost is not None:
+        await broker.lost([job.worker for job in broker._jobs.values() if job.number in lost])
+    return taken
+
+
+def test_restarts_that_no_worker_died_for_count_against_no_trial(play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(4):
+            await broker.submit(number, {"number": number})
+        for life in range(LIVES):
+            assert await live(broker, life, 4, lost=None) == [0, 1, 2, 3]
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+def test_only_the_trial_whose_worker_died_answers_for_it(play, journal: Path):
+    """With those whose workers were beside it, and are restarted with it, the search goes on."""
+
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        taken = [await live(broker, life, 3, lost=[1]) for life in range(MAX_ATTEMPTS + 1)]
+        assert taken == [[0, 1, 2], [0, 1, 2], [1], [0, 2]]
+
+    play(scenario)
+    (end,) = ends(journal)
+    assert (end["trial"], end["state"]) == (1, "failed")
+    assert end["error"] == "its worker died 3 times at the same place"
+
+
+def test_a_suspect_that_gets_further_alone_is_none_any_more(play, journal: Path):
+    """The others wait for no more than that."""
+
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(3):
+            await broker.submit(number, {"number": number})
+        for life in range(MAX_ATTEMPTS - 1):
+            await live(broker, life, 3, lost=[1])
+        await broker.register(0, "", "last")
+        (suspect,) = await soon(broker.next_jobs(0, "last"))
+        others = [await waiting(broker.next_jobs(group, "last")) for group in (1, 2)]
+        await broker.progress(1, row(7))
+        await asyncio.sleep(0.01)
+        assert suspect["number"] == 1 and not any(task.done() for task in others)
+        await broker.progress(1, row(8))
+        assert [spec["number"] for (spec,) in await soon(asyncio.gather(*others))] == [0, 2]
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+@pytest.mark.parametrize("alone", ["dies", "gets further"])
+def test_a_trial_that_dies_beside_another_is_not_yet_the_one_to_blame(
+    alone: str, play, journal: Path
+):
+    """Who takes all memory may not be whom the system kills for it."""
+
+    async def scenario(broker: BrokerState) -> None:
+        for number in range(2):
+            await broker.submit(number, {"number": number})
+        for life in range(MAX_ATTEMPTS - 1):
+            assert await live(broker, life, 2, lost=[0, 1]) == [0, 1]
+        # Two suspects: the first gets further alone, the second is then taken beside it, and dies.
+        await broker.register(0, "", "third")
+        assert (await soon(broker.next_jobs(0, "third")))[0]["number"] == 0
+        await broker.progress(0, row(8))
+        assert (await soon(broker.next_jobs(1, "third")))[0]["number"] == 1
+        await broker.lost([1])
+        await broker.register(0, "", "fourth")
+        assert ends(journal) == []
+        assert (await soon(broker.next_jobs(0, "fourth")))[0]["number"] == 1
+        other = await waiting(broker.next_jobs(1, "fourth"))
+        if alone == "dies":
+            await broker.lost([0])
+            await broker.register(0, "", "fifth")
+            assert (await soon(broker.next_jobs(0, "fifth")))[0]["number"] == 0
+        else:
+            await broker.progress(1, row(9))
+            assert (await soon(other))[0]["number"] == 0
+        other.cancel()
+
+    play(scenario)
+    assert [(end["trial"], end["state"]) for end in ends(journal)] == (
+        [(1, "failed")] if alone == "dies" else []
+    )
+
+
+def test_a_broker_that_is_started_again_blames_no_trial_for_what_it_did_not_see(
+    play, journal: Path
+):
+    async def before(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        for life in range(MAX_ATTEMPTS - 1):
+            await live(broker, life, 1, lost=[0])
+        await broker.register(0, "", "last")
+        await broker.next_jobs(0, "last")  # its last attempt, and then it gets further
+
+    async def after(broker: BrokerState) -> None:
+        await broker.lost([0])
+        await broker.register(0, "", "next")
+        assert await soon(broker.next_jobs(0, "next")) == [SPEC]
+
+    play(before)
+    play(after)
+    assert ends(journal) == []
+
+
+@pytest.mark.parametrize("how", ["told twice", "of workers that had only begun to start"])
+def test_a_death_counts_once_and_for_the_trials_of_its_own_set_of_workers(
+    how: str, play, journal: Path
+):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        for life in range(LIVES):
+            await broker.register(0, "", f"generation {life}")
+            assert await soon(broker.next_jobs(0, f"generation {life}")) == [SPEC]
+            if how == "told twice":
+                await broker.lost([])
+            else:  # all were stopped for a node that joined, and of the new ones one has died
+                await broker.starting(f"another before {life + 1}")
+            await broker.lost([0])
+
+    play(scenario)
+    assert ends(journal) == []
 
 
 @pytest.mark.parametrize("died", ["waiting for the decision", "after the decision"])
@@ -233,10 +382,60 @@ def test_a_record_cut_off_by_a_crash_is_as_if_it_had_not_been(cut: int, play, jo
         await broker.rung(0, rung(1, last=True), curve(1))
 
     play(first, session="one")
-    journal.write_bytes(journal.read_bytes()[:-cut])
+    *lines, end = journal.read_bytes().splitlines(keepends=True)
+    assert b'"end"' in end and b'"rung"' in lines[-1]
+    journal.write_bytes(b"".join(lines)[:-cut])
     play(second, session="two")
     assert [end["state"] for end in ends(journal)] == ["finished"]
     assert [r["event"] for r in read_journal(journal)].count("rung") == 1
+
+
+@pytest.mark.parametrize("asks", ["a worker", "nobody"])
+@pytest.mark.parametrize("session", ["one", "two"])
+def test_a_trial_whose_last_rung_was_recorded_has_finished(
+    session: str, asks: str, play, journal: Path
+):
+    """The broker was killed between that record and the next, or the disk was full."""
+
+    async def first(broker: BrokerState) -> None:
+        await broker.register(0, "", "a")
+        await broker.submit(0, SPEC)
+        await broker.next_jobs(0, "a")
+        await broker.rung(0, rung(3, last=True), curve(3))
+
+    async def second(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        if asks == "a worker":
+            await broker.register(0, "", "b")
+            await waiting(broker.next_jobs(0, "b"))
+        assert (await soon(broker.next_event(0)))["last"]
+        await broker.cancel(0)
+
+    play(first, session="one")
+    lines = journal.read_text().splitlines(keepends=True)
+    assert '"event": "end"' in lines[-1]
+    journal.write_text("".join(lines[:-1]))
+    play(second, session)
+    (end,) = ends(journal)
+    assert (end["state"], end["rung"]["tokens"], end["curve"]) == ("finished", 30, curve(3))
+
+
+@pytest.mark.parametrize("call", ["cancel", "fail", "abandon"])
+def test_a_trial_whose_end_could_not_be_recorded_still_finishes(
+    call: str, play, journal: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_jobs(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(broker, "_end", lambda *_: None)
+            await broker.rung(0, rung(3, last=True), curve(3))
+        await (broker.abandon("gone") if call == "abandon" else getattr(broker, call)(*arguments))
+
+    arguments = (0, "raised") if call == "fail" else (0,)
+    play(scenario)
+    (end,) = ends(journal)
+    assert (end["state"], end["error"], end["curve"]) == ("finished", "", curve(3))
 
 
 # --- Pausing and halting --------------------------------------------------------------------------
@@ -282,6 +481,21 @@ def test_a_halted_search_fails_no_trial_and_says_why(play, journal: Path):
         assert await broker.health() == ("no more GPUs", False)
         assert await soon(broker.progress(0, row(1))) == "pause"
         assert await soon(broker.store()) is None
+
+    play(scenario)
+    assert ends(journal) == []
+
+
+@pytest.mark.parametrize("end", ["halt", "pause", "close"])
+def test_a_trial_does_not_fail_while_the_search_ends(end: str, play, journal: Path):
+    async def scenario(broker: BrokerState) -> None:
+        await broker.submit(0, SPEC)
+        await broker.next_jobs(0)
+        if end == "pause":
+            await broker.pause(0.01)
+        else:
+            await (broker.halt("the harvest failed") if end == "halt" else broker.close())
+        assert not await broker.fail(0, "an object was lost", curve(1))
 
     play(scenario)
     assert ends(journal) == []

@@ -3,118 +3,29 @@
 from __future__ import annotations
 
 import errno
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
+from sae_lens import SAE
+from safetensors import SafetensorError
+from worker_bench import Decide, FakeArtifacts, FakeBroker, FakeEvaluator, make_worker
 
-from raysae.analysis.seeds import SCORES
 from raysae.pool import worker as module
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
-from raysae.pool.worker import Worker, WorkerConfig
+from raysae.pool.worker import Worker
 from raysae.store.batches import ChunkedActivations
 from raysae.store.one_copy import LostCopyError
 from raysae.training.checkpoint import CHECKPOINT_FILE, Pace
-from raysae.training.collective import Alone
-from raysae.training.run import Rung, SAERun
+from raysae.training.run import Rung
 from raysae.training.spec import TrialSpec
 from raysae.unlearning import split_questions
 
-Decide = Callable[[str, int, dict[str, Any]], str]
 FIRST_RUNG, END = 8 * 64, 24 * 64
-
-
-class FakeBroker:
-    """Notes what it is told by trial, and answers as `decide(call, number, record)` says."""
-
-    def __init__(self, decide: Decide) -> None:
-        self.decide = decide
-        self.rows: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        self.rungs: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-        self.failed: dict[int, str] = {}
-        self.saved: list[int] = []
-        self.halted = ""
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=partial(getattr(type(self), f"_{name}"), self))
-
-    def _progress(self, number: int, row: dict[str, Any]) -> str:
-        self.rows[number].append(row)
-        return self.decide("progress", number, row)
-
-    def _rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
-        self.rungs[number].append(record)
-        assert curve[-1]["step"] == record["step"]
-        return "stop" if record["last"] else self.decide("rung", number, record)
-
-    def _fail(self, number: int, reason: str, curve: list[dict[str, Any]]) -> None:
-        self.failed[number] = reason
-
-    def _paused(self, number: int) -> None:
-        self.saved.append(number)
-
-    def _halt(self, reason: str) -> None:
-        self.halted = reason
-
-
-class FakeArtifacts:
-    """Records of what the weights are, instead of files."""
-
-    def __init__(self, folder: Path, *_: Any) -> None:
-        self.folder = folder
-
-    def measure(self, run: SAERun) -> list[dict[str, Any]]:
-        return [
-            {"step": run.step, "seed": run.spec.seed, "weight": float(run.sae.W_dec.detach()[3, 5])}
-        ]
-
-    def write(self, spec: TrialSpec, rung: Rung, probing: Any) -> dict[str, Any]:
-        score = rung.result.score
-        return {
-            "step": rung.step,
-            "tokens": rung.tokens,
-            "last": rung.last,
-            "metrics": rung.metrics,
-            "measured": rung.measured,
-            "cause": "",
-            "sparse_probing": probing,
-            "dense_features": 0,
-            "train_seconds": 1.0,
-            "score_seconds": 1.0,
-            **dict.fromkeys(("objective", *SCORES), score),
-            "seed": spec.seed,
-        }
-
-
-class FakeEvaluator:
-    """Scores an SAE by a number that any change of its weights would change."""
-
-    known_questions: ClassVar = {"forget": 9, "retain": 20}
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-        self.questions: list[dict[str, np.ndarray] | None] = []
-
-    def evaluate_many(
-        self,
-        saes: list[Any],
-        *,
-        training_steps: int,
-        questions: dict[str, np.ndarray] | None,
-    ) -> list[Any]:
-        self.asked.append((training_steps, len(saes)))
-        self.questions.append(questions)
-        return [SimpleNamespace(score=self.score(sae)) for sae in saes]
-
-    def score(self, sae: Any) -> float:
-        return float(sae.W_enc.detach().double().abs().sum() + sae.W_dec.detach()[3, 5])
 
 
 def go_on(*_: Any) -> str:
@@ -126,32 +37,20 @@ def bench(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> Callab
     """Run trials on a worker: its broker, and the worker."""
     monkeypatch.setattr("ray.get", lambda answers: answers)
     monkeypatch.setattr(module, "Artifacts", FakeArtifacts)
-    settings = dict.fromkeys((f.name for f in fields(WorkerConfig)), "")
-    settings |= {"evals": (), "checkpoint_seconds": 3600.0, "trials_per_pack": 4, "split_seed": 7}
 
     def run(
         *specs: TrialSpec,
         decide: Decide = go_on,
         name: str = "run",
         evaluator: FakeEvaluator | None = None,
+        make_evaluator: Callable[[], FakeEvaluator] | None = None,
+        over: bool = False,
     ) -> tuple[FakeBroker, Worker]:
-        source = make_store()
-        source.publish = lambda: None
         broker = FakeBroker(decide)
+        broker.over = over
         evaluator = evaluator or FakeEvaluator()
-        worker = Worker(
-            config=WorkerConfig(**settings | {"run_dir": str(tmp_path / name)}),
-            broker=broker,
-            generation="",
-            group=0,
-            collective=Alone(),
-            device="cpu",
-            world=SimpleNamespace(sae_model_name=""),
-            eval_config=None,
-            make_evaluator=lambda: evaluator,
-            make_probing=lambda: None,
-            source=source,
-        )
+        make = make_evaluator or (lambda: evaluator)
+        worker = make_worker(tmp_path / name, make_store(), broker, make)
         worker._run(list(specs))
         return broker, worker
 
@@ -327,15 +226,146 @@ def test_the_loss_of_the_activations_on_the_gpu_ends_the_worker_and_fails_no_tri
     assert len(delivered) == 11
 
 
-def test_a_full_disk_fails_no_trial(bench, trials, monkeypatch: pytest.MonkeyPatch):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+# --- What is no trial's doing ---------------------------------------------------------------------
 
-    monkeypatch.setattr(FakeArtifacts, "write", full)
+
+def no_space_at(path: Path) -> None:
+    """What is written there meets a full disk, as the system has it and the library reports it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/dev/full")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Of the three trials, which are saved with every row of their curves."""
+    monkeypatch.setattr(Pace, "is_due", lambda _: True)
+    return [trial_folder(tmp_path / "run", number) for number in range(3)]
+
+
+@pytest.mark.parametrize("file", ["SAE", "checkpoint", "log", "last good SAE", "other"])
+def test_a_full_disk_fails_no_trial_and_leaves_the_checkpoints(
+    file: str, bench, trials, folders, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever there was no room for, also of a trial that would have failed."""
+    folder = folders[1]
+    if file in ("log", "last good SAE"):
+        training = trials[1].training.model_copy(update={"lr": 1e30, "lr_warmup": 0.5})
+        trials[1] = trials[1].model_copy(update={"training": training})
+    if file == "log":
+        no_space_at(folder / "error.log")
+
+    def save_model(*_: Any) -> None:  # as safetensors does, see test_full_disk.py
+        words = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(words)
+
+    def write(self: FakeArtifacts, _: TrialSpec, rung: Rung, __: Any) -> None:
+        if file == "other":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        rung.sae.save_model(self.folder / "sae")
+
+    def decide(what: str, number: int, row: dict[str, Any]) -> str:
+        if file == "checkpoint" and (what, number, row["step"]) == ("progress", 1, 5):
+            no_space_at(folder / "checkpoint.partial")
+        return "go"
+
+    monkeypatch.setattr(FakeArtifacts, "write", write)
+    if file != "log":
+        monkeypatch.setattr(SAE, "save_model", save_model)
+    broker, _ = bench(*trials, decide=decide)
+    assert broker.failed == {}
+    words = "Disk quota exceeded" if file == "other" else "No space left on device"
+    assert broker.halted.endswith(f"cannot be written to: {words}")
+    assert sorted(broker.saved) == [0, 1, 2]
+    kept = [torch.load(one / CHECKPOINT_FILE)["runs"][0]["step"] for one in folders]
+    assert kept == {"checkpoint": [5, 4, 4]}.get(file, kept)
+    assert min(kept) > 0
+    assert [path for one in folders for path in one.rglob("*.partial*")] == []
+
+
+def test_a_checkpoint_is_there_until_the_broker_knows_that_its_trial_has_failed(
+    bench, trials, folders, monkeypatch: pytest.MonkeyPatch
+):
+    there: list[bool] = []
+    fail = FakeBroker._fail
+
+    def spy(self: FakeBroker, number: int, *args: Any) -> bool:
+        there.append((folders[number] / CHECKPOINT_FILE).is_file())
+        return fail(self, number, *args)
+
+    class Picky(FakeEvaluator):
+        def score(self, sae: Any) -> float:
+            raise ValueError("no score")
+
+    monkeypatch.setattr(FakeBroker, "_fail", spy)
+    broker, _ = bench(trials[0], evaluator=Picky())
+    assert there == [True] and set(broker.failed) == {0}
+    assert not (folders[0] / CHECKPOINT_FILE).exists()
+
+
+def test_a_trial_that_raises_while_the_search_ends_is_left_for_a_later_session(
+    bench, trials, folders
+):
+    class Picky(FakeEvaluator):
+        def score(self, sae: Any) -> float:
+            raise ValueError("no score")
+
+    broker, _ = bench(trials[0], evaluator=Picky(), over=True)
+    assert broker.failed == {} and broker.saved == [0]
+    assert torch.load(folders[0] / CHECKPOINT_FILE)["runs"][0]["step"] == 8
+
+
+def raised_by_a_task(error: Exception) -> Exception:
+    trace = f"ray::evaluation_cache() (pid=7)\n  File a.py\n{type(error).__name__}: {error}"
+    return ray.exceptions.RayTaskError("evaluation_cache", trace, error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ray.exceptions.WorkerCrashedError(), "WorkerCrashedError: The worker died unexpectedly"),
+        (ray.exceptions.ObjectLostError("ab", None, ""), "ObjectLostError: "),
+        (FileNotFoundError("no evaluation cache"), "FileNotFoundError: no evaluation cache"),
+        (raised_by_a_task(ValueError("no questions")), "ValueError: no questions"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_evaluator_that_cannot_be_had_ends_the_search_and_no_trial(
+    error: Exception, words: str, bench, trials, folders, tmp_path: Path
+):
+    def missing() -> FakeEvaluator:
+        raise error
+
+    broker, _ = bench(*trials, make_evaluator=missing)
+    assert broker.failed == {} and broker.saved == [0, 1, 2]
+    log = tmp_path / "run" / "worker_error.log"
+    assert broker.halted.startswith(f"trials cannot be scored: {words}")
+    assert broker.halted.endswith(f"(log: {log})")
+    assert type(error).__name__ in log.read_text()
+    assert [torch.load(one / CHECKPOINT_FILE)["runs"][0]["step"] for one in folders] == [8] * 3
+
+
+def test_trials_that_leave_no_memory_for_the_evaluator_are_scored_one_by_one(bench, trials):
+    asked: list[int] = []
+
+    def make() -> FakeEvaluator:
+        asked.append(1)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return FakeEvaluator()
+
+    broker, worker = bench(*trials, make_evaluator=make)
+    assert broker.failed == {} and broker.halted == ""
+    assert worker.evaluator.asked == [(8, 1), (24, 1), (8, 2), (24, 2), (8, 1), (24, 1)]
+
+
+def test_a_lost_object_ends_the_search_and_no_trial(bench, trials, monkeypatch: pytest.MonkeyPatch):
+    def write(*_: Any) -> None:
+        raise ray.exceptions.OwnerDiedError("ab", None, "")
+
+    monkeypatch.setattr(FakeArtifacts, "write", write)
     broker, _ = bench(*trials)
-    assert not broker.failed
-    assert "No space left on device" in broker.halted
-    assert broker.saved == [0, 1, 2]
+    assert broker.failed == {} and broker.saved == [0, 1, 2]
+    assert broker.halted.startswith("OwnerDiedError: ")
 
 
 # --- Saved, and taken up again --------------------------------------------------------------------

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from raysae.errors import UserError
 from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.pool.client import WORST_OBJECTIVE
 from raysae.search.run import _take_up
 from raysae.search.study import (
     STUDY,
@@ -151,6 +152,32 @@ def test_what_the_study_knows_the_journal_learns(tmp_path: Path):
     assert (found["trial"], found["state"], found["rung"]["objective"]) == (0, "stopped", 0.1)
     assert found["curve"] == [{"step": 1}]
     assert reconcile(tmp_path, open_storage(tmp_path)) == [study.trials[1]._trial_id]
+
+
+def test_a_trial_that_failed_after_a_rung_is_told_to_the_study_as_its_client_tells_it(
+    tmp_path: Path,
+):
+    ask(tmp_path, 1)
+    write(tmp_path, submit(0), rung(0, 0.4), proceed(0), end(0, "failed", {"objective": 0.4}))
+    storage = open_storage(tmp_path)
+    assert reconcile(tmp_path, storage) == []
+    (trial,) = optuna.load_study(study_name=STUDY, storage=storage).trials
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, WORST_OBJECTIVE)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_trial_whose_last_rung_was_recorded_has_finished(told: bool, tmp_path: Path):
+    """Killed between that record and the next, before or after Optuna was told."""
+    study = ask(tmp_path, 1)
+    if told:
+        study.tell(0, 0.5)
+    write(tmp_path, submit(0), rung(0, 0.4), proceed(0), rung(0, 0.5, tokens=30, last=True))
+    storage = open_storage(tmp_path)
+    assert reconcile(tmp_path, storage) == []
+    (found,) = ended_trials(read_journal(tmp_path / JOURNAL))
+    assert (found["state"], found["rung"]["tokens"]) == ("finished", 30)
+    (trial,) = optuna.load_study(study_name=STUDY, storage=storage).trials
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 0.5)
 
 
 def test_a_study_cut_off_in_the_middle_of_a_line_under_a_stale_lock_is_read(tmp_path: Path):
