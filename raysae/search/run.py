@@ -24,6 +24,7 @@ from raysae import __version__
 from raysae.config import RunConfig, load_config
 from raysae.errors import InterruptedSearchError, UserError, first_line, last_line
 from raysae.journal import JOURNAL, ended_trials, read_journal
+from raysae.pool.folder import trial_folder
 from raysae.run_files import read_object, read_records, require
 from raysae.search import cluster
 from raysae.search.conclude import SearchOutcome, conclude
@@ -31,7 +32,7 @@ from raysae.search.integrity import check_store
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
 from raysae.search.lock import lock
 from raysae.search.loggers import check_loggers
-from raysae.search.mirror import mirroring
+from raysae.search.mirror import CHECKPOINT, mirroring
 from raysae.search.plan import shortages
 from raysae.search.services import MemoryWatch, Store, background, run_pool
 from raysae.storage import Location, is_address, public
@@ -300,7 +301,16 @@ def _take_up(run_dir: Path, world: World) -> list[int] | None:
             f"({type(error).__name__}: {first_line(error)}); restore it from a mirror or a copy of "
             "the run folder, if there is one"
         ) from None
-    return reconcile(run_dir, storage)
+    in_flight = reconcile(run_dir, storage)
+    _sweep(run_dir)
+    return in_flight
+
+
+def _sweep(run_dir: Path) -> None:
+    """Remove the checkpoints of trials that are over, which a worker that was killed had left."""
+    records = read_journal(run_dir / JOURNAL)
+    for number in {r["trial"] for r in records if r["event"] == "end" or r.get("last")}:
+        (trial_folder(run_dir, number) / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _start_broker(run_dir: Path, session: str) -> Any:

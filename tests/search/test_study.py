@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from raysae.errors import UserError
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.client import WORST_OBJECTIVE
+from raysae.pool.folder import trial_folder
 from raysae.search.run import _take_up
 from raysae.search.study import (
     STUDY,
@@ -26,6 +27,7 @@ from raysae.search.study import (
     reconcile,
 )
 from raysae.search.tune import BaselineSparingASHA
+from raysae.training.checkpoint import CHECKPOINT_FILE
 
 TPE = partial(TPESampler, n_startup_trials=2, multivariate=True, group=True)
 
@@ -44,6 +46,23 @@ def test_a_study_that_cannot_be_read_is_one_message(line: str, tmp_path: Path):
     world = SimpleNamespace(name="w", fingerprint=lambda: "same")
     with pytest.raises(UserError, match=r"optuna.journal cannot be read .*; restore it"):
         _take_up(tmp_path, world)
+
+
+def test_checkpoints_that_a_killed_worker_has_left_are_removed(tmp_path: Path):
+    """Of trials that have ended, or are about to; not of those in flight."""
+    ask(tmp_path, 3)
+    last = rung(1, 0.5, tokens=30, last=True)
+    write(
+        tmp_path, *map(submit, range(3)), end(0, "stopped", {"objective": 0.1}), last, rung(2, 0.2)
+    )
+    (tmp_path / "about.json").write_text('{"world_fingerprint": "same"}')
+    files = [trial_folder(tmp_path, number) / CHECKPOINT_FILE for number in range(3)]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    world = SimpleNamespace(name="w", fingerprint=lambda: "same")
+    assert len(_take_up(tmp_path, world)) == 1
+    assert [file.exists() for file in files] == [False, False, True]
 
 
 def value(params) -> float:
