@@ -294,6 +294,10 @@ class BrokerState:
             job.furthest, job.attempt = row["tokens"], 1
         return self._word(job)
 
+    async def words(self, numbers: list[int]) -> list[str]:
+        """What `progress` would answer each of these trials; asked between two rows."""
+        return [self._word(self._jobs[number]) for number in numbers]
+
     async def rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
         """Record a scored rung, tell the client, and wait for its decision: as in `progress`.
 

@@ -19,6 +19,8 @@ from raysae.training.run import SAERun
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.pt"
+LAYOUT = 2
+"""Of the file; one of another layout is of another version."""
 SHARE = 0.02
 """At most this share of the time goes into writing checkpoints."""
 
@@ -60,7 +62,8 @@ class Checkpoints:
         self._path = folder / CHECKPOINT_FILE
 
     def save(self, runs: Sequence[SAERun]) -> None:
-        """Write the runs' states, at one of their events; the file is replaced as a whole.
+        """Write the runs' states, where `SAERun.state_dict` can be taken; the file is replaced as
+        a whole.
 
         Raises OSError where it cannot be written.
         """
@@ -100,4 +103,5 @@ class Checkpoints:
 
 
 def _identity(runs: Sequence[SAERun]) -> dict[str, Any]:
-    return {"specs": [run.spec.to_dict() for run in runs], "version": __version__}
+    specs = [run.spec.to_dict() for run in runs]
+    return {"specs": specs, "version": __version__, "layout": LAYOUT}
