@@ -137,8 +137,11 @@ def run_pool(
             if died and attempts_left and ray.is_initialized():
                 continue
             log = run_dir / "pool_error.log"
-            log.write_text(str(error), encoding="utf-8")
             reason = f"the worker pool failed: {last_line(error)} (log: {log})"
+            try:
+                log.write_text(str(error), encoding="utf-8")
+            except OSError as unwritten:  # of a full disk the search must still hear
+                reason = f"the worker pool failed: {last_line(error)} ({unwritten})"
         break
     if ray.is_initialized():
         ray.get(broker.halt.remote(reason))

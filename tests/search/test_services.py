@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,17 @@ def test_a_controller_that_dies_every_time_ends_the_search(run_pool: Any, tmp_pa
     assert fits == services.CONTROLLER_ATTEMPTS
     assert told.startswith("the worker pool failed: ")
     assert f"(log: {tmp_path / 'pool_error.log'})" in told
+
+
+def test_a_pool_that_fails_on_a_full_disk_is_still_heard_of(
+    run_pool: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    _, (told,) = run_pool(RuntimeError("more failures than allowed"))
+    assert "more failures than allowed" in told and "No space left on device" in told
 
 
 def test_a_pool_that_failed_in_another_way_is_not_started_again(run_pool: Any):
