@@ -61,7 +61,7 @@ def config(**overrides: Any) -> RunConfig:
 
 
 def plan(cpus: float, gpus: float = 0, **overrides: Any) -> Plan:
-    return make_plan(config(**overrides), {"CPU": cpus, "GPU": gpus}, local=True)
+    return make_plan(config(**overrides), [{"CPU": cpus, "GPU": gpus}], local=True)
 
 
 def refusal(cpus: float, gpus: float = 0, **overrides: Any) -> str:
@@ -195,7 +195,7 @@ def test_a_gpu_trains_as_many_trials_as_fit_its_memory(trials: float, expected: 
     trial = 8 * (4 * 4 * 131_712 + 6 * 4 * 1024 * (128 + 512))
     room = int(trials * trial) + 4 * 512**2 + 1
     free = {"CPU": 5.0, "GPU": 2.0}
-    made = make_plan(config(resources__use_gpu=True), free, local=True, gpu_bytes=room)
+    made = make_plan(config(resources__use_gpu=True), [free], local=True, gpu_bytes=room)
     assert made.trials_per_pack == expected
     assert made.concurrent_trials == 2 * expected
 
@@ -217,15 +217,23 @@ def test_where_a_run_of_a_study_has_a_width_of_its_own_it_counts():
 
 def test_data_parallel_trials_are_trained_one_at_a_time():
     settings = {"resources__use_gpu": True, "resources__workers_per_trial": 2}
-    made = make_plan(config(**settings), {"CPU": 5.0, "GPU": 2.0}, local=True, gpu_bytes=1 << 40)
+    made = make_plan(config(**settings), [{"CPU": 5.0, "GPU": 2.0}], local=True, gpu_bytes=1 << 40)
     assert (made.trials_per_pack, made.concurrent_trials) == (1, 1)
 
 
 # --- A pool that grows and shrinks with its cluster -----------------------------------------------
 
 
-def on_cluster(cpus: float, **overrides: Any) -> Plan:
-    return make_plan(config(**overrides), {"CPU": cpus, "GPU": 0}, local=False)
+def on_cluster(*cpus: float, gpus: float = 0, **overrides: Any) -> Plan:
+    """On nodes with so many free CPUs, and free GPUs each."""
+    nodes = [{"CPU": n, "GPU": gpus} for n in cpus]
+    return make_plan(config(**overrides), nodes, local=False)
+
+
+def refused_on_cluster(*cpus: float, **overrides: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        on_cluster(*cpus, **overrides)
+    return str(caught.value)
 
 
 def test_a_pool_of_this_machine_keeps_its_size():
@@ -249,6 +257,42 @@ def test_a_limit_of_growth_that_cannot_be_reached_is_refused(most: int, per_tria
         on_cluster(5, resources__max_workers=most, resources__workers_per_trial=per_trial)
 
 
+# --- A worker is on one node ----------------------------------------------------------------------
+
+
+def test_a_worker_that_fits_no_node_is_refused_with_the_threads_that_fit():
+    message = refused_on_cluster(2, 2, 2, 2, resources__threads_per_worker=4)
+    assert "8 CPUs and 0 GPUs are free on 4 nodes, on one at most 2 and 0" in message
+    assert "set resources.threads_per_worker to at most 2" in message
+    assert on_cluster(2, 2, 2, 2, resources__threads_per_worker=2).workers == 3
+
+
+def test_what_is_left_over_on_a_node_makes_no_worker_with_that_of_another():
+    threads = {"resources__threads_per_worker": 4}
+    assert on_cluster(7, 7, 6, **threads).workers == 3  # of 20 CPUs, beside the harvest
+    assert on_cluster(8, 4, **threads).workers == 2  # 3 would leave no CPU for the harvest
+    message = refused_on_cluster(7, 7, 6, **threads, resources__workers=4)
+    assert "4 workers with 4 CPU(s) each" in message
+    assert "set resources.workers to at most 3" in message
+
+
+def test_gpus_and_cpus_must_be_on_the_same_node():
+    gpu = {"resources__use_gpu": True, "resources__threads_per_worker": 2}
+    nodes = [{"CPU": 2, "GPU": 4}, {"CPU": 32, "GPU": 0}]
+    assert make_plan(config(**gpu), nodes, local=False).workers == 1
+    with pytest.raises(UserError, match=r"set resources\.workers to at most 1"):
+        make_plan(config(**gpu, resources__workers=2), nodes, local=False)
+    with pytest.raises(UserError, match=r"set resources\.use_gpu to false"):
+        make_plan(config(**gpu), [{"CPU": 1, "GPU": 4}, {"CPU": 32, "GPU": 0}], local=False)
+
+
+def test_a_group_for_which_there_are_too_few_nodes_is_refused():
+    settings = {"resources__threads_per_worker": 2, "resources__workers_per_trial": 4}
+    message = refused_on_cluster(3, 3, 3, **settings)
+    assert "room for 3 workers" in message
+    assert "set resources.workers_per_trial to at most 3" in message
+
+
 @pytest.mark.parametrize(
     ("free", "seconds"),
     [([{"CPU": 2.0}, {"CPU": 4.0}], 0.0), ([{"CPU": 2.0}], 5.0)],
@@ -259,11 +303,13 @@ def test_cpus_that_others_hold_are_not_planned_with(
 ):
     slept: list[float] = []
     looks = iter(free + [free[-1]] * 1000)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": 8.0})
-    monkeypatch.setattr("ray.available_resources", lambda: next(looks))
+    alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [alive, alive | {"NodeID": "b", "Alive": False}])
+    name = "ray._private.state.available_resources_per_node"
+    monkeypatch.setattr(name, lambda: {"a": next(looks), "b": {"CPU": 9.0}})
     monkeypatch.setattr(cluster.time, "monotonic", lambda: sum(slept))
     monkeypatch.setattr(cluster.time, "sleep", slept.append)
-    assert cluster._free_resources() == {"CPU": free[-1]["CPU"], "GPU": 0.0}
+    assert cluster._free_resources() == [{"CPU": free[-1]["CPU"], "GPU": 0.0}]
     assert sum(slept) >= seconds
 
 

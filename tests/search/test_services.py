@@ -42,7 +42,7 @@ def run_pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
         monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
         config = resolve(load_config(ORTH))
-        plan = make_plan(config, {"CPU": 3}, local=True)
+        plan = make_plan(config, [{"CPU": 3}], local=True)
         services.run_pool(config, plan, "namespace", tmp_path, broker)
         return len(fits), told
 
@@ -104,7 +104,7 @@ def test_a_worker_has_a_gpu_or_the_share_of_one_that_is_set(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
     config = resolve(load_config(ORTH, {"resources.use_gpu": True} | setting))
-    plan = make_plan(config, {"CPU": 9, "GPU": 2}, local=True)
+    plan = make_plan(config, [{"CPU": 9, "GPU": 2}], local=True)
     services.run_pool(config, plan, "namespace", tmp_path, None)
     assert asked["scaling_config"].resources_per_worker["GPU"] == share
     assert asked["scaling_config"].num_workers == plan.workers == workers
