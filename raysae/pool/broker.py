@@ -52,6 +52,7 @@ class BrokerState:
         self._halted = ""
         self._store: Any = None
         self._some_worker = False
+        self._heard = time.monotonic()
         self._generation = ""
         self._workers: dict[int, str] = {}
         self._tiers: dict[int, str] = {}
@@ -172,6 +173,10 @@ class BrokerState:
     async def first_worker(self) -> None:
         """Returns as soon as one worker has started, or none will."""
         await self._wait_for(lambda: self._some_worker or self._over)
+
+    async def alive(self) -> None:
+        """A worker's process is there, whatever it is doing; see `raysae.pool.heartbeat`."""
+        self._heard = time.monotonic()
 
     async def starting(self) -> None:
         """The calling worker has its imports behind it."""
@@ -352,6 +357,10 @@ class BrokerState:
     async def health(self) -> tuple[str, bool]:
         """Why the search was halted, empty if it was not; and whether the store is known."""
         return self._halted, self._store is not None
+
+    async def silence(self) -> float:
+        """Seconds since a worker was heard of, or since this broker began."""
+        return time.monotonic() - self._heard
 
     async def snapshot(self) -> dict[str, Any]:
         """State of every trial, for the live display."""

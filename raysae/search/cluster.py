@@ -395,7 +395,8 @@ def workers_that_fit(resources: ResourcesConfig, nodes: Sequence[Mapping[str, fl
 def needed(resources: ResourcesConfig, workers: int) -> str:
     """What so many workers take, in words."""
     gpu = f" and {_share(resources)}" if resources.use_gpu else ""
-    return f"{workers} workers with {resources.threads_per_worker} CPU(s){gpu} each"
+    plural = "" if workers == 1 else "s"
+    return f"{workers} worker{plural} with {resources.threads_per_worker} CPU(s){gpu} each"
 
 
 def free_in_words(nodes: Sequence[Mapping[str, float]]) -> str:
@@ -403,6 +404,14 @@ def free_in_words(nodes: Sequence[Mapping[str, float]]) -> str:
     cpus, gpus = ([int(node.get(name, 0)) for node in nodes] for name in ("CPU", "GPU"))
     most = f" on {len(nodes)} nodes, on one at most {max(cpus)} and {max(gpus)}"
     return f"{sum(cpus)} CPUs and {sum(gpus)} GPUs are free{most if len(nodes) > 1 else ''}"
+
+
+def has_in_words() -> str:
+    """What the cluster has now, and what of it is free; Ray must be up."""
+    nodes = look_at_nodes()
+    cpus, gpus = (int(sum(has.get(name, 0) for _, has in nodes)) for name in ("CPU", "GPU"))
+    free = free_in_words([free for free, _ in nodes])
+    return f"the cluster has {cpus} CPUs and {gpus} GPUs, of which {free}"
 
 
 def _advice(resources: ResourcesConfig, nodes: Sequence[Mapping[str, float]], room: int) -> str:

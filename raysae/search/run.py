@@ -41,6 +41,7 @@ from raysae.search.loggers import check_loggers
 from raysae.search.mirror import mirroring
 from raysae.search.plan import shortages
 from raysae.search.services import MemoryWatch, Store, background, last_line, run_pool
+from raysae.search.watchdog import Watchdog
 from raysae.storage import MANIFEST, Location, is_address, public
 from raysae.store.files import replacing
 from raysae.worlds.presets import shape_of
@@ -239,11 +240,16 @@ def run_search(
             threads += [background(run_pool, config, plan, namespace, run_dir, broker)]
             store = Store(config, plan, broker, console)
             threads.append(background(store.fill))
+            watchdog = Watchdog(
+                cluster.needed(config.resources, plan.workers_per_trial),
+                cluster.has_in_words,
+                config.resources.worker_timeout,
+            )
             from raysae.search.progress import Expected
             from raysae.search.watch import Watch
 
             with (
-                _guarded(broker, store, interruption),
+                _guarded(broker, store, interruption, watchdog, console),
                 Watch(
                     console,
                     partial(_poll, broker),
@@ -252,6 +258,7 @@ def run_search(
                     dashboard=dashboard,
                     metrics=cluster.metrics_addresses(),
                     started=started,
+                    note=lambda: watchdog.note,
                 ) as watch,
             ):
                 _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, watch)
@@ -342,15 +349,23 @@ def _poll(broker: Any, seen: dict[int, int]) -> Any:
 
 
 @contextmanager
-def _guarded(broker: Any, store: Store, interruption: Interruption) -> Iterator[None]:
-    """Give a restarted broker the store again, and end a search that was halted."""
+def _guarded(
+    broker: Any, store: Store, interruption: Interruption, watchdog: Watchdog, console: Console
+) -> Iterator[None]:
+    """Give a restarted broker the store again, and end a search that was halted, or on which
+    nobody works."""
     import ray
 
     done = threading.Event()
 
     def guard() -> None:
         while not done.wait(1.0):
-            halted, store_ready = ray.get(broker.health.remote())
+            asked = [broker.health.remote(), broker.silence.remote()]
+            (halted, store_ready), silent = ray.get(asked)
+            line = watchdog.look(silent)
+            if line:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            halted = halted or watchdog.reason_to_stop(silent)
             if halted:
                 interruption.stop(halted)
                 return

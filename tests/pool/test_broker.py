@@ -217,6 +217,21 @@ def test_a_trial_that_raised_fails_alone(play, journal: Path):
 # --- The end of the pool --------------------------------------------------------------------------
 
 
+def test_silence_lasts_from_the_last_beat_of_a_worker(play, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("raysae.pool.broker.time.monotonic", lambda: now[0])
+
+    async def scenario(broker: BrokerState) -> None:
+        now[0] += 30
+        assert await soon(broker.silence()) == now[0] - 100
+        await broker.alive()
+        assert await soon(broker.silence()) == 0
+        now[0] += 7
+        assert await soon(broker.silence()) == 7
+
+    play(scenario)
+
+
 def test_closing_wakes_every_worker(play):
     async def scenario(broker: BrokerState) -> None:
         workers = [await waiting(broker.next_jobs(group)) for group in range(3)]
