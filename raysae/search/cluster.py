@@ -18,7 +18,7 @@ import psutil
 from raysae.config import RunConfig
 from raysae.errors import UserError, first_line
 from raysae.resources import ResourcesConfig
-from raysae.search.room import model_bytes, room_on_gpu, trials_per_pack
+from raysae.search.room import model_memory, room_on_gpu, trials_per_pack
 from raysae.search.sizes import choose_store_memory, needed_store_memory
 from raysae.worlds.world import World
 
@@ -290,7 +290,7 @@ def free_for_saes(config: RunConfig, world: World | None) -> int | None:
     if not gpus:
         return None
     free = min(gpu.free_bytes for gpu in gpus)
-    return room_on_gpu(free, model_bytes(world), config.resources.workers_per_gpu)
+    return room_on_gpu(free, model_memory(config, world) or 0, config.resources.workers_per_gpu)
 
 
 def look(

@@ -222,7 +222,7 @@ def run_search(
             shown = re.sub(r"[^\w.-]", "-", run_dir.name)[:40]
             namespace = f"raysae-{shown}-{uuid.uuid4().hex[:8]}"
             if address is None:
-                for line in shortages(config, world):
+                for line in shortages(config, world, run_dir):
                     console.print(f"Short of {line}", markup=False, highlight=False, soft_wrap=True)
             plan, dashboard = cluster.start(config, address, namespace, world)
             _add_plan(run_dir, plan)

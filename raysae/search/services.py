@@ -11,6 +11,7 @@ from rich.console import Console
 
 from raysae.config import RunConfig
 from raysae.search import cluster
+from raysae.search.fit import batch_misfit
 
 RESIZE_SECONDS = 30.0
 """So often a pool on a cluster looks whether nodes have joined: they restart all workers."""
@@ -36,7 +37,7 @@ class Store:
         self._broker, self._console = broker, console
         self._handle: Any = None
         self.refused = ""
-        """Why nothing can be trained on this world, whatever the search."""
+        """Why nothing can be trained on this world, or not by this search."""
 
     def fill(self) -> None:
         """Harvest or find again, and publish; if that fails, no trial can run."""
@@ -61,7 +62,13 @@ class Store:
                     most=config.resources.gpus_of(self._plan.workers),
                 ),
             )
-            self._handle = ray.put(harvested.stores[config.hook])
+            store = harvested.stores[config.hook]
+            forget = int(store.is_forget.sum())
+            self.refused = batch_misfit(config, forget, store.rows - forget)
+            if self.refused:
+                ray.get(self._broker.halt.remote(self.refused))
+                return
+            self._handle = ray.put(store)
             self.publish()
             self._say(harvested.lines)
             self._say(harvested.finish())

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from raysae.config import RunConfig, load_config
+from raysae.config import RunConfig, find_space, load_config
 from raysae.errors import InterruptedSearchError, UserError
 from raysae.resources import MOST_TRIALS
 from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Plan, make_plan, start
 from raysae.search.plan import describe_plan
-from raysae.search.room import memory_of_sae, room_on_gpu
+from raysae.search.room import memory_of_sae, most_seeds, room_on_gpu
 from raysae.search.run import resolve, run_search
+from raysae.search.sizes import CorpusSize
+from raysae.store.tiers import human
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 
@@ -365,3 +368,48 @@ def test_a_machine_without_a_gpu_plans_for_one_that_has(monkeypatch: pytest.Monk
     assert "4, 2 a trial" in workers and "2 trials at a time" in workers
     assert lines[-1].startswith("not here     resources.use_gpu: 4 workers with a GPU each")
     assert not any(line.startswith("time ") for line in lines)
+
+
+# --- What a GPU takes -----------------------------------------------------------------------------
+
+
+def gpu_lines(monkeypatch: pytest.MonkeyPatch, made: RunConfig) -> tuple[str, str]:
+    for module in (cluster, planning):
+        monkeypatch.setattr(module, "list_gpus", lambda: [])
+    monkeypatch.setattr(planning, "_world_here", lambda _: None)
+    lines = describe_plan(made)
+    (of_gpu,) = [line for line in lines if line.startswith("a GPU ")]
+    (asking,) = [line for line in lines if line.startswith("asking ")]
+    return of_gpu, asking
+
+
+def test_a_model_that_is_not_here_is_counted_by_its_known_size(monkeypatch: pytest.MonkeyPatch):
+    made = resolve(load_config(find_space("gemma-2-2b.yaml")))
+    of_gpu, asking = gpu_lines(monkeypatch, made)
+    sae, seeds = memory_of_sae(made), most_seeds(made)
+    bytes_ = 2 * 2_614_341_888 + seeds * sae.total + 4 * made.extremes("sae", "d_sae")[1] ** 2
+    assert f"about {human(bytes_)} of model, SAE and batch" in of_gpu
+    assert "without its logits" in asking
+
+
+def test_a_model_of_which_nothing_is_known_is_said_to_be_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    made = resolve(load_config(find_space("gemma-2-2b.yaml")))
+    monkeypatch.setattr("raysae.worlds.presets.PARAMETERS", {})
+    of_gpu, _ = gpu_lines(monkeypatch, made)
+    assert "of SAE and batch, without the model" in of_gpu
+
+
+def test_asking_what_a_model_knows_takes_another_one_and_its_logits(tmp_path: Path):
+    made = config(resources__use_gpu=True, resources__workers_per_gpu=2)
+    size = CorpusSize(1, 1000, 1, 500, longest_prompt=200)
+    world = SimpleNamespace(
+        known_questions=None, model_path=tmp_path, llm_batch_size=32, dtype="bfloat16"
+    )
+    (tmp_path / "config.json").write_text('{"vocab_size": 256000}')
+    logits = 64 * 200 * 256_000 * 2
+    assert planning._asking(made, size, world, 1 << 30) == 3 * (1 << 30) + logits
+    assert planning._asking(made, None, world, 1 << 30) is None
+    world.known_questions = {}
+    assert planning._asking(made, size, world, 1 << 30) == 0
