@@ -68,7 +68,7 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search.")] = None,
     address: AddressOption = None,
     out: Annotated[
-        str | None, typer.Option(help="Run folder, of no other search. Default: runs/SPACE-DATE-TIME.")
+        str | None, typer.Option(help="New run folder. Default: runs/SPACE-DATE-TIME.")
     ] = None,
     storage: StorageOption = None,
     set_: SetOption = None,

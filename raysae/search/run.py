@@ -115,6 +115,7 @@ def make_run_dir(run_dir: Path) -> Path:
         probe = run_dir / ".write-test"
         probe.touch()
         probe.unlink()
+        (run_dir / MANIFEST).unlink(missing_ok=True)  # where another search would have been copied
     except OSError as error:
         raise UserError(f"--out {run_dir}: cannot be written: {error.strerror}") from None
     return run_dir

@@ -125,6 +125,13 @@ def test_a_search_that_ends_before_anything_is_written_says_that_nothing_has_beg
         assert f"--out {tmp_path / 'run'}" in end
 
 
+def test_a_folder_in_which_nothing_began_knows_of_no_mirror(tmp_path: Path):
+    for name in ("lock", "mirror.json"):
+        (tmp_path / name).touch()
+    made = make_run_dir(choose_run_dir(str(tmp_path), ""))
+    assert [path.name for path in made.iterdir()] == ["lock"]
+
+
 def test_a_folder_with_anything_of_another_search_is_not_taken(tmp_path: Path):
     for name in ("lock", "journal.jsonl"):
         (tmp_path / name).touch()
