@@ -68,7 +68,7 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the search.")] = None,
     address: AddressOption = None,
     out: Annotated[
-        str | None, typer.Option(help="Run folder; must not exist. Default: runs/SPACE-DATE-TIME.")
+        str | None, typer.Option(help="New run folder. Default: runs/SPACE-DATE-TIME.")
     ] = None,
     storage: StorageOption = None,
     set_: SetOption = None,
@@ -110,7 +110,7 @@ def search(
     overrides: dict[str, object] = dict(SMOKE_OVERRIDES) if smoke else {}
     path, config, storage = _configured(space, overrides, set_, flags, world, address)
     if plan:
-        _print_plan(config, address)
+        _print_plan(config, address, out)
         return
     from raysae.search.cluster import check_address
     from raysae.search.run import choose_run_dir, fetch_world, make_run_dir, run_search
@@ -358,13 +358,15 @@ def _check_acts(config: RunConfig, set_: list[str]) -> None:
             )
 
 
-def _print_plan(config: RunConfig, address: str | None) -> None:
+def _print_plan(config: RunConfig, address: str | None, out: str | None = None) -> None:
     from raysae.search.cluster import check_address
     from raysae.search.plan import describe_plan
 
     if address is not None:
         check_address(address)
-    sys.stdout.write("\n".join(describe_plan(config, address)) + "\n")
+    sys.stdout.write(
+        "\n".join(describe_plan(config, address, None if out is None else Path(out))) + "\n"
+    )
 
 
 def _console() -> Console:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -56,3 +60,27 @@ def in_words(error: BaseException) -> str:
     carries a remote traceback."""
     name, line = type(error).__name__, last_line(error)
     return line if name.startswith("RayTaskError(") else f"{name}: {line}"
+
+
+def no_room(error: BaseException) -> str:
+    """Which of its causes was a full disk or a quota that is used up; "" if none was.
+
+    Ray and Tune keep an error of another process, and some of this one, as text; safetensors has it
+    in words alone, and torch hides it behind an error of its own.
+    """
+    seen: list[BaseException] = []
+    causes: list[BaseException | None] = [error]
+    while causes:
+        cause = causes.pop()
+        if cause is None or cause in seen:
+            continue
+        seen.append(cause)
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            where = f": {cause.filename}" if cause.filename else ""
+            return f"{os.strerror(cause.errno)}{where}"
+        for number in _NO_ROOM:
+            lines = [line for line in str(cause).splitlines() if os.strerror(number) in line]
+            if lines:
+                return lines[-1].strip()
+        causes += [cause.__cause__, cause.__context__, getattr(cause, "cause", None)]
+    return ""

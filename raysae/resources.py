@@ -50,6 +50,12 @@ class ResourcesConfig(BaseModel):
     checkpoint_seconds: float = Field(
         10.0, ge=0, description="a trial in flight is saved so often, or less if that takes long"
     )
+    worker_timeout: float | None = Field(
+        3600.0,
+        ge=60,
+        description="seconds without any worker after which a search stops, to be resumed; what a "
+        "cluster that grows on demand takes to grow must fit in; null: it waits for ever",
+    )
     cache: str | None = Field(
         "auto",
         description="folder that keeps activations for the next search; auto: $RAYSAE_CACHE, or "

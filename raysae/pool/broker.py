@@ -52,6 +52,7 @@ class BrokerState:
         self._halted = ""
         self._store: Any = None
         self._some_worker = False
+        self._heard = time.monotonic()
         self._generation = ""
         self._losses_known = False
         """Of the generation's workers: what is told of later is another's."""
@@ -178,6 +179,10 @@ class BrokerState:
     async def first_worker(self) -> None:
         """Returns as soon as one worker has started, or none will."""
         await self._wait_for(lambda: self._some_worker or self._over)
+
+    async def alive(self) -> None:
+        """A worker's process is there, whatever it is doing; see `raysae.pool.heartbeat`."""
+        self._heard = time.monotonic()
 
     async def starting(self, generation: str = "") -> None:
         """The calling worker, of that generation, has its imports behind it."""
@@ -328,6 +333,10 @@ class BrokerState:
                 await self._notify()
         return self._word(job)
 
+    async def words(self, numbers: list[int]) -> list[str]:
+        """What `progress` would answer each of these trials; asked between two rows."""
+        return [self._word(self._jobs[number]) for number in numbers]
+
     async def rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
         """Record a scored rung, tell the client, and wait for its decision: as in `progress`.
 
@@ -389,6 +398,10 @@ class BrokerState:
     async def health(self) -> tuple[str, bool]:
         """Why the search was halted, empty if it was not; and whether the store is known."""
         return self._halted, self._store is not None
+
+    async def silence(self) -> float:
+        """Seconds since a worker was heard of, or since this broker began."""
+        return time.monotonic() - self._heard
 
     async def snapshot(self) -> dict[str, Any]:
         """State of every trial, for the live display."""

@@ -13,6 +13,7 @@ import ray.train
 from ray import tune
 
 from raysae.imports import imports_without_gc
+from raysae.pool.heartbeat import beating
 
 BROKER_NAME = "raysae-broker"
 WORST_OBJECTIVE = 0.0
@@ -26,14 +27,15 @@ def serve_pool(settings: dict[str, Any]) -> None:
     each other: the first goes ahead, and brings the first result while the others start.
     """
     context = ray.train.get_context()
-    crowded = (os.cpu_count() or 1) < 2 * context.get_local_world_size()
-    if crowded and settings["workers_per_trial"] == 1 and context.get_world_rank() > 0:
-        broker = ray.get_actor(BROKER_NAME, namespace=settings["namespace"])
-        ray.get(broker.first_worker.remote())
-    with imports_without_gc():
-        from raysae.pool.worker import serve
+    broker = ray.get_actor(BROKER_NAME, namespace=settings["namespace"])
+    with beating(broker):
+        crowded = (os.cpu_count() or 1) < 2 * context.get_local_world_size()
+        if crowded and settings["workers_per_trial"] == 1 and context.get_world_rank() > 0:
+            ray.get(broker.first_worker.remote())
+        with imports_without_gc():
+            from raysae.pool.worker import serve
 
-    serve(settings)
+        serve(settings)
 
 
 def trial_client(config: dict[str, Any]) -> None:

@@ -6,21 +6,18 @@ that cannot be had. The trials it meets are left as their checkpoints have them.
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import ray
 import torch
 
-from raysae.errors import in_words, last_line
+from raysae.errors import in_words, last_line, no_room
 from raysae.pool.jobs import HaltedError
 from raysae.store.one_copy import LostCopyError
 from raysae.training.collective import LostPeerError
 
 T = TypeVar("T")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UnavailableError(Exception):
@@ -61,25 +58,3 @@ def halts(error: Exception) -> str:
 def own(error: Exception) -> bool:
     """Whether it ends the trial that raised it."""
     return not restarts(error) and not halts(error)
-
-
-def no_room(error: BaseException) -> str:
-    """What the system says of a disk that is full, where that is why something was raised; else "".
-
-    safetensors has it in words alone, and torch hides it behind an error of its own.
-    """
-    for one in _chain(error):
-        for number in NO_ROOM:
-            words = os.strerror(number)
-            if (isinstance(one, OSError) and one.errno == number) or words in str(one):
-                return words
-    return ""
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it came of."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

@@ -6,6 +6,7 @@ the trials have to say is said by a call for each, and awaited together.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import ray
@@ -13,7 +14,7 @@ from sae_lens import SAE
 
 from raysae.pool.trial import Probe, TrialAtWork
 from raysae.training.checkpoint import Pace
-from raysae.training.loop import Events, train
+from raysae.training.loop import Between, Events, train
 from raysae.training.run import Rung
 from raysae.unlearning import (
     CachedEvaluator,
@@ -23,6 +24,10 @@ from raysae.unlearning import (
 )
 
 Evaluator = CachedEvaluator | SAEBenchEvaluator
+
+WORD_SECONDS = 1.0
+"""So often the broker is asked for its word between two rows of the curves, of which a trial has
+about as many whatever its length."""
 
 
 class Together:
@@ -50,6 +55,7 @@ class Together:
         self._going = list(trials)
         self._evaluator, self._probe = evaluator, probe
         self._publish, self._pace, self._split_seed = publish, pace, split_seed
+        self._word_due = time.monotonic() + WORD_SECONDS
 
     def train(self) -> None:
         """Train every trial until it has finished, is stopped, saved for later, or raised.
@@ -66,6 +72,7 @@ class Together:
             self._on_events,
             before_scoring=self._evaluator,
             measure=lambda run: kept[id(run)].measure(run),
+            between=Between(self._is_due, self._between_rows),
         )
 
     def _evaluate(self, saes: list[SAE], steps: int) -> list[UnlearningResult]:
@@ -83,20 +90,34 @@ class Together:
             own = [next(remaining) for _ in trial.runs]
             with trial.alone_with_errors():
                 told.append((trial, trial.tell(own, self._probe)))
-        words = ray.get([word for _, word in told])
+        self._obey([trial for trial, _ in told], ray.get([word for _, word in told]))
+        if not isinstance(events[0], Rung):
+            self._publish()
+            self._save_if_due()
+        return [not trial.over for trial in trials for _ in trial.runs]
+
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._word_due or self._pace.is_due()
+
+    def _between_rows(self) -> list[bool]:
+        """Hear whether anybody is to leave, and save the others if it is time."""
+        trials = self._going
+        numbers = [trial.number for trial in trials]
+        self._obey(trials, ray.get(trials[0].broker.words.remote(numbers)))
+        self._save_if_due()
+        return [not trial.over for trial in trials for _ in trial.runs]
+
+    def _obey(self, trials: Sequence[TrialAtWork], words: Sequence[str]) -> None:
         # Who is saved with the others can be taken up with them.
         pausing = "pause" in words
-        for (trial, _), word in zip(told, words, strict=True):
+        for trial, word in zip(trials, words, strict=True):
             with trial.alone_with_errors():
                 if word == "stop":
                     trial.stop()
                 elif pausing:
                     trial.pause()
-        self._going = [trial for trial in trials if not trial.over]
-        if not isinstance(events[0], Rung):
-            self._publish()
-            self._save_if_due()
-        return [not trial.over for trial in trials for _ in trial.runs]
+        self._going = [trial for trial in self._going if not trial.over]
+        self._word_due = time.monotonic() + WORD_SECONDS
 
     def _save_if_due(self) -> None:
         if not self._pace.is_due():

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
+from raysae.errors import no_room
 from raysae.pool.artifacts import Artifacts
 from raysae.pool.client import BROKER_NAME
-from raysae.pool.errors import UnavailableError, halts, needed, no_room, own, restarts
+from raysae.pool.errors import UnavailableError, halts, needed, own, restarts
 from raysae.pool.folder import seed_folder, trial_folder
 from raysae.pool.jobs import HaltedError
 from raysae.pool.together import Evaluator, Together

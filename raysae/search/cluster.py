@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import psutil
 from raysae.config import RunConfig
 from raysae.errors import UserError, first_line
 from raysae.resources import ResourcesConfig
-from raysae.search.room import model_bytes, room_on_gpu, trials_per_pack
+from raysae.search.room import model_memory, room_on_gpu, trials_per_pack
 from raysae.search.sizes import choose_store_memory, needed_store_memory
 from raysae.worlds.world import World
 
@@ -292,7 +292,7 @@ def free_for_saes(config: RunConfig, world: World | None) -> int | None:
     if not gpus:
         return None
     free = min(gpu.free_bytes for gpu in gpus)
-    return room_on_gpu(free, model_bytes(world), config.resources.workers_per_gpu)
+    return room_on_gpu(free, model_memory(config, world) or 0, config.resources.workers_per_gpu)
 
 
 def look(
@@ -313,7 +313,7 @@ def look(
             psutil.virtual_memory().available,
         )
         free = {name: float(n) for name, n in here.items()}
-        return make_plan(config, free, local=True, gpu_bytes=free_for_saes(config, world)), [node]
+        return make_plan(config, [free], local=True, gpu_bytes=free_for_saes(config, world)), [node]
     import ray
 
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -345,23 +345,99 @@ def imagine(config: RunConfig, world: World | None) -> tuple[Plan, list[NodeRoom
     memory = needed_store_memory(config, world)
     gpus = config.resources.gpus_of(workers)
     node = NodeRoom("a machine with GPUs", cpus, gpus, memory, None)
-    return make_plan(config, {"CPU": float(cpus), "GPU": float(gpus)}, local=True), [node]
+    return make_plan(config, [{"CPU": float(cpus), "GPU": float(gpus)}], local=True), [node]
 
 
-def _free_resources() -> dict[str, float]:
-    """CPUs and GPUs that nobody holds: what others hold, a pool would wait for without end.
+def _free_resources() -> list[dict[str, float]]:
+    """CPUs and GPUs of each node that nobody holds: what others hold, a pool would wait for
+    without end.
 
     What a search that has just ended held comes free within seconds, and is waited for.
     """
-    import ray
-
     deadline = time.monotonic() + FREE_SECONDS
     while True:
-        total, free = ray.cluster_resources(), ray.available_resources()
-        free = {name: free.get(name, 0.0) for name in ("CPU", "GPU")}
-        if time.monotonic() > deadline or all(n >= total.get(k, 0.0) for k, n in free.items()):
-            return free
+        nodes = look_at_nodes()
+        if time.monotonic() > deadline or all(
+            free[name] >= total.get(name, 0.0) for free, total in nodes for name in free
+        ):
+            return [free for free, _ in nodes]
         time.sleep(0.2)
+
+
+def look_at_nodes() -> list[tuple[dict[str, float], dict[str, float]]]:
+    """What is free of each node's CPUs and GPUs, and all that it has; Ray must be up."""
+    import ray
+
+    # Its public counterparts know of the cluster's sums alone.
+    from ray._private.state import available_resources_per_node
+
+    available = available_resources_per_node()
+    return [
+        (
+            {name: available.get(node["NodeID"], {}).get(name, 0.0) for name in ("CPU", "GPU")},
+            node["Resources"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def workers_that_fit(resources: ResourcesConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that these nodes have room for beside the harvest: each is on one of them."""
+    threads, cpus, workers = resources.threads_per_worker, 0, 0
+    for node in nodes:
+        here = int(node.get("CPU", 0))
+        fit = here // threads
+        if resources.on_gpu:
+            fit = min(fit, int(node.get("GPU", 0)) * resources.workers_per_gpu)
+        cpus, workers = cpus + here, workers + fit
+    return max(0, min(workers, (cpus - HARVEST_CPUS) // threads))
+
+
+def needed(resources: ResourcesConfig, workers: int) -> str:
+    """What so many workers take, in words."""
+    gpu = f" and {_share(resources)}" if resources.on_gpu else ""
+    plural = "" if workers == 1 else "s"
+    return f"{workers} worker{plural} with {resources.threads_per_worker} CPU(s){gpu} each"
+
+
+def free_in_words(nodes: Sequence[Mapping[str, float]]) -> str:
+    """What is free, in all and on one node."""
+    cpus, gpus = ([int(node.get(name, 0)) for node in nodes] for name in ("CPU", "GPU"))
+    most = f" on {len(nodes)} nodes, on one at most {max(cpus)} and {max(gpus)}"
+    return f"{sum(cpus)} CPUs and {sum(gpus)} GPUs are free{most if len(nodes) > 1 else ''}"
+
+
+def has_in_words() -> str:
+    """What the cluster has now, and what of it is free; Ray must be up."""
+    nodes = look_at_nodes()
+    cpus, gpus = (int(sum(has.get(name, 0) for _, has in nodes)) for name in ("CPU", "GPU"))
+    free = free_in_words([free for free, _ in nodes])
+    return f"the cluster has {cpus} CPUs and {gpus} GPUs, of which {free}"
+
+
+def _advice(resources: ResourcesConfig, nodes: Sequence[Mapping[str, float]], room: int) -> str:
+    """What a plan is short of, and the setting that would make it fit, at its largest."""
+    per_trial, threads = resources.workers_per_trial, resources.threads_per_worker
+
+    def fit(**changes: Any) -> int:
+        return workers_that_fit(resources.model_copy(update=changes), nodes)
+
+    short = "GPUs" if resources.on_gpu and fit(use_gpu=False) > room else "CPUs"
+    if room >= per_trial:
+        setting = f"set resources.workers to at most {room // per_trial * per_trial}"
+    elif room:
+        setting = f"set resources.workers_per_trial to at most {room}"
+    elif short == "GPUs" or (not any(node.get("GPU", 0) for node in nodes) and resources.on_gpu):
+        setting = "set resources.use_gpu to false, or choose a cluster with free GPUs"
+    else:
+        most = [t for t in range(1, threads) if fit(threads_per_worker=t)]
+        setting = (
+            f"a worker is on one node: set resources.threads_per_worker to at most {most[-1]}"
+            if most
+            else "choose a cluster with more free CPUs"
+        )
+    return f"(short of {short}); {setting}"
 
 
 def metrics_addresses() -> list[str]:
@@ -388,16 +464,20 @@ def _token_hint() -> str:
 
 
 def make_plan(
-    config: RunConfig, cluster: dict[str, float], *, local: bool, gpu_bytes: int | None = None
+    config: RunConfig,
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    local: bool,
+    gpu_bytes: int | None = None,
 ) -> Plan:
     """Fit the pool to the cluster, or say why it cannot be.
 
-    A pool that waits for CPUs which its own trials hold would hang without a word, so a plan that
-    does not fit is refused here.
+    A pool that waits for CPUs which its own trials hold, or for more of them than any node has,
+    would hang without a word, so a plan that does not fit is refused here.
 
     Args:
         config: of the search.
-        cluster: CPUs and GPUs that are free, as Ray names them.
+        nodes: CPUs and GPUs that are free on each, as Ray names them.
         local: whether Ray was started for this search alone.
         gpu_bytes: for SAEs, see `free_for_saes`.
 
@@ -405,23 +485,14 @@ def make_plan(
         UserError: more workers than the cluster has room for.
     """
     resources = config.resources
-    cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
-    per_worker, per_trial = resources.threads_per_worker, resources.workers_per_trial
-    room = (cpus - HARVEST_CPUS) // per_worker
-    limit = "CPUs"
-    if resources.on_gpu and gpus * resources.workers_per_gpu < room:
-        room, limit = gpus * resources.workers_per_gpu, "GPUs"
+    cpus, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+    per_trial, room = resources.workers_per_trial, workers_that_fit(resources, nodes)
     workers = resources.workers or max(1, room // per_trial) * per_trial
     if workers > room:
-        instead = f"resources.workers to at most {room}"
-        if resources.on_gpu and not gpus:
-            instead = "resources.use_gpu to false"
         raise UserError(
-            f"resources.workers: {workers} workers with {per_worker} CPU(s)"
-            f"{f' and {_share(resources)}' if resources.on_gpu else ''} each, and "
-            f"{HARVEST_CPUS} CPU for the "
-            f"harvest, do not fit: {cpus} CPUs and {gpus} GPUs are free, room for {room} "
-            f"workers (short of {limit}); set {instead}"
+            f"resources.workers: {needed(resources, workers)}, and {HARVEST_CPUS} CPU for the "
+            f"harvest, do not fit: {free_in_words(nodes)}, room for {room} workers "
+            f"{_advice(resources, nodes, room)}"
         )
     if workers % per_trial:
         raise UserError(

@@ -16,10 +16,12 @@ from raysae.errors import UserError
 from raysae.search.cards import on_cards
 from raysae.search.cluster import Gpu, NodeRoom, Plan, imagine, list_gpus, look
 from raysae.search.estimate import Estimate, estimate
+from raysae.search.fit import batch_misfit
 from raysae.search.room import (
     describe_pack,
+    logits_bytes,
     memory_of_sae,
-    model_bytes,
+    model_memory,
     most_seeds,
     room_on_gpu,
 )
@@ -42,19 +44,26 @@ class Needs:
     store: StoreSize | None
     """None: the corpora are not on this machine."""
     model: int
+    """0 where it is not known."""
     worker: int
     """A worker in host memory, its model on a GPU or not."""
     gpu: int
     """Of a worker on its GPU, without a copy of the store."""
+    asking: int | None
+    """Of a GPU while the model is asked what it knows, before any training: a model beside those of
+    the workers, and its logits. None: not known; 0: it is not asked."""
     run_folder: int
 
 
-def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
+def describe_plan(
+    config: RunConfig, address: str | None = None, run_dir: Path | None = None
+) -> list[str]:
     """The plan in lines: trials, model, training, memory by tier and node, time, what is short.
 
     Args:
         config: as from `resolve`.
         address: Ray cluster that would be joined; None for this machine.
+        run_dir: folder that would be written to; None: one in `runs`.
 
     Raises:
         UserError: it cannot run; the message says what to set.
@@ -68,12 +77,10 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
         not_here = str(error)  # of a machine with a GPU a plan is worth having on any other
         plan, nodes = imagine(config, world)
     size = None if world is None else corpus_size(world)
-    batch_size = config.extremes("training", "batch_size")[1]
-    if size is not None and batch_size > size.rows:
-        raise UserError(
-            f"training.batch_size: {batch_size:,} rows, and the corpora have about "
-            f"{size.rows:,}; set training.batch_size to less, or take longer texts"
-        )
+    if size is not None:
+        misfit = batch_misfit(config, size.forget_rows, size.rows - size.forget_rows, "about ")
+        if misfit:
+            raise UserError(misfit)
     needs = _needs(config, size, world, plan)
     gpus = list_gpus()
     cores = len(os.sched_getaffinity(0))
@@ -95,12 +102,13 @@ def describe_plan(config: RunConfig, address: str | None = None) -> list[str]:
     )
     lines += [*_time(config, plan, found), f"this machine {cores} cores, {_names(gpus)}"]
     return lines + [
-        f"short of     {line}" for line in _short(config, plan, nodes, needs, gpus, cores)
+        f"short of     {line}" for line in _short(config, plan, nodes, needs, gpus, cores, run_dir)
     ]
 
 
-def shortages(config: RunConfig, world: World) -> list[str]:
+def shortages(config: RunConfig, world: World, run_dir: Path | None = None) -> list[str]:
     """What a search of this machine's own will be short of, and the setting to change, a line each.
+    Its folder is `run_dir`, or one in `runs`.
 
     As far as it can be said at once: without the size of the corpora.
 
@@ -110,7 +118,7 @@ def shortages(config: RunConfig, world: World) -> list[str]:
     plan, nodes = look(config, None, world)
     cores = len(os.sched_getaffinity(0))
     needs = _needs(config, None, world, plan)
-    return list(_short(config, plan, nodes, needs, list_gpus(), cores))
+    return list(_short(config, plan, nodes, needs, list_gpus(), cores, run_dir))
 
 
 def _world_here(world: str | HubWorld | LocalWorld) -> World | None:
@@ -138,7 +146,7 @@ def _harvested(config: RunConfig, world: World) -> bool:
 
 def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan: Plan) -> Needs:
     sae, seeds = memory_of_sae(config), most_seeds(config)
-    model = model_bytes(world)
+    model = model_memory(config, world) or 0
     training = (
         plan.trials_per_pack * seeds * sae.total + 4 * config.extremes("sae", "d_sae")[1] ** 2
     )
@@ -147,9 +155,21 @@ def _needs(config: RunConfig, size: CorpusSize | None, world: World | None, plan
         model=model,
         worker=PROCESS_BYTES + (0 if config.resources.on_gpu else model + training),
         gpu=model + training if config.resources.on_gpu else 0,
+        asking=_asking(config, size, world, model),
         # Every trial's SAE, and checkpoints of those in flight.
         run_folder=sae.weights * seeds * (config.num_trials + config.max_confirmed + 1) + (4 << 20),
     )
+
+
+def _asking(
+    config: RunConfig, size: CorpusSize | None, world: World | None, model: int
+) -> int | None:
+    if not config.resources.on_gpu or (world is not None and world.known_questions is not None):
+        return 0
+    if world is None or size is None:
+        return None
+    workers = config.resources.workers_per_gpu
+    return (workers + 1) * model + logits_bytes(world, size.longest_prompt)
 
 
 def _what(config: RunConfig, plan: Plan) -> Iterator[str]:
@@ -237,9 +257,15 @@ def _memory(
                 else "; activations come from host memory, a step ahead"
             )
         several = f" for each of {each} workers" if each > 1 else ""
-        what = "model, SAE and batch" if needs.model else "SAE and batch"
-        unknown = "" if needs.model else "; the model, which is not on this machine, comes on top"
-        yield f"a GPU        about {human(needs.gpu)} of {what}{several}{resident}{unknown}"
+        what = "model, SAE and batch" if needs.model else "SAE and batch, without the model"
+        yield f"a GPU        about {human(needs.gpu)} of {what}{several}{resident}"
+        if needs.asking is None:
+            yield "asking       on a GPU too, what the model knows: without its logits until then"
+        elif needs.asking:
+            yield (
+                f"asking       before that about {human(needs.asking)} of a GPU, while the model "
+                "is asked what it knows: a model beside the workers', and its logits"
+            )
 
 
 @dataclass(frozen=True)
@@ -312,6 +338,7 @@ def _short(
     needs: Needs,
     gpus: list[Gpu],
     cores: int,
+    run_dir: Path | None,
 ) -> Iterator[str]:
     """What would not fit, and the setting to change; it is not refused, because the figures are
     estimates. Disks and GPUs of a cluster are taken to be like this machine's.
@@ -322,9 +349,11 @@ def _short(
             f"disk for the cache: {human(total)} in {cache}, {human(_free(cache))} are free; "
             "set resources.cache to another folder, or to null"
         )
-    if _free(Path("runs").absolute()) < needs.run_folder:
+    folder = (run_dir or Path("runs")).absolute()
+    if _free(folder) < needs.run_folder:
         yield (
-            f"disk for the run folder: about {human(needs.run_folder)}; set --out to another disk, "
+            f"disk for the run folder: about {human(needs.run_folder)} in {folder}, "
+            f"{human(_free(folder))} are free; set --out to another disk, "
             "or search.num_samples lower"
         )
     for node in nodes:
@@ -340,6 +369,15 @@ def _short(
         yield (
             f"GPU memory: about {human(needs.gpu)} a worker; set sae.d_sae or training.batch_size"
             f"{_or_packs(plan)}{or_workers} lower"
+        )
+    yield from _short_for_asking(needs, gpus)
+
+
+def _short_for_asking(needs: Needs, gpus: list[Gpu]) -> Iterator[str]:
+    if gpus and (needs.asking or 0) > min(gpu.free_bytes for gpu in gpus):
+        yield (
+            f"GPU memory: about {human(needs.asking or 0)} while the model is asked what it knows; "
+            "set world.llm_batch_size lower, or choose a smaller model"
         )
 
 

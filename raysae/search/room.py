@@ -10,11 +10,13 @@ from raysae.config import RunConfig
 from raysae.resources import MOST_TRIALS
 from raysae.search.sizes import element_size
 from raysae.store.tiers import DEVICE_SHARE, human
-from raysae.worlds.presets import shape_of
+from raysae.worlds.presets import parameters_of, shape_of
 from raysae.worlds.world import World
 
 SAE_COPIES = 4
 """Weights, gradients and Adam's two moments."""
+SOFT_CAP_COPIES = 3
+"""Of logits, where a model caps them: before it, within it and after."""
 BATCH_COPIES = 6
 """Of the features of a batch, forward and backward; a penalty adds products of d_sae²."""
 
@@ -59,6 +61,24 @@ def model_bytes(world: World | None) -> int:
             if name != "__metadata__":
                 parameters += math.prod(tensor["shape"])
     return 0 if world is None else element_size(world.dtype) * parameters
+
+
+def model_memory(config: RunConfig, world: World | None) -> int | None:
+    """`model_bytes`, by the number of its parameters where it is not on this machine; None: that is
+    not known either."""
+    if world is not None:
+        return model_bytes(world)
+    known = parameters_of(config.world)
+    return None if known is None else element_size(known[1]) * known[0]
+
+
+def logits_bytes(world: World, longest_prompt: int) -> int:
+    """Of a batch of questions as SAEBench asks them: a number for every word at every position."""
+    model = json.loads((world.model_path / "config.json").read_text(encoding="utf-8"))
+    copies = SOFT_CAP_COPIES if model.get("final_logit_softcapping") else 1
+    questions = 2 * world.llm_batch_size
+    numbers = questions * longest_prompt * int(model["vocab_size"])
+    return copies * element_size(world.dtype) * numbers
 
 
 def room_on_gpu(free: int, model: int, workers: int = 1) -> int:

@@ -22,20 +22,28 @@ from rich.console import Console
 
 from raysae import __version__
 from raysae.config import RunConfig, load_config
-from raysae.errors import InterruptedSearchError, UserError, first_line, last_line
+from raysae.errors import InterruptedSearchError, UserError, first_line, last_line, no_room
 from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import trial_folder
 from raysae.run_files import read_object, read_records, require
 from raysae.search import cluster
 from raysae.search.conclude import SearchOutcome, conclude
+from raysae.search.ending import (
+    ABOUT_FILE,
+    CONFIG_FILE,
+    clear_ends,
+    forget,
+    how_to_go_on,
+)
 from raysae.search.integrity import check_store
 from raysae.search.interrupt import INTERRUPTED, Interruption, interruptible
-from raysae.search.lock import lock
+from raysae.search.lock import LOCK_FILE, lock
 from raysae.search.loggers import check_loggers
 from raysae.search.mirror import CHECKPOINT, mirroring
 from raysae.search.plan import shortages
 from raysae.search.services import MemoryWatch, Store, background, run_pool
-from raysae.storage import Location, is_address, public
+from raysae.search.watchdog import Watchdog
+from raysae.storage import MANIFEST, Location, is_address, public
 from raysae.store.files import replacing
 from raysae.worlds.presets import shape_of
 from raysae.worlds.world import World, check_hook, load_world, score_name
@@ -48,6 +56,9 @@ PAUSE_SECONDS = 30
 """Time for a trial in flight to reach a place where it can be saved; scoring takes the longest."""
 LEAVE_SECONDS = 15
 """Time for the pool to end, where a search ends early."""
+
+LEFT_BEHIND = {LOCK_FILE, MANIFEST}
+"""Of a search that did not begin: its folder can be used for another."""
 
 ABOUT_FIELDS = ("sessions", "started", "world_fingerprint")
 ABOUT_ADVICE = (
@@ -82,12 +93,14 @@ def choose_run_dir(out: str | None, name: str) -> Path:
     """Path of a new run folder: `out`, or `runs/<name>-<date>-<time>`.
 
     Raises:
-        UserError: it exists and is not empty, or is no folder of a file system.
+        UserError: it exists and there is something in it, or is no folder of a file system.
     """
     check_folder("--out", out)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = (Path(out) if out else Path("runs") / f"{name}-{stamp}").absolute()
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and (
+        not run_dir.is_dir() or any(path.name not in LEFT_BEHIND for path in run_dir.iterdir())
+    ):
         raise UserError(f"--out {run_dir}: exists already; choose a new folder, or remove it")
     return run_dir
 
@@ -103,6 +116,7 @@ def make_run_dir(run_dir: Path) -> Path:
         probe = run_dir / ".write-test"
         probe.touch()
         probe.unlink()
+        (run_dir / MANIFEST).unlink(missing_ok=True)  # where another search would have been copied
     except OSError as error:
         raise UserError(f"--out {run_dir}: cannot be written: {error.strerror}") from None
     return run_dir
@@ -141,14 +155,14 @@ def load_run(run_dir: Path) -> RunConfig:
     Raises:
         UserError: there is no search in the folder, or its records cannot be read.
     """
-    for name in ("config.yaml", "about.json"):
+    for name in (CONFIG_FILE, ABOUT_FILE):
         if not (run_dir / name).is_file():
             raise UserError(
                 f"--resume {run_dir}: no search has begun there (it has no {name}); start one with "
                 "python run_search.py --space orth.yaml"
             )
-    config = load_config(run_dir / "config.yaml")
-    about = run_dir / "about.json"
+    config = load_config(run_dir / CONFIG_FILE)
+    about = run_dir / ABOUT_FILE
     require(read_object(about, ABOUT_ADVICE), ABOUT_FIELDS, about, ABOUT_ADVICE)
     read_records(run_dir)
     return config
@@ -192,11 +206,14 @@ def run_search(
     started = time.time() if started is None else started
     world = fetch_world(config)
     with (
+        clear_ends(run_dir),
         lock(run_dir),
         interruptible() as interruption,
         mirroring(run_dir, storage, console) as finish_mirror,
     ):
         in_flight = _take_up(run_dir, world) if resume else None
+        # First of all: from here on there is a search to go on with.
+        changed = _write_about(config, run_dir, world, started)
         records = read_journal(run_dir / JOURNAL)
         console.print(
             f"raysae {__version__}: {config.num_trials} trials, results in {run_dir}"
@@ -214,15 +231,15 @@ def run_search(
             shown = re.sub(r"[^\w.-]", "-", run_dir.name)[:40]
             namespace = f"raysae-{shown}-{uuid.uuid4().hex[:8]}"
             if address is None:
-                for line in shortages(config, world):
+                for line in shortages(config, world, run_dir):
                     console.print(f"Short of {line}", markup=False, highlight=False, soft_wrap=True)
             plan, dashboard = cluster.start(config, address, namespace, world)
+            _add_plan(run_dir, plan)
             console.print(
                 f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "
                 f"{plan.concurrent_trials} trials at a time",
                 highlight=False,
             )
-            changed = _write_about(config, run_dir, plan, world, started)
             if changed:
                 console.print(
                     f"Not as when the search began, and scores may differ for it: {changed}",
@@ -232,11 +249,16 @@ def run_search(
             threads += [background(run_pool, config, plan, namespace, run_dir, broker)]
             store = Store(config, plan, broker, console, run_dir)
             threads.append(background(store.fill))
+            watchdog = Watchdog(
+                cluster.needed(config.resources, plan.workers_per_trial),
+                cluster.has_in_words,
+                config.resources.worker_timeout,
+            )
             from raysae.search.progress import Expected
             from raysae.search.watch import Watch
 
             with (
-                _guarded(broker, store, interruption),
+                _guarded(broker, store, interruption, watchdog, console),
                 Watch(
                     console,
                     partial(_poll, broker),
@@ -245,6 +267,7 @@ def run_search(
                     dashboard=dashboard,
                     metrics=cluster.metrics_addresses(),
                     started=started,
+                    note=lambda: watchdog.note,
                 ) as watch,
             ):
                 _run_trials(config, plan, namespace, run_dir, broker, records, in_flight, watch)
@@ -261,9 +284,16 @@ def run_search(
                 raise UserError(store.refused) from None
             raise _interrupted(interruption.reason, run_dir, broker, console) from None
         except cluster.RayStartError as error:
-            raise InterruptedSearchError(
-                f"{error}; try again with: python run_search.py --resume {run_dir}", code=1
-            ) from error
+            raise InterruptedSearchError(f"{error}; {how_to_go_on(run_dir)}", code=1) from error
+        except UserError:
+            if broker is None and not resume:
+                forget(run_dir)
+            raise
+        except Exception as error:
+            reason = interruption.reason or _why_stopped(error)
+            if not reason:
+                raise
+            raise _interrupted(reason, run_dir, broker, console) from error
         finally:
             memory.stop()
             if closing is None:
@@ -278,6 +308,16 @@ def run_search(
         return outcome
 
 
+def _why_stopped(error: Exception) -> str:
+    """Of an error that ends a search which can be gone on with; "" of any other."""
+    from raysae.pool.jobs import HaltedError
+
+    full = no_room(error)
+    if full:
+        return f"{full}; make room"
+    return last_line(error) if isinstance(error, HaltedError) else ""
+
+
 def _take_up(run_dir: Path, world: World) -> list[int] | None:
     """Make the journals of an interrupted search agree; Optuna's ids of the trials in flight.
 
@@ -286,7 +326,7 @@ def _take_up(run_dir: Path, world: World) -> list[int] | None:
     """
     from raysae.search.study import STUDY_FILE, open_storage, reconcile
 
-    about = json.loads((run_dir / "about.json").read_text(encoding="utf-8"))
+    about = json.loads((run_dir / ABOUT_FILE).read_text(encoding="utf-8"))
     if about["world_fingerprint"] != world.fingerprint():
         raise UserError(
             f"--resume {run_dir}: the world {world.name!r} is not the one of that search any more "
@@ -334,15 +374,23 @@ def _poll(broker: Any, seen: dict[int, int]) -> Any:
 
 
 @contextmanager
-def _guarded(broker: Any, store: Store, interruption: Interruption) -> Iterator[None]:
-    """Give a restarted broker the store again, and end a search that was halted."""
+def _guarded(
+    broker: Any, store: Store, interruption: Interruption, watchdog: Watchdog, console: Console
+) -> Iterator[None]:
+    """Give a restarted broker the store again, and end a search that was halted, or on which
+    nobody works."""
     import ray
 
     done = threading.Event()
 
     def guard() -> None:
         while not done.wait(1.0):
-            halted, store_ready = ray.get(broker.health.remote())
+            asked = [broker.health.remote(), broker.silence.remote()]
+            (halted, store_ready), silent = ray.get(asked)
+            line = watchdog.look(silent)
+            if line:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            halted = halted or watchdog.reason_to_stop(silent)
             if halted:
                 interruption.stop(halted)
                 return
@@ -434,7 +482,7 @@ def _interrupted(
     doubt = "" if saved else " (trials in flight go on from an earlier checkpoint)"
     return InterruptedSearchError(
         (f"the search stopped: {reason}" if reason else "interrupted")
-        + f"; go on with: python run_search.py --resume {run_dir}{doubt}",
+        + f"; {how_to_go_on(run_dir)}{doubt}",
         code=1 if reason else INTERRUPTED,
     )
 
@@ -445,16 +493,14 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def _write_about(
-    config: RunConfig, run_dir: Path, plan: cluster.Plan, world: World, started: float
-) -> str:
+def _write_about(config: RunConfig, run_dir: Path, world: World, started: float) -> str:
     """config.yaml and about.json; a resumed search adds itself to its `sessions`.
 
     Returns:
         in words, what versions, commit and Python of a resumed search are not those that it began
         with; "" where all are.
     """
-    path = run_dir / "about.json"
+    path = run_dir / ABOUT_FILE
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     code = {
         "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
@@ -465,7 +511,7 @@ def _write_about(
     resolved = config.model_dump(mode="json", by_alias=True)
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     # A session that is killed here must leave what the next one reads.
-    with replacing(run_dir / "config.yaml") as draft:
+    with replacing(run_dir / CONFIG_FILE) as draft:
         draft.write_text(text, encoding="utf-8")
     about = {
         "sessions": [*earlier.get("sessions", []), session],
@@ -476,13 +522,21 @@ def _write_about(
         "world_sources": dict(world.sources),
         "score_name": score_name(world.permutations),
         "seed": config.search.seed,
-        "plan": vars(plan),
     }
     # As it was at the start, whatever a later session runs on.
-    whole = json.dumps(about | {**earlier, "sessions": about["sessions"]}, indent=1)
-    with replacing(path) as draft:
-        draft.write_text(whole, encoding="utf-8")
+    _write_json(path, about | {**earlier, "sessions": about["sessions"]})
     return _changes(earlier, code)
+
+
+def _add_plan(run_dir: Path, plan: cluster.Plan) -> None:
+    """Into about.json, as it was for the first session that had one."""
+    path = run_dir / ABOUT_FILE
+    _write_json(path, {"plan": vars(plan)} | json.loads(path.read_text(encoding="utf-8")))
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
 def _changes(earlier: dict[str, Any], code: dict[str, Any]) -> str:

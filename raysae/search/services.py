@@ -12,6 +12,7 @@ from rich.console import Console
 from raysae.config import RunConfig
 from raysae.errors import UserError, in_words, last_line
 from raysae.search import cluster
+from raysae.search.fit import batch_misfit
 from raysae.search.integrity import record_store
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Store:
         self.held: StoreHandle | None = None
         """What is trained on, once it is there."""
         self.refused = ""
-        """Why nothing can be trained on this world, whatever the search."""
+        """Why nothing can be trained on this world, or not by this search."""
 
     def fill(self) -> None:
         """Harvest or find again, and publish; if that fails, no trial can run."""
@@ -74,6 +75,11 @@ class Store:
                 ),
             )
             self.held = harvested.stores[config.hook]
+            forget = int(self.held.is_forget.sum())
+            self.refused = batch_misfit(config, forget, self.held.rows - forget)
+            if self.refused:
+                ray.get(self._broker.halt.remote(self.refused))
+                return
             changed = record_store(self._run_dir, self.held, harvested.sources[config.hook])
             self._handle = ray.put(self.held)
             self.publish()
@@ -155,8 +161,11 @@ def run_pool(
             if died and attempts_left and ray.is_initialized():
                 continue
             log = run_dir / "pool_error.log"
-            log.write_text(str(error), encoding="utf-8")
             reason = f"the worker pool failed: {last_line(error)} (log: {log})"
+            try:
+                log.write_text(str(error), encoding="utf-8")
+            except OSError as unwritten:  # of a full disk the search must still hear
+                reason = f"the worker pool failed: {last_line(error)} ({unwritten})"
         break
     if ray.is_initialized():
         ray.get(broker.halt.remote(reason))

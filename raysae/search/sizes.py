@@ -48,6 +48,10 @@ class CorpusSize:
     """Of all questions together."""
     evaluated: int
     """Tokens at which the evaluation cache holds the residual stream, padding included."""
+    forget_rows: int = 0
+    """Of `rows`."""
+    longest_prompt: int = 0
+    """Tokens."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def _free_shared_memory() -> int:
 
 
 def _size(world: World, tokenizer: Any) -> CorpusSize:
-    sequences = rows = evaluated = 0
+    sequences = evaluated = 0
+    rows = {}
     for name, texts in (("forget", world.forget_texts), ("retain", world.retain_texts)):
         tokens, n_texts = _count(tokenizer, texts)
         share = min(1.0, EVALUATION_SEQUENCES / max(1, n_texts)) if name == "forget" else 1.0
@@ -152,16 +157,19 @@ def _size(world: World, tokenizer: Any) -> CorpusSize:
         # Between two texts stands one that is not kept, and another at the head of a sequence.
         cut = int((tokens + n_texts) // world.seq_len)
         sequences += cut
-        rows += int(cut * (world.seq_len - 1) * tokens / max(1, tokens + n_texts))
+        rows[name] = int(cut * (world.seq_len - 1) * tokens / max(1, tokens + n_texts))
     questions = [" ".join((q.question, *q.choices)) for qs in world.questions.values() for q in qs]
     tokens, n_questions = _count(tokenizer, questions)
     known = world.known_questions or world.questions
     prompts = sum(len(known[name]) for name in world.questions)
+    longest = _longest_prompt(world, tokenizer)
     return CorpusSize(
         sequences,
-        rows,
+        sum(rows.values()),
         int(tokens + FRAME * n_questions),
-        evaluated * world.seq_len + prompts * _longest_prompt(world, tokenizer),
+        evaluated * world.seq_len + prompts * longest,
+        rows["forget"],
+        longest,
     )
 
 

@@ -64,12 +64,15 @@ class StatusFile:
             **facts,
         }
 
-    def update(self, standing: Standing, tiers: Sequence[str] = (), *, last: bool = False) -> None:
+    def update(
+        self, standing: Standing, tiers: Sequence[str] = (), note: str = "", *, last: bool = False
+    ) -> None:
         """Replace the file, at most once a second.
 
         Args:
             standing: of the trials.
             tiers: of the store, that workers have their batches from.
+            note: what is amiss.
             last: at once, and whatever runs has ended.
         """
         if not last and standing.now < self._next:
@@ -81,6 +84,7 @@ class StatusFile:
             "expected": vars(standing.expected),
             "tokens_per_second": standing.tokens_per_second,
             "tiers": list(tiers),
+            "note": note,
             "trials": [trial for trial in standing.trials if trial["state"] not in ENDED],
         }
         text = json.dumps(status, indent=1)
@@ -151,9 +155,15 @@ def read_status(run_dir: Path, now: float | None = None) -> RunFolder:
         elapsed=wall or (now if alive else last) - started,
         places=tuple(places),
         over=not alive,
-        note=state if alive or trials else f"{state} before a trial had ended",
+        note=_note(state, status) if alive or trials else f"{state} before a trial had ended",
     )
     return RunFolder(view, state, () if alive else tuple(_closing(run_dir, ended)))
+
+
+def _note(state: str, status: dict[str, Any]) -> str:
+    """The state, and of a running search what is amiss with it."""
+    amiss = status.get("note") if state == "running" else ""
+    return f"{state}, {amiss}" if amiss else state
 
 
 def show_status(run_dir: Path, console: Console, *, watch: bool = False) -> None:

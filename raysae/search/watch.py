@@ -62,6 +62,7 @@ class Watch:
         dashboard: str | None,
         metrics: list[str],
         started: float,
+        note: Callable[[], str] = lambda: "",
     ) -> None:
         """
         Args:
@@ -72,9 +73,10 @@ class Watch:
             dashboard: Ray's address, if it has one.
             metrics: addresses of the metrics endpoints of Ray's nodes.
             started: when its user started it, seconds since the epoch.
+            note: says what is amiss, "" where nothing is.
         """
         self._console, self._poll, self._run_dir = console, poll, run_dir
-        self._expected, self._started = expected, started
+        self._expected, self._started, self._note = expected, started, note
         self._places = (
             ("dashboard", dashboard or "not available"),
             ("curves   ", f"tensorboard --logdir {short_path(run_dir / TENSORBOARD)}"),
@@ -91,7 +93,9 @@ class Watch:
         self._observers: dict[str, Callable[[_Look], None]] = {
             "what is said of the store": self._say_tiers,
             "the display": lambda look: self._display.update(look.view),
-            "status.json": lambda look: self._status.update(look.view.standing, look.tiers),
+            "status.json": lambda look: self._status.update(
+                look.view.standing, look.tiers, self._note()
+            ),
             "the gauges": lambda look: self._gauges.update(look.view.standing),
             "TensorBoard's files": self._write_curves,
         }
@@ -141,7 +145,8 @@ class Watch:
             title=self._run_dir.name,
             elapsed=now - self._started,
             places=self._places,
-            note="" if snapshot["store_ready"] else "starting workers, harvesting activations",
+            note=self._note()
+            or ("" if snapshot["store_ready"] else "starting workers, harvesting activations"),
         )
         look = _Look(self._view, rows, records, snapshot["tiers"])
         for name, tell in list(self._observers.items()):

@@ -21,6 +21,8 @@ from raysae.training.run import SAERun
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.pt"
+LAYOUT = 2
+"""Of the file; one of another layout is of another version."""
 SHARE = 0.02
 """At most this share of the time goes into writing checkpoints."""
 
@@ -62,7 +64,8 @@ class Checkpoints:
         self._path = folder / CHECKPOINT_FILE
 
     def save(self, runs: Sequence[SAERun]) -> None:
-        """Write the runs' states, at one of their events; the file is replaced as a whole.
+        """Write the runs' states, where `SAERun.state_dict` can be taken; the file is replaced as
+        a whole.
 
         The file has an id of its own, by which workers that share the trial know it.
 
@@ -146,4 +149,5 @@ def _place(saved: dict[str, Any] | None) -> tuple[Any, ...] | None:
 
 
 def _identity(runs: Sequence[SAERun]) -> dict[str, Any]:
-    return {"specs": [run.spec.to_dict() for run in runs], "version": __version__}
+    specs = [run.spec.to_dict() for run in runs]
+    return {"specs": specs, "version": __version__, "layout": LAYOUT}

@@ -2,7 +2,7 @@
 
 `train` drives SAEs in lock-step and calls back with every row of the
 curves and every scored rung; whoever drives it (a test, a script, a worker of the pool) answers
-which of them go on. The numbers do not depend on who that is.
+which of them go on. The numbers do not depend on who that is, nor on where it saves them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from raysae.training.pack import Pack, can_pack
-from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
+from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError, UnderWay
 from raysae.unlearning import UnlearningResult
 
 CURVE_POINTS = 64
@@ -33,6 +34,22 @@ Measure = Callable[[SAERun], list[dict[str, Any]]]
 
 QUARTERS = (0.25, 0.5, 0.75)
 """Shares of the training after which an SAE is measured, if it is not scored there."""
+
+AGREE_SECONDS = 1.0
+"""About so often the workers of a trial agree on whether its driver wants it between two rows."""
+MOST_LONGER = 8
+"""Times as many steps until they agree again: the first ones are no measure of the later."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """What a driver does between two rows of the curves, which can be many minutes apart."""
+
+    is_due: Callable[[], bool]
+    """Whether it wants to; asked after every step, and must cost nothing beside one."""
+    act: Callable[[], list[bool]]
+    """Whether each of the runs that are left goes on. Their states can be taken here as at a row,
+    see `SAERun.state_dict`. Called on rank 0 only, whose word is passed on."""
 
 
 def train_one(
@@ -66,6 +83,7 @@ def train(
     on_events: Callable[[Events], list[bool]],
     before_scoring: Callable[[], object] = lambda: None,
     measure: Measure | None = None,
+    between: Between | None = None,
 ) -> None:
     """Train to the end, or until told to stop.
 
@@ -83,6 +101,7 @@ def train(
             as scoring.
         measure: called with every run at `QUARTERS`, on rank 0; its rows come with the next rung,
             its time counts neither as training nor as scoring.
+        between: for what cannot wait for the next row; None: nothing.
 
     Raises:
         ValueError: the runs cannot share their steps.
@@ -98,8 +117,8 @@ def train(
     quarters = {math.ceil(share * total) for share in QUARTERS} - set(rung_steps)
     log_every = max(1, total // CURVE_POINTS)
     advance = stepper(runs)
-    sums: dict[str, Tensor] = {}
-    since = 0
+    row = _Row(runs)
+    moments = None if between is None else _Moments(between, first)
     clock = _Clock(runs)
 
     def keep(going: list[SAERun]) -> None:
@@ -107,6 +126,7 @@ def train(
         nonlocal runs, advance, clock
         if len(going) < len(runs):
             _let_go_of_batches([run for run in runs if run not in going], going)
+            row.keep([i for i, run in enumerate(runs) if run in going])
             runs = going
             advance = stepper(runs) if runs else advance
         clock = _Clock(runs)
@@ -129,12 +149,7 @@ def train(
                     return
             if step == total:
                 return
-            losses = advance()
-            if sums:
-                torch._foreach_add_(list(sums.values()), [losses[name] for name in sums])
-            else:
-                sums = losses
-            since += 1
+            row.add(advance())
             step += 1
             # Before rates are counted anew: it looks at them.
             if measure is not None and step in quarters and first.collective.rank == 0:
@@ -146,13 +161,19 @@ def train(
                 for run in runs:
                     run.firing.reset_rates()
             if step in rung_steps or step % log_every == 0:
-                rows = _rows(runs, sums, since)
-                sums, since = {}, 0
+                rows = row.end(runs)
                 clock.stop()
                 going = _tell(runs, on_events, rows)
                 keep(going)
-                if not runs:
-                    return
+            elif moments is not None and moments.is_one(step):
+                clock.stop()
+                row.hand_over(runs)
+                going = _agreed(runs, moments.act)
+                for run in runs:
+                    run.under_way = None
+                keep(going)
+            if not runs:
+                return
     finally:
         _let_go_of_batches(runs, [])
 
@@ -190,17 +211,89 @@ def stepper(runs: Sequence[SAERun]) -> Callable[[], dict[str, Tensor]]:
     return advance
 
 
-def _rows(
-    runs: Sequence[SAERun], sums: dict[str, Tensor], steps: int
-) -> list[Progress | TrainingDivergedError]:
-    """A row of the curve for each run, means over `steps` steps; the only synchronisation."""
-    names, collective = sorted(sums), runs[0].collective
-    values = torch.stack([sums[name].float() for name in names]) / steps
-    values = collective.sum_(values) / collective.size
-    return [
-        _row(run, dict(zip(names, means, strict=True)))
-        for run, means in zip(runs, values.T.tolist(), strict=True)
-    ]
+class _Row:
+    """The row of the curves that is under way: sums over its steps so far, on the device."""
+
+    def __init__(self, runs: Sequence[SAERun]) -> None:
+        """Empty, or as a checkpoint between two rows has left it."""
+        self._steps = 0
+        self._sums: dict[str, Tensor] = {}
+        """Of losses, (m,) by name."""
+        parts = [run.under_way for run in runs if run.under_way is not None]
+        if not parts:
+            return
+        assert len(parts) == len(runs) and len({part.steps for part in parts}) == 1
+        self._steps, rank = parts[0].steps, runs[0].collective.rank
+        none = torch.zeros_like(parts[0].sums["loss"])
+        for name in dict.fromkeys(name for part in parts for name in part.sums):
+            found = [part.sums.get(name, none)[rank] for part in parts]
+            self._sums[name] = torch.stack(found)
+        for run in runs:
+            run.under_way = None
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """The losses of a step, (m,) by name; they are written over."""
+        if not self._sums:
+            self._sums = losses
+        elif self._sums.keys() == losses.keys():
+            torch._foreach_add_(list(self._sums.values()), [losses[name] for name in self._sums])
+        else:
+            # Other runs are beside these than before. What only those had was 0 in these.
+            sums = self._sums
+            self._sums = {k: v + sums[k] if k in sums else v for k, v in losses.items()}
+        self._steps += 1
+
+    def keep(self, places: list[int]) -> None:
+        """Go on with the sums of the runs in these places alone."""
+        self._sums = {name: sums[places] for name, sums in self._sums.items()}
+
+    def hand_over(self, runs: Sequence[SAERun]) -> None:
+        """Give each run its part, for a checkpoint: the sums of every worker of the trial."""
+        collective, of_ranks = runs[0].collective, {}
+        for name, sums in self._sums.items():
+            own = sums.new_zeros((collective.size, len(runs)))
+            own[collective.rank] = sums
+            of_ranks[name] = collective.sum_(own)
+        for i, run in enumerate(runs):
+            own_sums = {name: every[:, i].clone() for name, every in of_ranks.items()}
+            run.under_way = UnderWay(self._steps, own_sums)
+
+    def end(self, runs: Sequence[SAERun]) -> list[Progress | TrainingDivergedError]:
+        """A row of the curve for each run, means over its steps; the only synchronisation."""
+        names, collective = sorted(self._sums), runs[0].collective
+        values = torch.stack([self._sums[name].float() for name in names]) / self._steps
+        values = collective.sum_(values) / collective.size
+        self._steps, self._sums = 0, {}
+        return [
+            _row(run, dict(zip(names, means, strict=True)))
+            for run, means in zip(runs, values.T.tolist(), strict=True)
+        ]
+
+
+class _Moments:
+    """The steps between two rows at which a driver is given the word: the same on every rank."""
+
+    def __init__(self, between: Between, run: SAERun) -> None:
+        self.act = between.act
+        self._is_due, self._collective = between.is_due, run.collective
+        self._last, self._ahead = run.step, 1
+        self._seen = time.perf_counter()
+
+    def is_one(self, step: int) -> bool:
+        """Whether this step is one; workers that train together ask each other now and then."""
+        if self._collective.size == 1:
+            return self._is_due()
+        if step < self._last + self._ahead:
+            return False
+        word: Any = None
+        if self._collective.rank == 0:
+            now = time.perf_counter()
+            each = (now - self._seen) / (step - self._last)
+            ahead = min(MOST_LONGER * self._ahead, int(AGREE_SECONDS / max(each, 1e-9)))
+            word, self._seen = (self._is_due(), max(1, ahead)), now
+        word = self._collective.broadcast(word)
+        self._last, (due, self._ahead) = step, word
+        return bool(due)
 
 
 def _row(run: SAERun, means: dict[str, float]) -> Progress | TrainingDivergedError:
@@ -226,11 +319,18 @@ def _tell(
     runs: Sequence[SAERun], on_events: Callable[[Events], list[bool]], events: Events
 ) -> list[SAERun]:
     """The runs that go on by rank 0's answer, on every rank."""
-    collective = runs[0].collective
-    answers: Any = None
-    if collective.rank == 0:
+
+    def answers() -> list[bool]:
         told = zip(events, on_events(events), strict=True)
-        answers = [yes and not isinstance(event, TrainingDivergedError) for event, yes in told]
+        return [yes and not isinstance(event, TrainingDivergedError) for event, yes in told]
+
+    return _agreed(runs, answers)
+
+
+def _agreed(runs: Sequence[SAERun], ask: Callable[[], list[bool]]) -> list[SAERun]:
+    """The runs that go on by what rank 0 hears, on every rank."""
+    collective = runs[0].collective
+    answers: Any = ask() if collective.rank == 0 else None
     if collective.size > 1:
         answers = collective.broadcast(answers)
     return [run for run, goes_on in zip(runs, answers, strict=True) if goes_on]

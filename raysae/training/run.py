@@ -73,6 +73,15 @@ class ActivationSource(Protocol):
 
 
 @dataclass(frozen=True)
+class UnderWay:
+    """A row of the training curve that is not yet one."""
+
+    steps: int
+    sums: dict[str, Tensor]
+    """Losses by name, summed over these steps by each worker of the trial, (workers,)."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """Means over the steps since the last one; a row of the training curves."""
 
@@ -166,6 +175,8 @@ class SAERun:
         self.alpha_factor = 1.0  # of the step before
         self.first_loss: float | None = None
         self._last_good: tuple[int, dict[str, Tensor]] | None = None
+        self.under_way: UnderWay | None = None
+        """Between two rows of the curve, for who takes the state there; see `train`."""
         self.step = 0
         self.scored_step = 0
         """Step of the last rung that is behind the trial."""
@@ -317,8 +328,12 @@ class SAERun:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the rest of the run, as tensors and plain values.
 
-        At an event of the loop: between two of them, sums for the curve are under way.
+        At an event of the loop, or where it gives the word between two: elsewhere it holds sums
+        for the curve that are not in here.
         """
+        last_good = self._last_good
+        if last_good is not None and last_good[0] == self.step:
+            last_good = (self.step, {})  # the weights as they are
         return {
             "step": self.step,
             "scored_step": self.scored_step,
@@ -333,6 +348,9 @@ class SAERun:
             "firing": asdict(self.firing),
             "alpha_factor": self.alpha_factor,
             "first_loss": self.first_loss,
+            "last_good": last_good,
+            "stability": self.stability.state(),
+            "under_way": None if self.under_way is None else asdict(self.under_way),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -343,9 +361,12 @@ class SAERun:
         self.curve = [Progress(**row) for row in state["curve"]]
         self.first_loss = state["first_loss"]
         self.sae.load_state_dict(state["sae"])
-        if self.curve and self.curve[-1].step == self.step:
+        self._last_good = state["last_good"]
+        if self._last_good is not None and self._last_good[0] == self.step:
             weights = self.sae.state_dict().items()
             self._last_good = (self.step, {name: w.clone() for name, w in weights})
+        self.stability.load(state["stability"])
+        self.under_way = None if state["under_way"] is None else UnderWay(**state["under_way"])
         # Adam keeps the tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])

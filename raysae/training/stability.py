@@ -49,3 +49,11 @@ class GroupStability:
         """The mean since the last call; None where no update has been between."""
         found, self._found = self._found, []
         return math.fsum(found) / len(found) if found else None
+
+    def state(self) -> list[float]:
+        """What the next `take` is a mean of, so far."""
+        return list(self._found)
+
+    def load(self, state: list[float]) -> None:
+        """Go on from a `state`."""
+        self._found = list(state)

@@ -65,6 +65,20 @@ SIZES = {
     "meta-llama/Llama-3.1-8B": (32, 4096),
 }
 """Layers and width by repository, variants left out."""
+PARAMETERS = {
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "EleutherAI/pythia-70m": 70_426_624,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-410m": 405_334_016,
+    "EleutherAI/pythia-1b": 1_011_781_632,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
+    "EleutherAI/pythia-2.8b": 2_775_208_960,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+}
+"""As their files hold them."""
 VARIANTS = ("-it", "-Instruct", "-deduped")
 
 
@@ -81,11 +95,22 @@ def shape_of(world: str | HubWorld | LocalWorld) -> Shape:
     return Shape(spec.label, n_layers, d_model, hook, spec.store_tokens, spec.permutations)
 
 
+def parameters_of(world: str | HubWorld | LocalWorld) -> tuple[int, str] | None:
+    """Number of the model's parameters and the type in which they run; None: not known by name."""
+    spec = PRESETS.get(world) if isinstance(world, str) else world
+    parameters = None if spec is None else PARAMETERS.get(_base(spec.model))
+    return None if spec is None or parameters is None else (parameters, spec.dtype)
+
+
+def _base(model: str) -> str:
+    for ending in VARIANTS:
+        model = model.removesuffix(ending)
+    return model
+
+
 def _size_of(spec: HubWorld | LocalWorld) -> tuple[int, int]:
     """Layers and width: of the folder's config, of `SIZES`, or of the hub's config."""
-    base = spec.model
-    for ending in VARIANTS:
-        base = base.removesuffix(ending)
+    base = _base(spec.model)
     if base in SIZES and not Path(spec.model).is_dir():
         return SIZES[base]
     folder = hub.model_folder(spec, "model", config_only=True)

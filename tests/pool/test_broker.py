@@ -168,6 +168,20 @@ def test_a_worker_learns_of_a_cancelled_trial_with_its_next_row_or_rung(play, jo
     assert [end["state"] for end in ends(journal)] == ["failed"]
 
 
+def test_a_worker_learns_between_two_rows_what_it_would_with_the_next(play):
+    async def scenario(broker: BrokerState) -> None:
+        for number in (0, 1):
+            await broker.submit(number, SPEC | {"number": number})
+            await broker.next_jobs(number)
+        assert await soon(broker.words([0, 1])) == ["go", "go"]
+        await broker.cancel(1)
+        assert await soon(broker.words([0, 1])) == ["go", "stop"]
+        await broker.pause(0.0)
+        assert await soon(broker.words([0, 1])) == ["pause", "stop"]
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_cancelling_an_ended_or_unknown_trial_changes_nothing(times: int, play, journal: Path):
     async def scenario(broker: BrokerState) -> None:
@@ -201,6 +215,21 @@ def test_a_trial_that_raised_fails_alone(play, journal: Path):
 
 
 # --- The end of the pool --------------------------------------------------------------------------
+
+
+def test_silence_lasts_from_the_last_beat_of_a_worker(play, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("raysae.pool.broker.time.monotonic", lambda: now[0])
+
+    async def scenario(broker: BrokerState) -> None:
+        now[0] += 30
+        assert await soon(broker.silence()) == now[0] - 100
+        await broker.alive()
+        assert await soon(broker.silence()) == 0
+        now[0] += 7
+        assert await soon(broker.silence()) == 7
+
+    play(scenario)
 
 
 def test_closing_wakes_every_worker(play):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sae_lens import SAE
 from safetensors import SafetensorError
 from worker_bench import Decide, FakeArtifacts, FakeBroker, FakeEvaluator, make_worker
 
+from raysae.pool import together as lock_step
 from raysae.pool import worker as module
 from raysae.pool.folder import LAST_GOOD_FOLDER, trial_folder
 from raysae.pool.worker import Worker
@@ -422,3 +424,50 @@ def test_trials_trained_together_are_saved_at_the_same_step(
     bench(*trials, decide=decide)
     assert saved[:3] == [[1] * 3, [2] * 3, [3] * 3]
     assert len(saved) > 20 and all(len(set(steps)) == 1 for steps in saved)
+
+
+@pytest.mark.parametrize("how", ["asked to", "killed"])
+def test_trials_saved_between_two_rows_end_as_if_never_interrupted(
+    how: str, bench, make_spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A row is six steps; all that a broker hears is compared exactly."""
+    monkeypatch.setattr(lock_step, "WORD_SECONDS", 0.0)
+    monkeypatch.setattr(Pace, "is_due", lambda _: how == "killed")
+    steps = 400
+    specs = [
+        make_spec("topk", name, {"group_update_period": 5, "n_groups": 4} if groups else {},
+                  steps=steps, batch_size=16, rungs=(16 * 99, 16 * steps), number=i, seed=i)
+        for i, (name, groups) in enumerate((("none", False), ("grouped", True)))
+    ]  # fmt: skip
+    specs[1] = specs[1].model_copy(update={"seeds": 2})
+    files = [trial_folder(tmp_path / "run", n) / CHECKPOINT_FILE for n in range(2)]
+    asked = iter(range(10_000))
+
+    def decide(call: str, number: int, _: dict[str, Any]) -> str:
+        """They are wanted no more after 110 of the steps that end no row."""
+        if call == "words" and number == 1 and next(asked) == 110:
+            if how == "killed":
+                raise LostCopyError("the worker goes")
+            return "pause"
+        return "go"
+
+    brokers = []
+    real = FakeBroker.__init__
+    monkeypatch.setattr(
+        FakeBroker, "__init__", lambda self, d: (real(self, d), brokers.append(self))[0]
+    )
+    with suppress(LostCopyError):
+        bench(*specs, decide=decide)
+    first = brokers[-1]
+    assert first.saved == ([0, 1] if how == "asked to" else []) and not first.failed
+    saved = [run for file in files for run in torch.load(file)["runs"]]
+    at = saved[0]["step"]
+    assert [run["step"] for run in saved] == [at] * 3 and at > 99
+    assert all(run["under_way"]["steps"] == at - run["curve"][-1]["step"] > 0 for run in saved)
+
+    second, _ = bench(*specs)
+    whole, _ = bench(*specs, name="whole")
+    for number in range(2):
+        assert first.rungs[number] + second.rungs[number] == whole.rungs[number]
+        assert first.rows[number] + second.rows[number] == whole.rows[number]
+    assert not any(file.exists() for file in files)

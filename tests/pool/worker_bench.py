@@ -40,6 +40,9 @@ class FakeBroker:
         self.rows[number].append(row)
         return self.decide("progress", number, row)
 
+    def _words(self, numbers: list[int]) -> list[str]:
+        return [self.decide("words", number, {}) for number in numbers]
+
     def _rung(self, number: int, record: dict[str, Any], curve: list[dict[str, Any]]) -> str:
         self.rungs[number].append(record)
         assert curve[-1]["step"] == record["step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from raysae.config import find_space, load_config
 from raysae.search import run
 from raysae.search.cluster import Plan
 from raysae.search.integrity import record_store
-from raysae.search.run import _write_about, load_run, resolve
+from raysae.search.run import _add_plan, _write_about, load_run, resolve
 from raysae.store import files
 from raysae.store.handle import HeldChunk, StoreHandle
 from raysae.worlds.world import load_world
@@ -25,7 +26,9 @@ PLAN = Plan(
 
 def write(run_dir: Path, started: float) -> str:
     config = resolve(load_config(find_space("orth.yaml")))
-    return _write_about(config, run_dir, PLAN, load_world(config.world), started)
+    said = _write_about(config, run_dir, load_world(config.world), started)
+    _add_plan(run_dir, replace(PLAN, workers=int(started)))
+    return said
 
 
 def test_a_later_session_adds_itself(tmp_path: Path):
@@ -35,6 +38,7 @@ def test_a_later_session_adds_itself(tmp_path: Path):
     second = json.loads((tmp_path / "about.json").read_text())
     assert [session["started"] for session in second["sessions"]] == [1.0, 2.0]
     assert second | {"sessions": None} == first | {"sessions": None}
+    assert first["plan"]["workers"] == 1
 
 
 def test_a_session_that_ends_while_it_writes_leaves_what_there_was(

@@ -236,7 +236,7 @@ def test_nodes_of_a_cluster_that_are_too_small_are_named(monkeypatch: pytest.Mon
         NodeRoom("small", 4, 0, 1 << 30, 2 << 30),
         NodeRoom("head", 0, 0, 16 << 30, 1),  # gets no worker
     ]
-    plan = make_plan(made, {"CPU": 8.0}, local=False)
+    plan = make_plan(made, [{"CPU": 8.0}], local=False)
     monkeypatch.setattr(planning, "look", lambda *_: (plan, nodes))
     short = [line for line in describe_plan(made, "auto") if line.startswith("short of ")]
     memory, store = [line for line in short if "of small" in line]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -43,6 +45,31 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path):
     with pytest.raises(ZeroDivisionError), lock(tmp_path):
         raise ZeroDivisionError
     with lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_to_be_one(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("raysae.search.lock.fcntl.flock", flock)
+    told = r"has no locks.*-o flock.*set --out"
+    with pytest.raises(UserError, match=told) as caught, lock(tmp_path):
+        pass
+    assert str(tmp_path) in str(caught.value) and os.strerror(number) in str(caught.value)
+
+
+def test_another_error_of_a_lock_is_not_taken_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("raysae.search.lock.fcntl.flock", flock)
+    with pytest.raises(OSError, match="Input/output"), lock(tmp_path):
         pass
 
 

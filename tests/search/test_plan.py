@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from raysae.config import RunConfig, load_config
+from raysae.config import RunConfig, find_space, load_config
 from raysae.errors import InterruptedSearchError, UserError
 from raysae.resources import MOST_TRIALS
 from raysae.search import cluster
 from raysae.search import plan as planning
 from raysae.search.cluster import HARVEST_CPUS, Gpu, Plan, make_plan, start
 from raysae.search.plan import describe_plan
-from raysae.search.room import memory_of_sae, room_on_gpu
+from raysae.search.room import memory_of_sae, most_seeds, room_on_gpu
 from raysae.search.run import resolve, run_search
+from raysae.search.sizes import CorpusSize
+from raysae.store.tiers import human
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 
@@ -61,7 +64,7 @@ def config(**overrides: Any) -> RunConfig:
 
 
 def plan(cpus: float, gpus: float = 0, **overrides: Any) -> Plan:
-    return make_plan(config(**overrides), {"CPU": cpus, "GPU": gpus}, local=True)
+    return make_plan(config(**overrides), [{"CPU": cpus, "GPU": gpus}], local=True)
 
 
 def refusal(cpus: float, gpus: float = 0, **overrides: Any) -> str:
@@ -197,7 +200,7 @@ def test_a_gpu_trains_as_many_trials_as_fit_its_memory(trials: float, expected: 
     trial = 8 * (4 * 4 * 131_712 + 6 * 4 * 1024 * (128 + 512))
     room = int(trials * trial) + 4 * 512**2 + 1
     free = {"CPU": 5.0, "GPU": 2.0}
-    made = make_plan(config(resources__use_gpu=True), free, local=True, gpu_bytes=room)
+    made = make_plan(config(resources__use_gpu=True), [free], local=True, gpu_bytes=room)
     assert made.trials_per_pack == expected
     assert made.concurrent_trials == 2 * expected
 
@@ -219,15 +222,23 @@ def test_where_a_run_of_a_study_has_a_width_of_its_own_it_counts():
 
 def test_data_parallel_trials_are_trained_one_at_a_time():
     settings = {"resources__use_gpu": True, "resources__workers_per_trial": 2}
-    made = make_plan(config(**settings), {"CPU": 5.0, "GPU": 2.0}, local=True, gpu_bytes=1 << 40)
+    made = make_plan(config(**settings), [{"CPU": 5.0, "GPU": 2.0}], local=True, gpu_bytes=1 << 40)
     assert (made.trials_per_pack, made.concurrent_trials) == (1, 1)
 
 
 # --- A pool that grows and shrinks with its cluster -----------------------------------------------
 
 
-def on_cluster(cpus: float, **overrides: Any) -> Plan:
-    return make_plan(config(**overrides), {"CPU": cpus, "GPU": 0}, local=False)
+def on_cluster(*cpus: float, gpus: float = 0, **overrides: Any) -> Plan:
+    """On nodes with so many free CPUs, and free GPUs each."""
+    nodes = [{"CPU": n, "GPU": gpus} for n in cpus]
+    return make_plan(config(**overrides), nodes, local=False)
+
+
+def refused_on_cluster(*cpus: float, **overrides: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        on_cluster(*cpus, **overrides)
+    return str(caught.value)
 
 
 def test_a_pool_of_this_machine_keeps_its_size():
@@ -251,6 +262,42 @@ def test_a_limit_of_growth_that_cannot_be_reached_is_refused(most: int, per_tria
         on_cluster(5, resources__max_workers=most, resources__workers_per_trial=per_trial)
 
 
+# --- A worker is on one node ----------------------------------------------------------------------
+
+
+def test_a_worker_that_fits_no_node_is_refused_with_the_threads_that_fit():
+    message = refused_on_cluster(2, 2, 2, 2, resources__threads_per_worker=4)
+    assert "8 CPUs and 0 GPUs are free on 4 nodes, on one at most 2 and 0" in message
+    assert "set resources.threads_per_worker to at most 2" in message
+    assert on_cluster(2, 2, 2, 2, resources__threads_per_worker=2).workers == 3
+
+
+def test_what_is_left_over_on_a_node_makes_no_worker_with_that_of_another():
+    threads = {"resources__threads_per_worker": 4}
+    assert on_cluster(7, 7, 6, **threads).workers == 3  # of 20 CPUs, beside the harvest
+    assert on_cluster(8, 4, **threads).workers == 2  # 3 would leave no CPU for the harvest
+    message = refused_on_cluster(7, 7, 6, **threads, resources__workers=4)
+    assert "4 workers with 4 CPU(s) each" in message
+    assert "set resources.workers to at most 3" in message
+
+
+def test_gpus_and_cpus_must_be_on_the_same_node():
+    gpu = {"resources__use_gpu": True, "resources__threads_per_worker": 2}
+    nodes = [{"CPU": 2, "GPU": 4}, {"CPU": 32, "GPU": 0}]
+    assert make_plan(config(**gpu), nodes, local=False).workers == 1
+    with pytest.raises(UserError, match=r"set resources\.workers to at most 1"):
+        make_plan(config(**gpu, resources__workers=2), nodes, local=False)
+    with pytest.raises(UserError, match=r"set resources\.use_gpu to false"):
+        make_plan(config(**gpu), [{"CPU": 1, "GPU": 4}, {"CPU": 32, "GPU": 0}], local=False)
+
+
+def test_a_group_for_which_there_are_too_few_nodes_is_refused():
+    settings = {"resources__threads_per_worker": 2, "resources__workers_per_trial": 4}
+    message = refused_on_cluster(3, 3, 3, **settings)
+    assert "room for 3 workers" in message
+    assert "set resources.workers_per_trial to at most 3" in message
+
+
 @pytest.mark.parametrize(
     ("free", "seconds"),
     [([{"CPU": 2.0}, {"CPU": 4.0}], 0.0), ([{"CPU": 2.0}], 5.0)],
@@ -261,11 +308,13 @@ def test_cpus_that_others_hold_are_not_planned_with(
 ):
     slept: list[float] = []
     looks = iter(free + [free[-1]] * 1000)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "memory": 8.0})
-    monkeypatch.setattr("ray.available_resources", lambda: next(looks))
+    alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [alive, alive | {"NodeID": "b", "Alive": False}])
+    name = "ray._private.state.available_resources_per_node"
+    monkeypatch.setattr(name, lambda: {"a": next(looks), "b": {"CPU": 9.0}})
     monkeypatch.setattr(cluster.time, "monotonic", lambda: sum(slept))
     monkeypatch.setattr(cluster.time, "sleep", slept.append)
-    assert cluster._free_resources() == {"CPU": free[-1]["CPU"], "GPU": 0.0}
+    assert cluster._free_resources() == [{"CPU": free[-1]["CPU"], "GPU": 0.0}]
     assert sum(slept) >= seconds
 
 
@@ -348,3 +397,48 @@ def test_a_machine_without_a_gpu_plans_for_one_that_has(monkeypatch: pytest.Monk
     assert "4, 2 a trial" in workers and "2 trials at a time" in workers
     assert lines[-1].startswith("not here     resources.use_gpu: 4 workers with a GPU each")
     assert not any(line.startswith("time ") for line in lines)
+
+
+# --- What a GPU takes -----------------------------------------------------------------------------
+
+
+def gpu_lines(monkeypatch: pytest.MonkeyPatch, made: RunConfig) -> tuple[str, str]:
+    for module in (cluster, planning):
+        monkeypatch.setattr(module, "list_gpus", lambda: [])
+    monkeypatch.setattr(planning, "_world_here", lambda _: None)
+    lines = describe_plan(made)
+    (of_gpu,) = [line for line in lines if line.startswith("a GPU ")]
+    (asking,) = [line for line in lines if line.startswith("asking ")]
+    return of_gpu, asking
+
+
+def test_a_model_that_is_not_here_is_counted_by_its_known_size(monkeypatch: pytest.MonkeyPatch):
+    made = resolve(load_config(find_space("gemma-2-2b.yaml")))
+    of_gpu, asking = gpu_lines(monkeypatch, made)
+    sae, seeds = memory_of_sae(made), most_seeds(made)
+    bytes_ = 2 * 2_614_341_888 + seeds * sae.total + 4 * made.extremes("sae", "d_sae")[1] ** 2
+    assert f"about {human(bytes_)} of model, SAE and batch" in of_gpu
+    assert "without its logits" in asking
+
+
+def test_a_model_of_which_nothing_is_known_is_said_to_be_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    made = resolve(load_config(find_space("gemma-2-2b.yaml")))
+    monkeypatch.setattr("raysae.worlds.presets.PARAMETERS", {})
+    of_gpu, _ = gpu_lines(monkeypatch, made)
+    assert "of SAE and batch, without the model" in of_gpu
+
+
+def test_asking_what_a_model_knows_takes_another_one_and_its_logits(tmp_path: Path):
+    made = config(resources__use_gpu=True, resources__workers_per_gpu=2)
+    size = CorpusSize(1, 1000, 1, 500, longest_prompt=200)
+    world = SimpleNamespace(
+        known_questions=None, model_path=tmp_path, llm_batch_size=32, dtype="bfloat16"
+    )
+    (tmp_path / "config.json").write_text('{"vocab_size": 256000}')
+    logits = 64 * 200 * 256_000 * 2
+    assert planning._asking(made, size, world, 1 << 30) == 3 * (1 << 30) + logits
+    assert planning._asking(made, None, world, 1 << 30) is None
+    world.known_questions = {}
+    assert planning._asking(made, size, world, 1 << 30) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ def run_pool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
         monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
         config = resolve(load_config(ORTH))
-        plan = make_plan(config, {"CPU": 3}, local=True)
+        plan = make_plan(config, [{"CPU": 3}], local=True)
         services.run_pool(config, plan, "namespace", tmp_path, broker)
         return len(fits), told
 
@@ -60,6 +61,17 @@ def test_a_controller_that_dies_every_time_ends_the_search(run_pool: Any, tmp_pa
     assert fits == services.CONTROLLER_ATTEMPTS
     assert told.startswith("the worker pool failed: ")
     assert f"(log: {tmp_path / 'pool_error.log'})" in told
+
+
+def test_a_pool_that_fails_on_a_full_disk_is_still_heard_of(
+    run_pool: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    _, (told,) = run_pool(RuntimeError("more failures than allowed"))
+    assert "more failures than allowed" in told and "No space left on device" in told
 
 
 def test_a_pool_that_failed_in_another_way_is_not_started_again(run_pool: Any):
@@ -94,7 +106,7 @@ def test_a_worker_has_a_gpu_or_the_share_of_one_that_is_set(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(services, "_trainer_class", lambda *_, **__: Trainer)
     config = resolve(load_config(ORTH, {"resources.use_gpu": True} | setting))
-    plan = make_plan(config, {"CPU": 9, "GPU": 2}, local=True)
+    plan = make_plan(config, [{"CPU": 9, "GPU": 2}], local=True)
     services.run_pool(config, plan, "namespace", tmp_path, None)
     assert asked["scaling_config"].resources_per_worker["GPU"] == share
     assert asked["scaling_config"].num_workers == plan.workers == workers

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from raysae.config import RunConfig, load_config
+from raysae.config import RunConfig, find_space, load_config
 from raysae.errors import UserError
 from raysae.search import sizes
-from raysae.search.room import model_bytes
+from raysae.search.room import logits_bytes, model_bytes, model_memory
 from raysae.search.run import resolve
 from raysae.search.sizes import (
     EVALUATION_SEQUENCES,
@@ -28,6 +31,8 @@ from raysae.search.sizes import (
 from raysae.store.tiers import MEMORY_SHARE
 from raysae.unlearning import default_eval_config
 from raysae.worlds import load_world
+from raysae.worlds.presets import PARAMETERS, SIZES
+from raysae.worlds.spec import HubWorld
 
 ORTH = Path(__file__).parent.parent.parent / "search_spaces" / "orth.yaml"
 GIB = 1 << 30
@@ -135,3 +140,53 @@ def test_bytes_that_are_asked_for_are_taken_or_refused(machine: Any):
         config(resources__store_memory=1000)
     with pytest.raises(UserError, match="auto, or a whole number of bytes"):
         config(resources__store_memory="2 GiB")
+
+
+# --- GPU memory -----------------------------------------------------------------------------------
+
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8}
+GEMMA = {"vocab_size": 256000, "head_dim": 256}
+CONFIGS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int, int]]] = {
+    "google/gemma-2-2b": ("gemma2", GEMMA | {"num_key_value_heads": 4}, (26, 2304, 9216, 8)),
+    "google/gemma-2-9b": ("gemma2", GEMMA | {"num_key_value_heads": 8}, (42, 3584, 14336, 16)),
+    "EleutherAI/pythia-70m": ("gpt_neox", {"vocab_size": 50304}, (6, 512, 2048, 8)),
+    "EleutherAI/pythia-160m": ("gpt_neox", {"vocab_size": 50304}, (12, 768, 3072, 12)),
+    "EleutherAI/pythia-410m": ("gpt_neox", {"vocab_size": 50304}, (24, 1024, 4096, 16)),
+    "EleutherAI/pythia-1b": ("gpt_neox", {"vocab_size": 50304}, (16, 2048, 8192, 8)),
+    "EleutherAI/pythia-1.4b": ("gpt_neox", {"vocab_size": 50304}, (24, 2048, 8192, 16)),
+    "EleutherAI/pythia-2.8b": ("gpt_neox", {"vocab_size": 50304}, (32, 2560, 10240, 32)),
+    "meta-llama/Llama-3.2-1B": ("llama", LLAMA | {"tie_word_embeddings": True, "head_dim": 64},
+                                (16, 2048, 8192, 32)),
+    "meta-llama/Llama-3.2-3B": ("llama", LLAMA | {"tie_word_embeddings": True, "head_dim": 128},
+                                (28, 3072, 8192, 24)),
+    "meta-llama/Llama-3.1-8B": ("llama", LLAMA, (32, 4096, 14336, 32)),
+}  # fmt: skip
+"""Kind, other settings, and (layers, width, inner width, heads), of the models' own configs."""
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameters_of_a_known_model_are_those_that_transformers_makes(name: str):
+    kind, settings, (layers, width, inner, heads) = CONFIGS[name]
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
+    made = AutoConfig.for_model(kind, num_attention_heads=heads, **sizes, **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    assert PARAMETERS[name] == sum(p.numel() for p in model.parameters())
+    assert SIZES[name] == (layers, width)
+
+
+def test_a_model_that_is_not_here_takes_what_is_known_of_it():
+    made = resolve(load_config(find_space("gemma-2-2b.yaml")))
+    assert model_memory(made, None) == 2 * 2_614_341_888
+    own = made.model_copy(update={"world": HubWorld(model="some/body", name="own")})
+    assert model_memory(own, None) is None
+
+
+def test_the_logits_of_a_batch_of_questions(tmp_path: Path):
+    """In bfloat16, one copy; three where a model caps them."""
+    world = SimpleNamespace(model_path=tmp_path, llm_batch_size=3, dtype="bfloat16")
+    logits = torch.empty(2 * 3, 50, 1000, dtype=torch.bfloat16)
+    (tmp_path / "config.json").write_text('{"vocab_size": 1000}')
+    assert logits_bytes(world, 50) == logits.nbytes
+    (tmp_path / "config.json").write_text('{"vocab_size": 1000, "final_logit_softcapping": 30.0}')
+    assert logits_bytes(world, 50) == 3 * logits.nbytes

@@ -94,6 +94,14 @@ def test_a_running_search_shows_its_open_trials_beside_the_journals(run_dir, end
     assert "http://127.0.0.1:8265" in text and "500 tokens/s" in text
 
 
+def test_what_is_amiss_with_a_running_search_is_said(run_dir: Path, make_spec):
+    file, trials = StatusFile(run_dir, 1000.0, {}), standing(running(make_spec, 0, 768))
+    file.update(trials, (), "no worker for 90 s")
+    assert read_status(run_dir).view.note == "running, no worker for 90 s"
+    file.update(trials, (), last=True)
+    assert "no worker" not in read_status(run_dir).view.note
+
+
 def test_the_journal_wins_over_an_older_status_file(run_dir, end, make_spec):
     StatusFile(run_dir, 1000.0, {}).update(standing(running(make_spec, 0, 768)))
     write_journal(run_dir, end(0))

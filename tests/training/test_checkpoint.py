@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_bench import small, train
+from training_bench import assert_same_state, small, train
 
 from raysae.training.checkpoint import CHECKPOINT_FILE, SHARE, Checkpoints, Pace
+from raysae.training.loop import Between
 from raysae.training.loop import train as train_together
-from raysae.training.run import Progress, Rung, SAERun
+from raysae.training.run import Progress, Rung, SAERun, TrainingDivergedError
 
 
 @pytest.mark.parametrize("stop_at", [3, 8, 13, 24])
@@ -146,3 +150,170 @@ def test_the_seeds_of_a_trial_are_taken_up_together(make_spec, make_store, fake_
         for name, tensor in expected.sae.state_dict().items():
             assert torch.equal(found.sae.state_dict()[name], tensor), name
         assert [row.metrics for row in found.curve] == [row.metrics for row in expected.curve]
+
+
+# --- Between two rows of the curve ----------------------------------------------------------------
+
+
+def trained(
+    runs: list[SAERun], fake_result: Any, save: Callable[[], object] = lambda: None, at: int = 0
+) -> tuple[list[list[Progress]], list[list[Rung]]]:
+    """Curves and rungs of runs that are trained together, and end after step `at` with `save`."""
+    rungs: list[list[Rung]] = [[] for _ in runs]
+
+    def listen(events: Any) -> list[bool]:
+        for found, event in zip(rungs, events, strict=True):
+            if isinstance(event, Rung):
+                found.append(event)
+        return [True] * len(events)
+
+    def leave() -> list[bool]:
+        save()
+        return [False] * len(runs)
+
+    train_together(
+        runs,
+        lambda saes, _: [fake_result() for _ in saes],
+        listen,
+        between=Between(lambda: runs[0].step == at, leave),
+    )
+    return [run.curve for run in runs], rungs
+
+
+def assert_same_end(found: list[SAERun], rungs: list[Rung], whole: list[SAERun], wanted: Any):
+    """Bit for bit: curves, weights, moments, states, and what the last rung says."""
+    for run, rung, other, expected in zip(found, rungs, whole, wanted, strict=True):
+        assert run.curve == other.curve
+        assert (rung.metrics, rung.step, rung.last) == (expected.metrics, expected.step, True)
+        assert torch.equal(rung.forget_rate, expected.forget_rate)
+        assert torch.equal(rung.retain_rate, expected.retain_rate)
+        assert_same_state(run, other)
+
+
+@pytest.mark.parametrize("at", [41, 98, 101])
+@pytest.mark.parametrize("step", ["packed", "saelens"])
+@pytest.mark.parametrize("regularizer", ["none", "task_masked"])
+def test_an_sae_saved_in_the_middle_of_a_row_ends_as_if_never_stopped(
+    at: int, step: str, regularizer: str, tmp_path: Path, make_spec, make_store, fake_result
+):
+    """A row is six steps here, and a regrouping, of which the row tells, falls into those saved."""
+    spec = make_spec(
+        "topk", regularizer, small(regularizer), steps=400, batch_size=16, step=step, lr=5e-3,
+        rungs=(16 * 99, 16 * 400), dead_after=5,
+    )  # fmt: skip
+    store = make_store()
+    whole = [SAERun(spec, store)]
+    _, wanted = trained(whole, fake_result)
+    assert [row.step for row in whole[0].curve[5:8]] == [36, 42, 48]
+    checkpoints, killed = Checkpoints(tmp_path), [SAERun(spec, store)]
+    trained(killed, fake_result, lambda: checkpoints.save(killed), at)
+    assert killed[0].step == at and killed[0].curve[-1].step < at
+    resumed = [SAERun(spec, store)]
+    assert checkpoints.restore(resumed) and resumed[0].step == at
+    _, rungs = trained(resumed, fake_result)
+    assert_same_end(resumed, [rungs[0][-1]], whole, [wanted[0][-1]])
+
+
+@pytest.mark.parametrize("company", ["the same", "alone"])
+def test_a_pack_saved_in_the_middle_of_a_row_is_taken_up_together_or_one_by_one(
+    company: str, tmp_path: Path, make_spec, make_store, fake_result
+):
+    """One of them has no penalty of its own, but beside the others a sum of zeros."""
+    store = make_store()
+    specs = [
+        make_spec("topk", name, small(name), steps=400, batch_size=16, number=i, seed=i, alpha=3.0)
+        for i, name in enumerate(("none", "grouped", "fixed_orthogonal"))
+    ]
+
+    def begin() -> list[SAERun]:
+        return [SAERun(spec, store) for spec in specs]
+
+    whole, killed, resumed = begin(), begin(), begin()
+    _, wanted = trained(whole, fake_result)
+    kept = [Checkpoints(tmp_path / str(spec.number)) for spec in specs]
+
+    def save() -> None:
+        for checkpoints, run in zip(kept, killed, strict=True):
+            checkpoints.save([run])
+
+    trained(killed, fake_result, save, at=100)
+    for checkpoints, run in zip(kept, resumed, strict=True):
+        assert checkpoints.restore([run]) and run.step == 100
+    if company == "the same":
+        _, rungs = trained(resumed, fake_result)
+    else:
+        rungs = [trained([run], fake_result)[1][0] for run in resumed]
+    assert_same_end(resumed, [r[-1] for r in rungs], whole, [r[-1] for r in wanted])
+
+
+def test_a_run_that_leaves_in_the_middle_of_a_row_takes_nothing_of_the_others(
+    make_spec, make_store, fake_result
+):
+    store = make_store()
+    names = ("fixed_orthogonal", "none", "none")
+    specs = [
+        make_spec("topk", name, steps=400, batch_size=16, number=i, seed=i)
+        for i, name in enumerate(names)
+    ]
+    runs = [SAERun(spec, store) for spec in specs]
+    asked = iter(range(1000))
+    train_together(
+        runs,
+        lambda saes, _: [fake_result() for _ in saes],
+        lambda events: [True] * len(events),
+        between=Between(lambda: runs[1].step == 100, lambda: [next(asked) > 0, True, True]),
+    )
+    assert [run.step for run in runs] == [100, 400, 400]
+    for run, spec in zip(runs[1:], specs[1:], strict=True):
+        alone = SAERun(spec, store)
+        trained([alone], fake_result)
+        assert run.curve == alone.curve
+        assert_same_state(run, alone)
+
+
+def test_a_trial_that_diverges_after_it_was_taken_up_leaves_the_same_last_good_sae(
+    tmp_path: Path, make_spec, make_store, fake_result
+):
+    spec, store = make_spec("topk", steps=400, batch_size=16, step="saelens"), make_store()
+
+    def diverge(run: SAERun, **how: Any) -> TrainingDivergedError:
+        """From step 100 on its loss is not finite."""
+        ends = iter(range(run.step, 400))
+        run.sae.W_dec.register_hook(lambda grad: grad * (math.nan if next(ends) >= 100 else 1))
+        found: list[Any] = []
+
+        def listen(events: Any) -> list[bool]:
+            found.extend(event for event in events if isinstance(event, TrainingDivergedError))
+            return [True]
+
+        train_together([run], lambda *_: [fake_result()], listen, **how)
+        return found[0] if found else None
+
+    wanted = diverge(SAERun(spec, store))
+    killed, checkpoints = SAERun(spec, store), Checkpoints(tmp_path)
+
+    def leave() -> list[bool]:
+        checkpoints.save([killed])
+        return [False]
+
+    diverge(killed, between=Between(lambda: killed.step == 98, leave))
+    resumed = SAERun(spec, store)
+    assert checkpoints.restore([resumed]) and resumed.step == 98
+    found = diverge(resumed)
+    assert (str(found), found.last_good_step) == (str(wanted), wanted.last_good_step)
+    assert found.last_good_step == 96
+    kept, expected = found.last_good.state_dict(), wanted.last_good.state_dict()
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_of_another_layout_is_left_aside(
+    tmp_path: Path, make_spec, make_store, monkeypatch, caplog
+):
+    monkeypatch.setattr("raysae.training.checkpoint.LAYOUT", 1)
+    run, checkpoints = SAERun(make_spec(), make_store()), Checkpoints(tmp_path)
+    run.advance()
+    checkpoints.save([run])
+    monkeypatch.undo()
+    again = SAERun(make_spec(), make_store())
+    assert not checkpoints.restore([again]) and again.step == 0
+    assert "not of this trial" in caplog.text

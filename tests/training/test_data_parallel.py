@@ -7,6 +7,8 @@ instead of once a process.
 from __future__ import annotations
 
 import functools
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -21,7 +23,7 @@ from training_bench import METHODS, small
 
 from raysae.store.batches import ChunkedActivations
 from raysae.training.collective import Alone, Group
-from raysae.training.loop import train_one
+from raysae.training.loop import Between, train, train_one
 from raysae.training.run import Progress, Rung, SAERun
 from raysae.training.schedules import Dynamic
 from raysae.training.spec import TrialSpec
@@ -45,6 +47,9 @@ class Record:
     curve: list[Progress]
     rungs: list[tuple[int, Tensor, Tensor]]  # step and firing rates
     stopped_at: int  # when the listener says no at step 5
+    long_curve: list[Progress]  # of a training with rows of several steps
+    taken_up: list[Progress]  # of the same, saved in the middle of a row and taken up again
+    saved_at: int
 
 
 def score(*_: Any) -> UnlearningResult:
@@ -53,7 +58,7 @@ def score(*_: Any) -> UnlearningResult:
 
 def observe(spec: TrialSpec, store: ChunkedActivations, collective: Alone) -> Record:
     run = SAERun(spec, store, collective=collective)
-    record = Record([], [], [], [], 0)
+    record = Record([], [], [], [], 0, [], [], 0)
     for _ in range(STEPS):
         run.advance()
         record.decoders.append(run.sae.W_dec.detach().clone())
@@ -70,7 +75,33 @@ def observe(spec: TrialSpec, store: ChunkedActivations, collective: Alone) -> Re
     stopping = SAERun(spec, store, collective=collective)
     train_one(stopping, score, lambda event: event.step < 5)
     record.stopped_at = stopping.step
+    interrupt(record, lambda: SAERun(spec, store, collective=collective))
     return record
+
+
+def interrupt(record: Record, begin: Callable[[], SAERun]) -> None:
+    """Train with rows of five steps; once without end, once saved after the first of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raysae.training.loop.CURVE_POINTS", STEPS // 5)
+
+        def go(run: SAERun, between: Between | None = None) -> SAERun:
+            train([run], lambda *_: [score()], lambda events: [True] * len(events), between=between)
+            return run
+
+        record.long_curve = go(begin()).curve
+        killed, saved = begin(), io.BytesIO()
+
+        def leave() -> list[bool]:
+            torch.save(killed.state_dict(), saved)
+            return [False]
+
+        go(killed, Between(lambda: killed.step > 5, leave))
+        record.saved_at = killed.step
+        resumed = begin()
+        # The first process alone has saved it.
+        data = resumed.collective.broadcast(saved.getvalue())
+        resumed.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+        record.taken_up = go(resumed).curve
 
 
 def one_of_two(
@@ -162,6 +193,17 @@ def test_only_the_first_process_talks_and_its_word_ends_the_trial_for_both(recor
         assert len(first.curve) == STEPS
         assert second.curve == second.rungs == []
         assert first.stopped_at == second.stopped_at == 5
+
+
+@every_case
+def test_a_trial_saved_in_the_middle_of_a_row_is_taken_up_by_both(case: str, records):
+    """Each goes on with its own sums; they leave and are saved at the same step."""
+    first, second, alone = (record[case] for record in records)
+    assert first.saved_at == second.saved_at and alone.saved_at == 6
+    for record in (first, second, alone):
+        assert 5 < record.saved_at < STEPS and record.saved_at % 5
+        assert [row.step for row in record.long_curve] == [5, 10, 15, 20]
+        assert record.taken_up == record.long_curve
 
 
 def test_the_dead_feature_term_is_part_of_that_comparison(records):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from training_bench import (
     ARCHITECTURES,
     METHODS,
     advance,
+    assert_same_state,
     every_method,
     progress,
     rungs,
@@ -29,26 +29,6 @@ def go(runs: list[SAERun], steps: int) -> list[dict[str, list[float]]]:
     """Losses of that many steps of the kind that the spec names, by name, one a run."""
     advance = stepper(runs)
     return [{name: v.tolist() for name, v in advance().items()} for _ in range(steps)]
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of nested dictionaries, lists and tuples, by its path."""
-    if isinstance(value, dict):
-        items: Any = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {path: value}
-    return {k: v for key, item in items for k, v in flatten(item, f"{path}/{key}").items()}
-
-
-def assert_same_state(first: SAERun, second: SAERun) -> None:
-    """Bit for bit equal in everything that decides the rest of the run."""
-    a, b = flatten(first.state_dict()), flatten(second.state_dict())
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        same = torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
-        assert same, name
 
 
 @pytest.mark.parametrize("step", ["packed", "saelens"])

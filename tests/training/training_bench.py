@@ -75,6 +75,27 @@ def rungs(events: list[Progress | Rung]) -> list[Rung]:
     return [event for event in events if isinstance(event, Rung)]
 
 
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of nested dictionaries, lists and tuples, by its path."""
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    return {k: v for key, item in items for k, v in flatten(item, f"{path}/{key}").items()}
+
+
+def assert_same_state(first: SAERun, second: SAERun) -> None:
+    """Bit for bit equal in everything that decides the rest of the run."""
+    a, b = flatten(first.state_dict()), flatten(second.state_dict())
+    assert a.keys() == b.keys()
+    for name in a.keys() - {"/train_seconds"}:
+        value = a[name]
+        same = torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
+        assert same, name
+
+
 def doubled(run: SAERun) -> SAERun:
     """The run in float64, in which rounding stays out of the way over a whole training."""
     run.sae.double()
