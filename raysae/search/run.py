@@ -274,7 +274,8 @@ def run_search(
             changed_store = ""
             if store.held is not None:
                 line, changed_store = check_store(store.held)
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                if line:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
             peak = memory.stop()
             # Pool and Ray end one process after the other, seconds of waiting; nothing below needs
             # them.

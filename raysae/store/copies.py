@@ -14,6 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raysae.store.files import CorruptFileError, map_tensors, verify
 from raysae.store.handle import HeldChunk, StoreHandle, different
 
+PATIENCE_SECONDS = 300.0
+"""For other nodes; a gigabyte takes one thread a second or two."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -36,7 +39,7 @@ def compare_copies(store: StoreHandle) -> Compared:
         store: whose chunks are to be compared, files on this machine.
 
     Raises:
-        ray.exceptions.RayError: a node was lost meanwhile.
+        ray.exceptions.RayError: a node was lost meanwhile, or does not answer.
     """
     on_disk = [chunk for chunk in store.chunks if isinstance(chunk.place, Path)]
     in_memory = {c.place: c for c in store.chunks if not isinstance(c.place, Path)}
@@ -53,7 +56,8 @@ def compare_copies(store: StoreHandle) -> Compared:
         if node != here
     }
     problems = _damaged(on_disk) + _different(by_node.get(here, []))
-    for node, words in zip(elsewhere, ray.get(list(elsewhere.values())), strict=True):
+    told = ray.get(list(elsewhere.values()), timeout=PATIENCE_SECONDS)
+    for node, words in zip(elsewhere, told, strict=True):
         problems += [f"{word} on node {node}" for word in words]
     copies = len(on_disk) + sum(map(len, by_node.values()))
     nodes = len(by_node.keys() | ({here} if on_disk else set()))

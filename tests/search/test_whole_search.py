@@ -105,6 +105,8 @@ def test_the_run_folder_holds_what_the_readme_promises(search):
     about = json.loads((out / "about.json").read_text())
     assert about["versions"]["sae-bench"] == "0.6.0"
     assert len(about["world_fingerprint"]) == 64
+    assert about["store"] == about["sessions"][0]["store"]
+    assert f"Store unchanged: {about['store']['sha256'][:12]} (" in search[1]
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["hook"] == "blocks.0.hook_resid_post"
     assert (out / "optuna.journal").stat().st_size > 0

@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from synthetic_store import put_store
 
+from raysae.search.integrity import check_store
 from raysae.store import files
 from raysae.store.checked import check_once, has_been_checked, map_checked
 from raysae.store.chunks import Moments
@@ -152,6 +153,12 @@ def test_every_copy_is_compared_and_what_has_changed_is_named(tmp_path: Path):
     other = replace(store.chunks[1], place=store.chunks[2].place)
     changed = replace(store, chunks=(store.chunks[0], other))
     assert changed.digest != store.digest
+    said, problem = check_store(store)
+    assert f"Store unchanged: {store.digest[:12]} (3 copies of 3 chunks on 1 node" in said
+    assert problem == ""
+    said, problem = check_store(changed)
+    assert said == ""
+    assert "the store has changed" in problem and "1 of 2 copies" in problem
     (problem,) = compare_copies(changed).problems
     assert other.sha256[:12] in problem and store.chunks[2].sha256[:12] in problem
 
