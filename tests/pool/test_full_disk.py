@@ -41,7 +41,7 @@ for name, write in writes.items():
     try:
         write()
     except Exception as error:
-        print(name, type(error).__name__, "|", no_room(error))
+        print(name, type(error).__name__, "No space left on device" in no_room(error))
 print(sorted(path.name for path in disk.iterdir() if path.is_file()))
 fresh = SAERun(spec, store)
 print(checkpoints.restore([fresh]), fresh.step)
@@ -68,10 +68,9 @@ def test_a_disk_that_is_full_is_told_from_other_errors_and_keeps_the_checkpoint(
     lines = on_a_small_disk(tmp_path, FILL)
     if lines is None:
         pytest.skip("nobody may mount a disk here")
-    full = "No space left on device"
     assert lines == [
-        f"checkpoint RuntimeError | {full}",
-        f"SAE SafetensorError | {full}",
+        "checkpoint RuntimeError True",
+        "SAE SafetensorError True",
         "['checkpoint.pt']",
         "True 1",
     ]

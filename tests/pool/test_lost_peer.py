@@ -28,13 +28,15 @@ DIES_AT = 12
 
 
 def one_of_two(
-    rank: int, folder: Path, spec: TrialSpec, store: ChunkedActivations, dies: int | None
+    rank: int, folder: Path, spec: TrialSpec, parts: tuple[Any, ...], dies: int | None
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     module.ray.get = lambda answers: answers
     module.Artifacts = FakeArtifacts
     delivered: list[int] = []
+    chunks, is_forget, mean = parts
+    store = ChunkedActivations(chunks, is_forget, scale=1.0, mean=mean, variance=1.0)
     take = store.batch
 
     def batch(*args: Any) -> Any:
@@ -63,7 +65,8 @@ def test_who_is_left_begins_again_and_fails_no_trial(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     forkserver.set_forkserver_preload(["raysae.pool.worker"])
     spec, store = make_spec("topk", step="saelens"), make_store()
-    arguments = (tmp_path, spec, store, dies)
+    parts = store._chunks, store._is_forget, store.mean.numpy()
+    arguments = (tmp_path, spec, parts, dies)
     context = mp.start_processes(
         one_of_two, arguments, nprocs=2, start_method="forkserver", join=False
     )
