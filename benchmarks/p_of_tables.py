@@ -21,7 +21,7 @@ from raysae.analysis.statistics import bootstrap_interval, holm, p_of_mean
 
 ROW = re.compile(r"\| ([^|]+) \|.*?\| ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\] \| (\d+)/(\d+) ")
 ROUNDING = 0.0006
-DRAWS, CHECKED = 400_000, 4000
+DRAWS, CHECKED = 600_000, 2000
 
 
 def candidates(difference: float, low: float, high: float, seeds: int, n: int) -> np.ndarray:
@@ -34,7 +34,8 @@ def candidates(difference: float, low: float, high: float, seeds: int, n: int) -
     else:
         wide = spread * rng.uniform(0.6, 1.6, (DRAWS, 1))
         sets = np.unique(np.rint(rng.normal(difference, wide, (DRAWS, seeds)) * n), axis=0)
-        sets = rng.permutation(sets)
+        near = abs(np.log(sets.std(axis=1, ddof=1) / n / spread)) < 0.25
+        sets = rng.permutation(sets[near])
     return sets[abs(sets.mean(axis=1) / n - difference) <= ROUNDING]
 
 
@@ -61,7 +62,8 @@ def main() -> None:
         found = filter(None, map(ROW.match, path.read_text(encoding="utf-8").splitlines()))
         rows = [row for row in found if row[3] != row[4]]
         p = np.array([p_range(row, arguments.questions) for row in rows])
-        corrected = np.column_stack([holm(side) for side in p.T])
+        # One for which no set was drawn is a comparison all the same.
+        corrected = np.column_stack([holm(np.nan_to_num(side, nan=1.0)) for side in p.T])
         print(f"{path}\n| run | p | Holm |\n| --- | --- | --- |")
         for row, one, other in zip(rows, p, corrected, strict=True):
             cells = [f"{a:.2g}" if f"{a:.2g}" == f"{b:.2g}" else f"{a:.2g} to {b:.2g}"
