@@ -34,7 +34,7 @@ def candidates(difference: float, low: float, high: float, seeds: int, n: int) -
     else:
         wide = spread * rng.uniform(0.6, 1.6, (DRAWS, 1))
         sets = np.unique(np.rint(rng.normal(difference, wide, (DRAWS, seeds)) * n), axis=0)
-        near = abs(np.log(sets.std(axis=1, ddof=1) / n / spread)) < 0.25
+        near = abs(sets.std(axis=1, ddof=1) / n / spread - 1) < 0.25
         sets = rng.permutation(sets[near])
     return sets[abs(sets.mean(axis=1) / n - difference) <= ROUNDING]
 
