@@ -85,8 +85,9 @@ def rungs_table(records: list[dict[str, Any]]) -> pd.DataFrame:
 
     Returns:
         `trial`, `seed` (index), `step`, `configuration` (equal for seeds of one configuration), the
-        scores, the training metrics, the "all" row of the conditioning, and `forget_condition` and
-        `retain_condition`: κ of those groups over the median of random rows of the same size.
+        scores, `objective`, the training metrics, the "all" row of the conditioning, and
+        `forget_condition` and `retain_condition`: κ of those groups over the median of random rows
+        of the same size.
     """
     from raysae.training.spec import config_hash
 
@@ -128,6 +129,8 @@ def rung_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         groups = {row["group"]: row for row in seed["conditioning"]}
         row = groups["all"] | seed["metrics"] | {name: seed.get(name) for name in SCORES}
         row |= {"trial": record["trial"], "seed": index}
+        # What the sampler was told; journals did not always have it by seed.
+        row["objective"] = seed.get("objective", seed["score"])
         for side in ("forget", "retain"):
             row[f"{side}_condition"] = _against_random(groups[side])
         rows.append(row)

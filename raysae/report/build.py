@@ -98,13 +98,14 @@ def _page(run: Run) -> str:
     search: list[Any] = []
     importances = None
     if study is not None:
+        at = optuna_figures.at_one_step(run, study)
         search = [
             optuna_figures.history(run, study),
             optuna_figures.parallel(study),
-            optuna_figures.slices(study),
+            None if at is None else optuna_figures.slices(at),
             optuna_figures.contour(study),
         ]
-        importances = optuna_figures.importances(run, study, folder)
+        importances = optuna_figures.importances(run, at, folder)
     interactive = [plot for plot in search if plot is not None]
     space = reproduce.write_space(run)
     environment = jinja2.Environment(

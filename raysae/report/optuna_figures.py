@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from raysae.analysis.describe import describe
-from raysae.analysis.statistics import rank_interval
+from raysae.analysis.statistics import SIGNIFICANT, holm, rank_interval
+from raysae.report import fanova
+from raysae.report.fanova import Importances
 from raysae.report.run import Run
 from raysae.report.style import BLUE, NAMES, RC, Plot, draw, plain
 
@@ -29,8 +32,6 @@ STUDY_FILE, STUDY_NAME = "optuna.journal", "raysae"
 COMMON = ("regularizer", "alpha", "alpha_schedule", "group_update_period")
 MIN_TRIALS = 10
 """Below, importances and contours draw pictures of nothing."""
-TREES, DEPTH = 16, 6
-SHUFFLES = 5
 MOST_LINES = 200
 """Of the parallel coordinates: every line is a trace of its own, of kilobytes."""
 MOST_DOTS = 150
@@ -88,6 +89,56 @@ def load_study(run: Run) -> optuna.Study | None:
                 user_attrs={"trial": trial.number},
             )
         )
+    return study
+
+
+@dataclass(frozen=True)
+class AtOneStep:
+    """The trials of a study with the scores that they had at one training step.
+
+    Scores rise with training: over scores of trials that were stopped early and of others, a
+    parameter would seem to matter by which trials the scheduler stopped.
+    """
+
+    step: int
+    study: optuna.Study
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return f"the scores of {len(self.study.trials)} trials at step {self.step}"
+
+
+def at_one_step(run: Run, study: optuna.Study) -> AtOneStep | None:
+    """At the step at which most trials were scored, the latest of such; None where none was."""
+    trials = {trial.user_attrs["trial"]: trial for trial in study.trials}
+    rungs = run.rungs[run.rungs["trial"].isin(trials)]
+    told = rungs.groupby(["step", "trial"])["objective"].mean()
+    counts = told.groupby(level="step").size()
+    if counts.empty:
+        return None
+    step = int(counts[counts == counts.max()].index.max())
+    scores = told.loc[step]
+    chosen = [number for number in trials if number in scores.index]
+    return AtOneStep(step, _study_of([trials[n] for n in chosen], scores[chosen].to_numpy()))
+
+
+def _study_of(trials: list[Any], values: np.ndarray) -> optuna.Study:
+    """A study of these trials with other values."""
+    import optuna
+
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            optuna.trial.create_trial(
+                value=float(value),
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs=trial.user_attrs,
+            )
+            for trial, value in zip(trials, values, strict=True)
+        ]
+    )
     return study
 
 
@@ -166,10 +217,11 @@ def parallel(study: optuna.Study) -> Interactive | None:
     return Interactive("parallel", _best_quarter(study), caption, figure)
 
 
-def slices(study: optuna.Study) -> Interactive | None:
-    """Score against each parameter."""
+def slices(at: AtOneStep) -> Interactive | None:
+    """Score against each parameter, at one step."""
     import optuna.visualization as visualization
 
+    study = at.study
     names = parameters(study)
     if not names:
         return None
@@ -178,8 +230,12 @@ def slices(study: optuna.Study) -> Interactive | None:
         trace.x = [value.strip("'") if isinstance(value, str) else value for value in trace.x]
     figure.update_xaxes(tickangle=-60, automargin=True)
     figure.update_layout(height=430, width=None)
-    caption = "A dot a trial, the later the darker: what the sampler came to prefer."
-    return Interactive("slice", _trends(study, names), caption, figure)
+    caption = (
+        "A dot a trial, the later the darker: what the sampler came to prefer. Shown are "
+        f"{at.where}, at which most were scored: last scores of trials stopped early and of others "
+        "do not compare."
+    )
+    return Interactive("slice", f"{_trends(study, names)} (step {at.step})", caption, figure)
 
 
 def contour(study: optuna.Study) -> Interactive | None:
@@ -231,18 +287,25 @@ def _best_quarter(study: optuna.Study) -> str:
 
 
 def _trends(study: optuna.Study, names: list[str]) -> str:
-    """Which numeric parameters the score goes with by themselves, by rank."""
+    """Which numeric parameters the score goes with by themselves, by rank: tested together (Holm),
+    since of several one has an interval without 0 by chance now and then."""
+    trials = study.trials
+    asked = {
+        name: np.array(pairs, dtype=float).T  # (2, trials)
+        for name in names
+        if (pairs := [(t.params[name], t.value) for t in trials if name in t.params])
+        and all(isinstance(value, int | float) for value, _ in pairs)
+    }
+    found = {name: rank_interval(x, y) for name, (x, y) in asked.items()}
+    tested = [name for name, (_, low, _) in found.items() if np.isfinite(low)]
+    p = holm(np.array([spearmanr(*asked[name]).pvalue for name in tested]))
+    sure = {name for name, value in zip(tested, p, strict=True) if value < SIGNIFICANT}
     clear, unclear = [], []
-    for name in names:
-        pairs = [(t.params[name], t.value) for t in study.trials if name in t.params]
-        if not all(isinstance(value, int | float) for value, _ in pairs):
-            continue
-        values, scores = zip(*pairs, strict=True)
-        rho, low, high = rank_interval(values, scores)
+    for name, (rho, low, high) in found.items():
         shown = NAMES.get(name, name)
-        if low > 0 or high < 0:
+        if name in sure:
             figures = f"ρ {rho:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
-            clear.append(f"{'higher' if low > 0 else 'lower'} {shown} ({figures})")
+            clear.append(f"{'higher' if rho > 0 else 'lower'} {shown} ({figures})")
         else:
             unclear.append(shown)
     if not clear:
@@ -265,86 +328,61 @@ def _where_best(study: optuna.Study, names: list[str]) -> str:
     return f"{len(best)} of the best {len(_quarter(study))} trials lie here: {', '.join(spans)}"
 
 
-def importances(run: Run, study: optuna.Study, folder: Path) -> Plot | None:
+def importances(run: Run, at: AtOneStep | None, folder: Path) -> Plot | None:
     """fANOVA importances, of the trials with a penalty and of those that regroup, beside chance."""
-    shared = parameters(study)
+    trials = [] if at is None else at.study.trials
+    shared = [] if at is None else parameters(at.study)
     sets = {
         "trials with a penalty": [n for n in shared if n != "group_update_period"],
         "trials that regroup": shared if "group_update_period" in shared else [],
     }
-    found = {}
+    found: dict[str, Importances] = {}
     for label, names in sets.items():
-        part = [t for t in study.trials if set(names) <= t.params.keys()]
-        if len(names) > 1 and len(part) >= MIN_TRIALS and len({t.value for t in part}) > 1:
-            found[f"{label} ({len(part)})"] = _fanova(part, names)
-    if not found:
+        part = [t for t in trials if set(names) <= t.params.keys()]
+        values = np.array([t.value for t in part])
+        if len(names) > 1 and len(part) >= MIN_TRIALS and len(np.unique(values)) > 1:
+            found[f"{label} ({len(part)})"] = fanova.importances(part, values, names)
+    if at is None or not found:
         run.gaps.append(
-            f"Parameter importances need {MIN_TRIALS} scored trials with different scores."
+            f"Parameter importances need {MIN_TRIALS} trials with different scores at one step."
         )
         return None
     with rc_context(RC):
-        rows = max(len(measured) for measured, _ in found.values())
+        rows = max(len(one.measured) for one in found.values())
         figure = Figure(figsize=(10.5, 1.2 + 0.42 * rows), layout="constrained")
         panels: Any = figure.subplots(1, len(found), sharex=True, squeeze=False)
-        for panel, (label, (measured, chance)) in zip(panels.flat, found.items(), strict=True):
-            names = sorted(measured, key=lambda name: measured[name])
+        for panel, (label, one) in zip(panels.flat, found.items(), strict=True):
+            names = sorted(one.measured, key=one.measured.__getitem__)
             panel.barh(
-                [NAMES.get(name, name) for name in names], [measured[n] for n in names],
+                [NAMES.get(name, name) for name in names], [one.measured[n] for n in names],
                 color=BLUE, height=0.55, label="measured",
             )  # fmt: skip
             panel.plot(
-                [chance[n] for n in names], range(len(names)), "d", color="black",
-                label="the same with shuffled scores, largest", linestyle="",
+                [one.by_chance[n] for n in names], range(len(names)), "d", color="black",
+                label="as large by chance in 5 % of searches", linestyle="",
             )  # fmt: skip
             panel.set_title(label)
             panel.set_xlabel("share of the score's variance (fANOVA)")
             plain(panel)
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
-    first = next(iter(found))
-    measured, _ = found[first]
     above = [
         NAMES.get(name, name)
-        for name in sorted(measured, key=lambda name: -measured[name])
-        if all(m[name] > c[name] for m, c in found.values() if name in m)
+        for name in next(iter(found.values())).above
+        if all(name in one.above for one in found.values() if name in one.measured)
     ]
     title = (
-        f"What the score hung on: {', '.join(above)} (more than by chance)"
+        f"What the score at step {at.step} hung on: {', '.join(above)} (more than by chance)"
         if above
-        else "No parameter is more important than it would be by chance"
+        else f"No parameter is shown to matter for the score at step {at.step}"
     )
     caption = (
-        f"fANOVA over a forest of {TREES} trees; importances sum to 1 whatever the data, so the "
-        f"black mark shows the largest in {SHUFFLES} repetitions with shuffled scores. A parameter "
-        "below its mark is not shown to matter."
+        f"fANOVA over a forest of {fanova.TREES} trees, of {at.where}, at which most were scored. "
+        "Importances sum to 1 whatever the data: of scores that are shuffled "
+        f"({fanova.SHUFFLES} times) some parameter exceeds its black mark in 5 % of the searches. "
+        "One below its mark is not shown to matter."
     )
     return draw(figure, "importances", title, caption, folder)
-
-
-def _fanova(trials: list[Any], names: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Importances, and the largest of each with shuffled scores."""
-    values = np.array([trial.value for trial in trials])
-    measured = _importance(trials, values, names)
-    rng = np.random.default_rng(0)
-    shuffled = [_importance(trials, rng.permutation(values), names) for _ in range(SHUFFLES)]
-    return measured, {name: max(draw[name] for draw in shuffled) for name in names}
-
-
-def _importance(trials: list[Any], values: np.ndarray, names: list[str]) -> dict[str, float]:
-    import optuna
-
-    study = optuna.create_study(direction="maximize")
-    study.add_trials(
-        optuna.trial.create_trial(
-            value=float(value),
-            params={name: trial.params[name] for name in names},
-            distributions={name: trial.distributions[name] for name in names},
-        )
-        for trial, value in zip(trials, values, strict=True)
-    )
-    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, max_depth=DEPTH, seed=0)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
-    return {name: float(value) for name, value in found.items()}
 
 
 def _nth(number: int) -> str:

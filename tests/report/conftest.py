@@ -11,7 +11,7 @@ from synthetic_runs import write_search, write_study
 from threadpoolctl import threadpool_limits
 
 from raysae.analysis import plots, predictors
-from raysae.report import optuna_figures, style
+from raysae.report import fanova, style
 from raysae.report.build import build_report
 
 
@@ -20,7 +20,7 @@ def quick() -> Iterator[None]:
     """Few resamples, coarse pictures; one thread, since all matrices are tiny."""
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(limits=1):
         patch.setattr(predictors, "RESAMPLES", 50)
-        patch.setattr(optuna_figures, "SHUFFLES", 1)
+        patch.setattr(fanova, "SHUFFLES", 19)
         patch.setattr(style, "DPI", 60)
         patch.setattr(plots, "DPI", 60)
         yield
