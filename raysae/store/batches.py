@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
-from weakref import WeakValueDictionary
+from typing import Any, Protocol
+from weakref import ref
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ class ChunkedActivations:
         self._mixed: tuple[np.ndarray, np.ndarray, float] | None = None
         self._corpora: tuple[np.ndarray, np.ndarray] | None = None
         # Those that somebody trains on: a searched share is another one in every trial.
-        self._mixtures = WeakValueDictionary[float, ChunkedActivations]()
+        self._mixtures: dict[float, ref[ChunkedActivations]] = {}
         self._orders = None
         if isinstance(rows, ResidentRows):
             self._orders = _Orders(rows.n_rows, is_forget, self._device)
@@ -241,6 +241,9 @@ class ChunkedActivations:
             where=where,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_mixtures": {}}  # weak references do not travel
+
     def checksums(self) -> list[str]:
         """The sha256 (hex) of every chunk's bytes, as they lie now where batches come from."""
         return self._rows.checksums()
@@ -253,8 +256,11 @@ class ChunkedActivations:
         if self._moments is None:
             raise ValueError("a forget_share needs the moments of both corpora")
         made = self._mixtures.get(forget_share)
-        if made is not None:
-            return made
+        mixture_at_hand = None if made is None else made()
+        if mixture_at_hand is not None:
+            return mixture_at_hand
+        for ended in [share for share, made in self._mixtures.items() if made() is None]:
+            del self._mixtures[ended]
         if self._corpora is None:
             forget, retain = np.flatnonzero(self._is_forget), np.flatnonzero(~self._is_forget)
             self._corpora = forget.astype(np.int32), retain.astype(np.int32)
@@ -265,7 +271,7 @@ class ChunkedActivations:
             1 - forget_share
         )
         other._set_units(mixture.scale, mixture.mean, mixture.variance)
-        self._mixtures[forget_share] = other
+        self._mixtures[forget_share] = ref(other)
         return other
 
     def _set_units(self, scale: float, mean: np.ndarray, variance: float) -> None:

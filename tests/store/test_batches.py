@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from weakref import ReferenceType, ref
@@ -356,6 +357,17 @@ def test_a_share_that_nobody_trains_on_takes_no_memory(sparse_rows):
     del sources, source
     gc.collect()
     assert [source for source in ended if source() is not None] == []
+
+
+def test_a_store_goes_to_another_process_whoever_trains_on_it_here(sparse_rows):
+    store = with_moments(sparse_rows(), np.arange(512) % 3 == 0)
+    mixture = store.with_forget_share(0.3)
+    there = pickle.loads(pickle.dumps(store))
+    assert torch.equal(there.batch(0, 1, 64)[0], store.batch(0, 1, 64)[0])
+    for ours, theirs in zip(
+        there.with_forget_share(0.3).batch(0, 1, 64), mixture.batch(0, 1, 64), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_copys_orders_are_let_go_of_with_their_seed(sparse_rows):

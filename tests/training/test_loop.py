@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -174,6 +175,9 @@ class Spoiled:
     def batch(self, seed: int, step: int, *args: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, is_forget = self.store.batch(seed, step, *args)
         return (x * math.nan if step >= self.step else x), is_forget
+
+    def done_with(self, seeds: Collection[int]) -> None:
+        self.store.done_with(seeds)
 
 
 @every_architecture
