@@ -57,7 +57,7 @@ def on_a_small_disk(folder: Path, code: str) -> list[str] | None:
     # In namespaces of its own, where any user may mount and nobody else sees it.
     command = [unshare, "--user", "--map-root-user", "--mount", "sh", "-c", shell, "sh"]
     command += [str(folder), sys.executable, code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode == 77 or "unshare" in done.stderr:
         return None
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,7 @@ def test_who_is_left_begins_again_and_fails_no_trial(
     )
     assert context is not None
     for process in context.processes:
-        process.join(120)
+        process.join(300)
     codes = [process.exitcode for process in context.processes]
     assert codes == [-signal.SIGKILL if rank == dies else 0 for rank in range(2)]
     checkpoint = trial_folder(tmp_path / "run", 0) / CHECKPOINT_FILE
