@@ -428,15 +428,12 @@ def _advice(resources: ResourcesConfig, nodes: Sequence[Mapping[str, float]], ro
         setting = f"set resources.workers to at most {room // per_trial * per_trial}"
     elif room:
         setting = f"set resources.workers_per_trial to at most {room}"
-    elif short == "GPUs" or (not any(node.get("GPU", 0) for node in nodes) and resources.on_gpu):
+    elif most := [t for t in range(1, threads) if fit(threads_per_worker=t)]:
+        setting = f"a worker is on one node: set resources.threads_per_worker to at most {most[-1]}"
+    elif resources.on_gpu and fit(use_gpu=False):
         setting = "set resources.use_gpu to false, or choose a cluster with free GPUs"
     else:
-        most = [t for t in range(1, threads) if fit(threads_per_worker=t)]
-        setting = (
-            f"a worker is on one node: set resources.threads_per_worker to at most {most[-1]}"
-            if most
-            else "choose a cluster with more free CPUs"
-        )
+        setting = "choose a cluster with more free CPUs"
     return f"(short of {short}); {setting}"
 
 

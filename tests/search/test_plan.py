@@ -287,8 +287,12 @@ def test_gpus_and_cpus_must_be_on_the_same_node():
     assert make_plan(config(**gpu), nodes, local=False).workers == 1
     with pytest.raises(UserError, match=r"set resources\.workers to at most 1"):
         make_plan(config(**gpu, resources__workers=2), nodes, local=False)
+    nodes[0]["CPU"] = 1
+    with pytest.raises(UserError, match=r"set resources\.threads_per_worker to at most 1"):
+        make_plan(config(**gpu), nodes, local=False)
+    nodes[0]["GPU"] = 0
     with pytest.raises(UserError, match=r"set resources\.use_gpu to false"):
-        make_plan(config(**gpu), [{"CPU": 1, "GPU": 4}, {"CPU": 32, "GPU": 0}], local=False)
+        make_plan(config(**gpu), nodes, local=False)
 
 
 def test_a_group_for_which_there_are_too_few_nodes_is_refused():
