@@ -116,7 +116,7 @@ def test_a_worker_has_a_gpu_or_the_share_of_one_that_is_set(
 
 
 def test_what_a_task_says_of_the_users_input_ends_the_search_with_that_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     said = UserError("world.llm_batch_size: set it lower than 4")
     failed = ray.exceptions.RayTaskError("evaluation_cache", "Traceback …", said)
@@ -130,6 +130,7 @@ def test_what_a_task_says_of_the_users_input_ends_the_search_with_that_alone(
     monkeypatch.setattr(ray, "get", lambda value: value)
     config = resolve(load_config(ORTH))
     broker = SimpleNamespace(halt=SimpleNamespace(remote=told.append))
-    store = services.Store(config, make_plan(config, {"CPU": 3}, local=True), broker, Console())
+    plan = make_plan(config, [{"CPU": 3}], local=True)
+    store = services.Store(config, plan, broker, Console(), tmp_path)
     store.fill()
     assert [store.refused] == told == ["world.llm_batch_size: set it lower than 4"]
