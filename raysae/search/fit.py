@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import ceil, floor
 
 from raysae.config import RunConfig
+from raysae.training.mixture import forget_rows
 
 
 def batch_misfit(config: RunConfig, forget: int, retain: int, about: str = "") -> str:
@@ -40,9 +41,7 @@ def _batches(config: RunConfig) -> set[tuple[float | None, int]]:
 
 
 def _wrong_share(share: float, batch: int, forget: int, retain: int, about: str) -> str:
-    if batch < 2:
-        return "leaves no room for both corpora; set training.batch_size to at least 2"
-    n_forget = round(share * batch)  # as `raysae.store.rows.mixed_batch_rows` has it
+    n_forget = forget_rows(share, batch)
     least, most = max(1, batch - retain), min(batch - 1, forget)
     if least <= n_forget <= most:
         return ""
@@ -52,9 +51,6 @@ def _wrong_share(share: float, batch: int, forget: int, retain: int, about: str)
         if 0 < low <= high < 1
         else f"set it so that it is {least:,} to {most:,} rows"
     )
-    if n_forget in (0, batch):
-        what = "no forget row" if n_forget == 0 else "no retain row"
-        return f"is {what}; {advice}, or training.batch_size higher"
     name, wanted, there = ("forget", n_forget, forget)
     if n_forget <= forget:
         name, wanted, there = ("retain", batch - n_forget, retain)

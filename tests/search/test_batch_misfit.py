@@ -41,8 +41,11 @@ def both_kinds(share: float, batch: int, forget: int, retain: int) -> bool:
 def test_what_can_be_trained_is_what_the_store_can_deliver(
     share: float, batch: int, forget: int, retain: int
 ):
-    made = config(training__forget_share=share, training__batch_size=batch)
-    said = batch_misfit(made, forget, retain)
+    try:
+        made = config(training__forget_share=share, training__batch_size=batch)
+        said = batch_misfit(made, forget, retain)
+    except UserError as error:  # whatever the corpora
+        said = str(error)
     assert (said == "") == both_kinds(share, batch, forget, retain)
     between = re.search(r"to between (\S+) and (\S+?)[,;]", said)
     for advised in between.groups() if between else ():
@@ -53,8 +56,6 @@ def test_the_message_names_what_fits():
     said = batch_misfit(config(training__forget_share=0.5, training__batch_size=1000), 100, 5000)
     assert "training.forget_share: 0.5 of 1,000 rows a batch asks for 500 forget rows" in said
     assert "has 100; set it to between 0.001 and 0.1, or training.batch_size lower" in said
-    said = batch_misfit(config(training__forget_share=0.003, training__batch_size=128), 100, 5000)
-    assert "is no forget row; set it to between 0.008 and 0.781" in said
     said = batch_misfit(config(training__batch_size=128), 20, 50)
     assert "training.batch_size: 128 rows, and the corpora have 70" in said
 
@@ -74,10 +75,9 @@ def test_every_run_of_a_study_is_looked_at():
 
 
 def test_a_plan_refuses_a_share_that_its_world_cannot_fill():
-    with pytest.raises(
-        UserError, match=r"forget_share: 0\.0001 of 1,024 rows a batch is no forget"
-    ):
-        describe_plan(config(training__forget_share=0.0001))
+    made = config(training__forget_share=0.5, training__batch_size=100_000)
+    with pytest.raises(UserError, match=r"forget_share: 0\.5 of 100,000 rows a batch asks for"):
+        describe_plan(made)
     describe_plan(config(training__forget_share=0.5))
 
 
@@ -89,7 +89,7 @@ def test_a_plan_refuses_a_share_that_its_world_cannot_fill():
     ],
 )
 def test_a_search_is_refused_right_after_the_harvest(
-    settings: dict[str, Any], part: str, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What was harvested is known exactly, and no worker is given it."""
     held = SimpleNamespace(is_forget=np.arange(70) < 20, rows=70)
@@ -102,7 +102,7 @@ def test_a_search_is_refused_right_after_the_harvest(
     monkeypatch.setattr(ray, "put", published.append)
     told: list[str] = []
     broker = SimpleNamespace(halt=SimpleNamespace(remote=told.append))
-    store = Store(made, SimpleNamespace(workers=1), broker, None)
+    store = Store(made, SimpleNamespace(workers=1), broker, None, tmp_path)
     store.fill()
     assert part in store.refused and told == [store.refused]
     assert published == []
