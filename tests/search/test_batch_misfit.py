@@ -76,9 +76,9 @@ def test_every_run_of_a_study_is_looked_at():
 
 def test_a_plan_refuses_a_share_that_its_world_cannot_fill():
     made = config(
-        training__forget_share=0.5, training__batch_size=90_000, training__tokens=100_000_000
+        training__forget_share=0.9, training__batch_size=90_000, training__tokens=100_000_000
     )
-    with pytest.raises(UserError, match=r"forget_share: 0\.5 of 90,000 rows a batch asks for"):
+    with pytest.raises(UserError, match=r"forget_share: 0\.9 of 90,000 rows a batch asks for"):
         describe_plan(made)
     describe_plan(config(training__forget_share=0.5))
 
