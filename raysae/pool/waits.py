@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ray.util.metrics import Counter, Gauge
 
@@ -13,6 +15,12 @@ WORKER_METRICS = {
     "raysae_batches": "Batches trained on",
     "raysae_store_bytes": "Bytes of the activation store by tier",
 }
+
+
+@dataclass
+class _Waits:
+    seconds: float = 0.0
+    batches: int = 0
 
 
 class TimedSource:
@@ -30,7 +38,9 @@ class TimedSource:
             tiers: bytes of the store by tier, e.g. {"object_store": …}.
         """
         self._source = source
-        self._seconds, self._batches = 0.0, 0
+        self._waits = _Waits()
+        self._shares: WeakValueDictionary[float, TimedSource] = WeakValueDictionary()
+        """Of those that somebody trains on, as the source has them: equal ones are one."""
         self._metrics: dict[str, Any] = {
             name: Counter(name, WORKER_METRICS[name], tag_keys=("worker",))
             for name in ("raysae_batch_wait_seconds", "raysae_batches")
@@ -44,6 +54,16 @@ class TimedSource:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
+    def with_forget_share(self, forget_share: float) -> TimedSource:
+        """As the source's; its batches are timed with the others."""
+        made = self._shares.get(forget_share)
+        if made is None:
+            made = object.__new__(type(self))
+            vars(made).update(vars(self))
+            made._source = self._source.with_forget_share(forget_share)
+            self._shares[forget_share] = made
+        return made
+
     def batch(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's; timed."""
         return self._timed(1, self._source.batch, *args, **kwargs)
@@ -55,15 +75,15 @@ class TimedSource:
     def _timed(self, count: int, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         made = make(*args, **kwargs)
-        self._seconds += time.perf_counter() - started
-        self._batches += count
+        self._waits.seconds += time.perf_counter() - started
+        self._waits.batches += count
         return made
 
     def publish(self) -> None:
         """Add what has been measured since the last call to Ray's metrics."""
-        if self._batches:
-            self._metrics["raysae_batch_wait_seconds"].inc(self._seconds)
-            self._metrics["raysae_batches"].inc(self._batches)
-            self._seconds, self._batches = 0.0, 0
+        if self._waits.batches:
+            self._metrics["raysae_batch_wait_seconds"].inc(self._waits.seconds)
+            self._metrics["raysae_batches"].inc(self._waits.batches)
+            self._waits.seconds, self._waits.batches = 0.0, 0
         for tier, n_bytes in self._tiers.items():
             self._size.set(n_bytes, tags={"tier": tier})

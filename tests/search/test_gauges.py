@@ -83,6 +83,11 @@ class Batches:
     def batches(self, seeds: list[int], step: int) -> tuple[list[int], int]:
         return seeds, step
 
+    def with_forget_share(self, forget_share: float) -> Batches:
+        other = Batches()
+        other.d_in = round(100 * forget_share)
+        return other
+
 
 def test_a_timed_source_gives_the_sources_batches_and_adds_up_its_waits(made, monkeypatch):
     clock = iter([10.0, 10.5, 20.0, 20.25, 30.0, 31.0, 40.0, 40.5])
@@ -104,6 +109,20 @@ def test_a_timed_source_gives_the_sources_batches_and_adds_up_its_waits(made, mo
     source.publish()
     assert made["raysae_batch_wait_seconds"].values == {("0/1",): 2.25}
     assert made["raysae_batches"].values == {("0/1",): 6}
+
+
+def test_batches_of_another_share_are_timed_too(made, monkeypatch):
+    clock = iter([10.0, 10.5, 20.0, 20.25])
+    monkeypatch.setattr(waits.time, "perf_counter", lambda: next(clock))
+    source = TimedSource(Batches(), "0/1", {})
+    quarter = source.with_forget_share(0.25)
+    assert (source.d_in, quarter.d_in) == (16, 25)
+    assert source.with_forget_share(0.25) is quarter  # SAEs of a pack are gathered for together
+    quarter.batch(3, 4, rank=1)
+    source.batch(3, 4, rank=1)
+    source.publish()
+    assert made["raysae_batch_wait_seconds"].values == {("0/1",): 0.75}
+    assert made["raysae_batches"].values == {("0/1",): 2}
 
 
 def test_the_dashboard_asks_for_nothing_that_is_not_exported(made):
