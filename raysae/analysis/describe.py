@@ -47,15 +47,19 @@ TRANSFERRED = (
 )
 
 
+BEATS, WORSE, UNDECIDED = "beats", "is worse than", "is not shown to beat"
+"""What a candidate does beside a baseline."""
+
+
 def word_of(row: Mapping[Any, Any], prefix: str = "") -> str:
     """What a row of `confirmation.COLUMNS`, or of its CSV file, says of the candidate and the
     baseline, as a verb; `prefix` as of the columns.
     """
     # As text: a CSV file has no truth values.
     if str(row[f"{prefix}beats"]) == "True":
-        return "beats"
+        return BEATS
     worse = str(row.get(f"{prefix}worse")) == "True"  # which old tables do not tell
-    return "is worse than" if worse else "is not shown to beat"
+    return WORSE if worse else UNDECIDED
 
 
 def difference_of(row: Mapping[Any, Any], prefix: str = "") -> str:
@@ -90,9 +94,12 @@ def by_transferred(row: Mapping[Any, Any]) -> str:
 
 def disagreement(row: Mapping[Any, Any]) -> str:
     """What the transferred score says where it is not what the held-out score says; else ""."""
-    if not _has_transferred(row) or word_of(row, "transferred_") == word_of(row):
+    held_out, transferred = word_of(row), word_of(row, "transferred_")
+    if not _has_transferred(row) or transferred == held_out:
         return ""
-    return f"by the transferred score it {word_of(row, 'transferred_')} it"
+    if (held_out, transferred) == (WORSE, UNDECIDED):
+        return "by the transferred score it is not shown to be worse"
+    return f"by the transferred score it {transferred} it"
 
 
 def _has_transferred(row: Mapping[Any, Any]) -> bool:

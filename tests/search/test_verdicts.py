@@ -122,7 +122,7 @@ LOW, HIGH = [0.30, 0.31, 0.29], [0.60, 0.61, 0.59]
         ([0.5, 0.2, 0.6], LOW, "by the transferred score it beats it"),
         ([0.5, 0.2, 0.6], [0.5, 0.1, 0.6], ""),
         (HIGH, HIGH, ""),
-        (HIGH, [0.5, 0.1, 0.6], "by the transferred score it is not shown to beat it"),
+        (HIGH, [0.5, 0.1, 0.6], "by the transferred score it is not shown to be worse"),
     ],
 )
 def test_verdicts_that_do_not_agree_are_cautioned_against(
