@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,6 +14,7 @@ import ray
 import torch
 from synthetic_store import put_store
 
+from raysae.store import batches
 from raysae.store import handle as module
 from raysae.store.handle import CorruptCopyError, Sharing
 from raysae.store.one_copy import LostCopyError
@@ -98,10 +99,16 @@ def test_two_workers_read_one_copy_and_the_second_cannot_go_on_without_the_first
 def test_a_copy_with_other_bytes_is_refused(monkeypatch: pytest.MonkeyPatch):
     store = put_store("float32")
     monkeypatch.setattr(module, "_free_bytes", lambda _: 1 << 40)
-    wrong = replace(store.chunks[0], sha256="0" * 64)
-    broken = replace(store, chunks=(wrong, *store.chunks[1:]))
+    copy_to = batches.copy_to
+
+    def damaged(*args: Any) -> Any:
+        rows = copy_to(*args)
+        rows[3, 1] += 1
+        return rows
+
+    monkeypatch.setattr(batches, "copy_to", damaged)
     with pytest.raises(CorruptCopyError, match="other checksums than the store"):
-        broken.open("cpu", SHARING)
+        store.open("cpu", SHARING)
 
 
 def test_without_room_every_worker_reads_from_host_memory(monkeypatch: pytest.MonkeyPatch):
