@@ -94,8 +94,10 @@ def by_transferred(row: Mapping[Any, Any]) -> str:
 
 def disagreement(row: Mapping[Any, Any]) -> str:
     """What the transferred score says where it is not what the held-out score says; else ""."""
+    if not _has_transferred(row):
+        return ""
     held_out, transferred = word_of(row), word_of(row, "transferred_")
-    if not _has_transferred(row) or transferred == held_out:
+    if transferred == held_out:
         return ""
     if (held_out, transferred) == (WORSE, UNDECIDED):
         return "by the transferred score it is not shown to be worse"
