@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from raysae.fsync import sync
+
 JOURNAL = "journal.jsonl"
 
 
@@ -39,15 +41,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
     finally:
         os.close(descriptor)
     if new:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)
 
 
 def cut_partial_line(path: Path) -> None:

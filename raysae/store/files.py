@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import TensorSpec, serialize_file
 
+from raysae.fsync import sync
+
 _NUMPY = {
     "F64": np.float64, "F32": np.float32, "BF16": np.int16, "I16": np.int16, "I32": np.int32,
     "I64": np.int64, "BOOL": np.bool_,
@@ -78,9 +80,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -129,11 +131,3 @@ def verify(path: Path, tensors: Mapping[str, np.ndarray], wanted: Mapping[str, s
     for name, found in zip(wanted, checksums(tensors[name] for name in wanted), strict=True):
         if found != wanted[name]:
             raise CorruptFileError(f"{path}: tensor {name!r} is not what was written (checksum)")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
