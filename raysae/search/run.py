@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-import subprocess
 import threading
 import time
 import uuid
@@ -13,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from raysae import __version__
@@ -27,6 +23,7 @@ from raysae.journal import JOURNAL, ended_trials, read_journal
 from raysae.pool.folder import trial_folder
 from raysae.run_files import read_object, read_records, require
 from raysae.search import cluster
+from raysae.search.about import add_plan, write_about
 from raysae.search.conclude import SearchOutcome, conclude
 from raysae.search.ending import (
     ABOUT_FILE,
@@ -44,9 +41,8 @@ from raysae.search.plan import shortages
 from raysae.search.services import MemoryWatch, Store, background, run_pool
 from raysae.search.watchdog import Watchdog
 from raysae.storage import MANIFEST, Location, is_address, public
-from raysae.store.files import replacing
 from raysae.worlds.presets import shape_of
-from raysae.worlds.world import World, check_hook, load_world, score_name
+from raysae.worlds.world import World, check_hook, load_world
 
 if TYPE_CHECKING:
     from raysae.search.watch import Watch
@@ -65,11 +61,6 @@ ABOUT_ADVICE = (
     "a search is not gone on with unless it says which world it was of; restore it from a mirror "
     "or a copy of the run folder, if there is one"
 )
-
-PACKAGES = (
-    "ray", "torch", "transformers", "transformer-lens", "sae-lens", "sae-bench",
-    "optuna", "datasets", "numpy", "pandas", "scikit-learn",
-)  # fmt: skip
 
 
 def check_folder(option: str, path: str | None) -> None:
@@ -213,7 +204,7 @@ def run_search(
     ):
         in_flight = _take_up(run_dir, world) if resume else None
         # First of all: from here on there is a search to go on with.
-        changed = _write_about(config, run_dir, world, started)
+        changed = write_about(config, run_dir, world, started)
         records = read_journal(run_dir / JOURNAL)
         console.print(
             f"raysae {__version__}: {config.num_trials} trials, results in {run_dir}"
@@ -234,7 +225,7 @@ def run_search(
                 for line in shortages(config, world, run_dir):
                     console.print(f"Short of {line}", markup=False, highlight=False, soft_wrap=True)
             plan, dashboard = cluster.start(config, address, namespace, world)
-            _add_plan(run_dir, plan)
+            add_plan(run_dir, plan)
             console.print(
                 f"Ray dashboard: {dashboard or 'not available'}   {plan.workers} workers, "
                 f"{plan.concurrent_trials} trials at a time",
@@ -492,76 +483,3 @@ def _shut_down() -> None:
     import ray
 
     ray.shutdown()
-
-
-def _write_about(config: RunConfig, run_dir: Path, world: World, started: float) -> str:
-    """config.yaml and about.json; a resumed search adds itself to its `sessions`.
-
-    Returns:
-        in words, what versions, commit and Python of a resumed search are not those that it began
-        with; "" where all are.
-    """
-    path = run_dir / ABOUT_FILE
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    code = {
-        "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "git_commit": _git_commit(),
-    }
-    session = {"started": started, "host": platform.node(), **code}
-    resolved = config.model_dump(mode="json", by_alias=True)
-    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    # A session that is killed here must leave what the next one reads.
-    with replacing(run_dir / CONFIG_FILE) as draft:
-        draft.write_text(text, encoding="utf-8")
-    about = {
-        "sessions": [*earlier.get("sessions", []), session],
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **code,
-        "platform": platform.platform(),
-        "world_fingerprint": world.fingerprint(),
-        "world_sources": dict(world.sources),
-        "score_name": score_name(world.permutations),
-        "seed": config.search.seed,
-    }
-    # As it was at the start, whatever a later session runs on.
-    _write_json(path, about | {**earlier, "sessions": about["sessions"]})
-    return _changes(earlier, code)
-
-
-def _add_plan(run_dir: Path, plan: cluster.Plan) -> None:
-    """Into about.json, as it was for the first session that had one."""
-    path = run_dir / ABOUT_FILE
-    _write_json(path, {"plan": vars(plan)} | json.loads(path.read_text(encoding="utf-8")))
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with replacing(path) as draft:
-        draft.write_text(json.dumps(data, indent=1), encoding="utf-8")
-
-
-def _changes(earlier: dict[str, Any], code: dict[str, Any]) -> str:
-    """What of the code is not as in an earlier about.json, which may have been written by a version
-    that said less."""
-
-    def flat(about: dict[str, Any]) -> dict[str, Any]:
-        one = {name: about.get(name) for name in ("python", "git_commit")}
-        return {k: v for k, v in {**about.get("versions", {}), **one}.items() if v is not None}
-
-    before, now = flat(earlier), flat(code)
-    return ", ".join(
-        f"{name.replace('git_commit', 'commit')} {now[name]}, then {before[name]}"
-        for name in before
-        if name in now and before[name] != now[name]
-    )
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree, with "-dirty" if it has changes; None outside of git."""
-    root = Path(__file__).resolve().parent.parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from raysae.config import find_space, load_config
-from raysae.search import run
+from raysae.search import about as module
+from raysae.search.about import add_plan, write_about
 from raysae.search.cluster import Plan
 from raysae.search.integrity import record_store
-from raysae.search.run import _add_plan, _write_about, load_run, resolve
+from raysae.search.run import load_run, resolve
 from raysae.store import files
 from raysae.store.handle import HeldChunk, StoreHandle
 from raysae.worlds.world import load_world
@@ -26,8 +27,8 @@ PLAN = Plan(
 
 def write(run_dir: Path, started: float) -> str:
     config = resolve(load_config(find_space("orth.yaml")))
-    said = _write_about(config, run_dir, load_world(config.world), started)
-    _add_plan(run_dir, replace(PLAN, workers=int(started)))
+    said = write_about(config, run_dir, load_world(config.world), started)
+    add_plan(run_dir, replace(PLAN, workers=int(started)))
     return said
 
 
@@ -51,7 +52,7 @@ def test_a_session_that_ends_while_it_writes_leaves_what_there_was(
         path.write_bytes(path.read_bytes()[:20])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "_sync", cut)
+    monkeypatch.setattr(files, "sync", cut)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 2.0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -61,11 +62,11 @@ def test_a_session_that_ends_while_it_writes_leaves_what_there_was(
 def test_what_has_changed_since_a_search_began_is_said_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run, "_git_commit", lambda: "a" * 40)
+    monkeypatch.setattr(module, "_git_commit", lambda: "a" * 40)
     assert write(tmp_path, 1.0) == ""
     assert write(tmp_path, 2.0) == ""
-    monkeypatch.setattr(run, "_git_commit", lambda: "b" * 40)
-    monkeypatch.setattr(run, "version", lambda _: "9.9")
+    monkeypatch.setattr(module, "_git_commit", lambda: "b" * 40)
+    monkeypatch.setattr(module, "version", lambda _: "9.9")
     said = write(tmp_path, 3.0)
     assert f"commit {'b' * 40}, then {'a' * 40}" in said
     about = json.loads((tmp_path / "about.json").read_text())

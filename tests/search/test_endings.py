@@ -117,7 +117,7 @@ def test_a_search_that_was_begun_is_not_forgotten_when_it_is_refused_to_go_on(
 def test_a_search_that_ends_before_anything_is_written_says_that_nothing_has_begun(
     search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "_write_about", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(module, "write_about", raising(KeyboardInterrupt()))
     for _ in range(2):
         end = str(end_of(search))
         assert "nothing has begun" in end and "--resume" not in end
@@ -151,7 +151,7 @@ def test_a_folder_in_which_another_search_has_just_begun_is_not_taken(search, tm
 def test_a_disk_that_is_full_from_the_beginning(
     number: int, search, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(files, "_sync", raising(full(number)))
+    monkeypatch.setattr(files, "sync", raising(full(number)))
     end = end_of(search)
     assert end.code == 1
     assert os.strerror(number) in str(end) and "nothing has begun" in str(end)
