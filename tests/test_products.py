@@ -131,26 +131,55 @@ def test_gradients_are_those_of_float64(
         torch.testing.assert_close(t.grad.double(), of.grad, rtol=0, atol=1e-3)
 
 
-def test_a_layer_with_and_without_bias_and_gelu(library: products.Library):
+def test_a_layer_with_and_without_bias(library: products.Library):
     x, W, bias = random(4, 40, 96), random(160, 96, seed=1), random(160, seed=2)
     y = F.linear(x.double(), W.double())
     with products.made_by(library):
         plain, biased = products.linear(x, W), products.linear(x, W, bias)
-        gelu = products.gelu_linear(x, W)
     torch.testing.assert_close(plain.double(), y, rtol=0, atol=1e-4)
     torch.testing.assert_close(biased.double(), y + bias.double(), rtol=0, atol=1e-4)
-    expected = F.gelu(y, approximate="tanh")
-    torch.testing.assert_close(gelu.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_a_layer_times_a_factor(library: products.Library):
-    x, W, factor = random(4, 40, 96), random(160, 96, seed=1), random(4, 40, 160, seed=2)
-    before = factor.clone()
+@pytest.mark.parametrize("shape", [(4, 40), (3,), (0, 5)], ids=["pieces", "few rows", "empty"])
+@pytest.mark.parametrize("size", [(160, 96), (160, 5)], ids=["", "few columns"])
+def test_a_layer_that_stays_the_same(
+    library: products.Library, shape: tuple[int, ...], size: tuple[int, int]
+):
+    x, W, bias = random(*shape, size[1]), random(*size, seed=1), random(size[0], seed=2)
+    other = random(*shape, size[0], seed=3)
+    before = other.clone()
     with products.made_by(library):
-        found = products.linear_times(x, W, factor)
-    expected = F.linear(x.double(), W.double()) * factor.double()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
-    assert torch.equal(factor, before)
+        fixed = products.FixedWeight(W)
+        plain, of_view = fixed.linear(x), products.FixedWeight(W.T.contiguous().T).linear(x)
+        found = [fixed.linear(x, bias), fixed.gelu(x), fixed.times(x, other), fixed.plus(x, other)]
+        if x.numel() * len(W) >= products.LEAST_WORK:
+            assert torch.equal(plain, products.linear(x, W))
+    y = F.linear(x.double(), W.double())
+    exact = [
+        y + bias.double(),
+        F.gelu(y, approximate="tanh"),
+        y * other.double(),
+        y + other.double(),
+    ]
+    for mine, right in zip([plain, of_view, *found], [y, y, *exact], strict=True):
+        assert mine.shape == (*shape, size[0])
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=1e-4)
+    assert torch.equal(other, before)
+
+
+@with_onednn
+def test_a_layer_keeps_the_library_that_it_was_made_for(asked: list[tuple[int, ...]]):
+    x, W = random(128, 96), random(160, 96, seed=1)
+    with products.made_by("mkl"):
+        fixed = products.FixedWeight(W)
+    with products.made_by("onednn"):
+        of_onednn, of_another_type = products.FixedWeight(W), products.FixedWeight(W.double())
+        assert torch.equal(fixed.linear(x), F.linear(x, W))
+        assert torch.equal(of_another_type.linear(x.double()), F.linear(x.double(), W.double()))
+    assert asked == []
+    with products.made_by("mkl"):
+        of_onednn.linear(x)
+    assert asked == [(128, 96, 160)]
 
 
 def test_a_layer_passes_gradients(library: products.Library):

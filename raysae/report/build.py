@@ -230,7 +230,8 @@ def _environment(run: Run) -> list[tuple[str, str]]:
     about = run.about
     rows = [(name, str(about[key])) for key, name in (
         ("started", "started"), ("git_commit", "commit"), ("python", "Python"),
-        ("platform", "platform"), ("seed", "seed of the search"),
+        ("platform", "platform"), ("products", "products made by"),
+        ("layers", "evaluator's layers"), ("seed", "seed of the search"),
         ("world_fingerprint", "world's fingerprint"),
     ) if key in about]  # fmt: skip
     for key, name in (("world", "world"), ("hook", "hook point")):

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from raysae import __version__
+from raysae import __version__, products
 from raysae.config import RunConfig
 from raysae.search.cluster import Plan
 from raysae.search.ending import ABOUT_FILE, CONFIG_FILE
 from raysae.store.files import replacing
+from raysae.unlearning import compiled
 from raysae.worlds.world import World, score_name
 
 PACKAGES = (
@@ -38,6 +39,9 @@ def write_about(config: RunConfig, run_dir: Path, world: World, started: float) 
         "versions": {"raysae": __version__} | {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "git_commit": _git_commit(),
+        # Of this machine: what else makes results round as they do.
+        "products": products.library(),
+        "layers": "compiled" if compiled.library else "PyTorch",
     }
     session = {"started": started, "host": platform.node(), **code}
     resolved = config.model_dump(mode="json", by_alias=True)
@@ -76,7 +80,7 @@ def _changes(earlier: dict[str, Any], code: dict[str, Any]) -> str:
     that said less."""
 
     def flat(about: dict[str, Any]) -> dict[str, Any]:
-        one = {name: about.get(name) for name in ("python", "git_commit")}
+        one = {name: about.get(name) for name in ("python", "git_commit", "products", "layers")}
         return {k: v for k, v in {**about.get("versions", {}), **one}.items() if v is not None}
 
     before, now = flat(earlier), flat(code)

@@ -34,7 +34,7 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from raysae.products import matmul
+from raysae.products import FixedWeight
 from raysae.unlearning.cache import Corpus, EvaluationCache, as_tensor, shared_tensor
 from raysae.unlearning.firing import activations_of, count_firing
 from raysae.unlearning.gemma_layers import layers_after
@@ -267,7 +267,8 @@ class CachedEvaluator:
             return letters
         features = [torch.tensor(u, dtype=torch.int64, device=self.device) for u in unions]
         acts = self._activations(saes, features)
-        directions = torch.cat([sae.W_dec[f] for sae, f in zip(saes, features, strict=True)])
+        rows = torch.cat([sae.W_dec[f] for sae, f in zip(saes, features, strict=True)])
+        directions = FixedWeight(rows.T)
         chosen = np.array(
             [
                 [[of == i and f in point.features for of, f in columns] for point in grid]
@@ -281,8 +282,7 @@ class CachedEvaluator:
             fires, chosen, multipliers, prompts.tokens, prompts.lengths, asked, self.piece_cost
         ):
             levels = group.levels(self.piece_cost)
-            altered = [_Altered.of(group, level) for level in levels]
-            run = _Run(self, group, levels, altered, resid, acts, directions, fires)
+            run = _Run(self, group, levels, resid, acts, directions)
             answers.append((run, run.letters()))
         for run, of_states in answers:  # read when all are under way
             group = run.group
@@ -316,49 +316,6 @@ class CachedEvaluator:
 
 
 @dataclass(frozen=True)
-class _Altered:
-    """Where the interventions of some states of a level alter the residual stream."""
-
-    where: np.ndarray
-    """(alterations,) ascending, of the states' positions one after the other."""
-    intervention: np.ndarray
-    """(alterations,) the state's first."""
-    prompt: np.ndarray
-    """(alterations,) position in the cache."""
-    position: np.ndarray
-    """(alterations,) of the prompt."""
-    target: np.ndarray
-    """float32 (alterations,) what a clamped feature that fires is set to."""
-    positions: int
-    """Of a state."""
-
-    @classmethod
-    def of(cls, group: Interventions, level: Level) -> _Altered:
-        """Of all states of a level."""
-        strengths = group.strengths[level.first, level.start : level.end]
-        where = np.flatnonzero(strengths)
-        positions = level.end - level.start
-        intervention = level.first[where // positions]
-        target = -strengths.reshape(-1)[where].astype(np.float32)
-        position = level.start + where % positions
-        prompt = group.prompts[intervention]
-        return cls(where, intervention, prompt, position, target, positions)
-
-    def of_states(self, low: int, high: int) -> _Altered:
-        """Of the states `low` to `high`, now counted from 0."""
-        first = low * self.positions
-        here = slice(*np.searchsorted(self.where, [first, high * self.positions]))
-        return _Altered(
-            self.where[here] - first,
-            self.intervention[here],
-            self.prompt[here],
-            self.position[here],
-            self.target[here],
-            self.positions,
-        )
-
-
-@dataclass(frozen=True)
 class _Run:
     """One tree of interventions on its way through the layers, depth first.
 
@@ -369,16 +326,12 @@ class _Run:
     evaluator: CachedEvaluator
     group: Interventions
     levels: list[Level]
-    altered: list[_Altered]
-    """By level."""
     resid: Tensor
     """(prompts, longest, d_model) at the hook without an intervention; not to be written into."""
     acts: Tensor
     """(prompts, longest, features)."""
-    directions: Tensor
-    """(features, d_model) decoder rows."""
-    fires: np.ndarray
-    """bool (prompts, longest, features)."""
+    directions: FixedWeight
+    """(d_model, features) decoder rows."""
 
     @property
     def last_state(self) -> np.ndarray:
@@ -425,18 +378,16 @@ class _Run:
     def _resid(self, depth: int, low: int, high: int) -> Tensor:
         """(states, positions, d_model) at the hook after the intervention."""
         level = self.levels[depth]
-        prompts = self._send(self.group.prompts[level.first[low:high]])
+        first, here = level.first[low:high], slice(level.start, level.end)
+        prompts = self._send(self.group.prompts[first])
         # Whole rows of a narrowed view, which is several times as fast as an index of two axes.
-        resid = self.resid[:, level.start : level.end].index_select(0, prompts)
-        altered = self.altered[depth].of_states(low, high)
-        if len(altered.where):
-            prompt, at = altered.prompt, altered.position
-            on = self._send(self.fires[prompt, at] & self.group.features[altered.intervention])
-            z = self.acts[self._send(prompt), self._send(at)]
-            target = self._send(altered.target).to(z.dtype)[:, None]
-            change = matmul(torch.where(on, target - z, 0.0), self.directions)
-            resid.view(-1, resid.shape[-1]).index_add_(0, self._send(altered.where), change)
-        return resid
+        resid = self.resid[:, here].index_select(0, prompts)
+        if not (strengths := self.group.strengths[first, here]).any():
+            return resid
+        acts = self.acts[:, here].index_select(0, prompts)
+        target = self._send(-strengths.astype(np.float32)).to(acts.dtype)[:, :, None]
+        on = (acts > 0) & self._send(self.group.features[first])[:, None]
+        return self.directions.plus(torch.where(on, target - acts, 0.0), resid)
 
     def _send(self, array: np.ndarray) -> Tensor:
         """To the device, without waiting for what it is at."""

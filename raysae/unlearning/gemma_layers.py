@@ -9,6 +9,7 @@ factors (norm weights, the attention scale and cap) are multiplied into the weig
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from raysae.products import gelu_linear, linear, linear_times
+from raysae.products import FixedWeight
+from raysae.unlearning import compiled
 from raysae.unlearning.layers_after import LayersAfter, Past
 
 _GREATEST_CAP = 64
@@ -71,29 +73,34 @@ class GemmaLayersAfter(LayersAfter):
     @torch.no_grad()
     def extend(self, resid: Tensor, past: Past, parents: Tensor) -> Past:
         longer: Past = []
+        if self._last is None:
+            return longer
+        x = self._last.normed(resid)
         for i, block in enumerate(self._before):
-            resid, entry = block(resid, past[i] if past else None, parents)
+            resid, x, entry = block(resid, x, past[i] if past else None, parents, keep=True)
             longer.append(entry)
-        if self._last is not None:
-            longer.append(self._last.extended(resid, past[-1] if past else None, parents))
+        longer.append(self._last.extended(x, past[-1] if past else None, parents))
         return longer
 
     @torch.no_grad()
     def answering(
         self, resid: Tensor, past: Past, parents: Tensor, at: Tensor | None = None
     ) -> Tensor:
-        for i, block in enumerate(self._before):
-            resid, _ = block(resid, past[i] if past else None, parents)
         if self._last is None:
-            return _at(resid, at)[:, 0]
-        return self._last.answering(resid, past[-1] if past else None, parents, at)
+            return _at(resid, at)
+        x = self._last.normed(resid)
+        for i, block in enumerate(self._before):
+            resid, x, _ = block(resid, x, past[i] if past else None, parents, keep=False)
+        return self._last.answering(resid, x, past[-1] if past else None, parents, at)
 
     def _behind_blocks(self, answering: Tensor) -> Tensor:
-        return answering if self._last is None else self._last.mlp_(answering)
+        if self._last is None:
+            return answering
+        return self._last.behind_mlp(answering, self._last.normed(answering))[0]
 
 
 class _FusedBlock:
-    """One block's weights, laid out for `linear`, and its steps.
+    """One block's weights, fused, and its steps.
 
     Next to the products a step is bound by memory: passes over it are few, and in place.
     """
@@ -108,38 +115,61 @@ class _FusedBlock:
         W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
         self.kv_heads = len(W_K)
         half = self.d_head // 2
-        self.turn = torch.complex(attn.rotary_cos, attn.rotary_sin).detach()[:, None, :half]
+        turn = torch.complex(attn.rotary_cos, attn.rotary_sin).detach()[:, :half]
+        self.turn, self.compiled_turns = turn[:, None], compiled.Turns(turn)
         ln1, ln2 = _weight(block.ln1, cfg), _weight(block.ln2, cfg)
         scale = 1 / (attn.attn_scale * self.cap)
         W_QKV = _pairs(attn.W_Q) * scale, _pairs(W_K), W_V
         b_QKV = _pairs(attn.b_Q) * scale, _pairs(b_K), b_V
-        self.W_QKV = torch.cat([_heads_to_rows(W, ln1) for W in W_QKV])
-        self.b_QKV = _bias(torch.cat(b_QKV))
-        self.W_O, self.b_O = attn.W_O.flatten(0, 1).T.contiguous(), _bias(attn.b_O)
+        self.take_projections(
+            torch.cat([_heads_to_rows(W, ln1) for W in W_QKV]), _bias(torch.cat(b_QKV))
+        )
+        self.W_O, self.b_O = FixedWeight(attn.W_O.flatten(0, 1).T), _bias(attn.b_O)
         # Not one product for both: its halves would not be contiguous, at twice the time.
-        self.W_gate = (mlp.W_gate * ln2[:, None]).T.contiguous()
-        self.W_in, self.b_in = (mlp.W_in * ln2[:, None]).T.contiguous(), _bias(mlp.b_in)
-        self.W_out, self.b_out = mlp.W_out.T.contiguous(), _bias(mlp.b_out)
-        self.post1, self.post2 = block.ln1_post.w, block.ln2_post.w
+        self.W_gate = FixedWeight((mlp.W_gate * ln2[:, None]).T)
+        self.W_in, self.b_in = FixedWeight((mlp.W_in * ln2[:, None]).T), _bias(mlp.b_in)
+        self.W_out, self.b_out = FixedWeight(mlp.W_out.T), _bias(mlp.b_out)
+        self.post1, self.post2 = block.ln1_post.w.detach(), block.ln2_post.w.detach()
+        self.is_compiled = compiled.is_usable(self.d_head, cfg.d_model, self.post1)
         self.turns = lru_cache(_POSITIONS_KEPT)(self._make_turns)
         self.hidden = lru_cache(_POSITIONS_KEPT)(self._make_hidden)
 
-    def projected(self, x: Tensor, first: int, last: int, turns: Tensor) -> Tensor:
-        """Normed (rows, positions, d_model) → (rows, positions, heads, d_head).
+    def take_projections(self, W_QKV: Tensor, b_QKV: Tensor | None) -> None:
+        """To heads of queries, keys and values, one after the other: (heads · d_head, d_model)."""
+        raise NotImplementedError
+
+    def normed(self, resid: Tensor) -> Tensor:
+        """RMS norm, without a weight."""
+        return _rms(resid, self.eps)
+
+    def behind(self, resid: Tensor, update: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with a normed update, whose memory it takes, and normed itself."""
+        if self.is_compiled:
+            return compiled.add_normed(resid, update, weight, self.eps)
+        resid = torch.addcmul(resid, _rms_(update, self.eps), weight, out=update)
+        return resid, self.normed(resid)
+
+    def behind_attention(self, resid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream (…, d_model), and normed, `z` the heads' (…, heads · d_head)."""
+        return self.behind(resid, self.W_O.linear(z, self.b_O), self.post1)
+
+    def behind_mlp(self, resid: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and normed; `x` is `resid` normed."""
+        hidden = self.W_in.times(x, self.W_gate.gelu(x))
+        if self.b_in is not None:
+            hidden += self.b_in
+        return self.behind(resid, self.W_out.linear(hidden, self.b_out), self.post2)
+
+    def turned_(self, projected: Tensor, turns: Tensor) -> Tensor:
+        """Queries or keys (rows, positions, heads, d_head), in place, at rotary positions.
 
         Args:
-            x: as said.
-            first: of the heads of queries, keys and values, in this order.
-            last: of them, not included.
-            turns: complex (…, positions, heads of queries and keys, d_head / 2).
+            projected: as said.
+            turns: complex (…, positions, at least those heads, d_head / 2).
         """
-        columns = slice(first * self.d_head, last * self.d_head)
-        found = linear(x, self.W_QKV[columns], None if self.b_QKV is None else self.b_QKV[columns])
-        found = found.view(*x.shape[:2], -1, self.d_head)
-        turned = found[:, :, : self.heads + self.kv_heads - first]
-        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(projected.unflatten(-1, (-1, 2)))
         pairs *= turns[..., : pairs.shape[2], :]
-        return found
+        return projected
 
     def weights(self, queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
         """Attention's, not yet divided by their sum: (rows, heads, queries, keys).
@@ -161,20 +191,6 @@ class _FusedBlock:
             return scores.mul_(exponent).exp2_()
         return torch.add(hidden, scores, alpha=exponent).exp2_()
 
-    def attended(self, resid: Tensor, z: Tensor) -> Tensor:
-        """The residual stream (…, d_model) behind attention, `z` its heads' (…, heads · d_head)."""
-        out = linear(z, self.W_O, self.b_O)
-        return torch.addcmul(resid, _rms_(out, self.eps), self.post1)
-
-    def mlp_(self, resid: Tensor) -> Tensor:
-        """Bring the residual stream, in place, behind the MLP."""
-        x = _rms(resid, self.eps)
-        hidden = linear_times(x, self.W_in, gelu_linear(x, self.W_gate))
-        if self.b_in is not None:
-            hidden += self.b_in
-        out = linear(hidden, self.W_out, self.b_out)
-        return resid.addcmul_(_rms_(out, self.eps), self.post2)
-
     def _make_turns(self, first: int, positions: int) -> Tensor:
         """complex (positions, heads + kv heads, d_head / 2): rotary positions.
 
@@ -186,7 +202,7 @@ class _FusedBlock:
     def _make_hidden(self, first: int, positions: int, keys: int) -> Tensor:
         """(positions, keys), see `hidden_from`."""
         return self.hidden_from(
-            torch.arange(first, first + positions, device=self.W_O.device), keys
+            torch.arange(first, first + positions, device=self.turn.device), keys
         )
 
     def hidden_from(self, positions: Tensor, keys: int) -> Tensor:
@@ -205,29 +221,48 @@ class _Block(_FusedBlock):
     one copy takes both to another row, and either of them is a stack of matrices.
     """
 
-    def __call__(
-        self, resid: Tensor, past: Tensor | None, parents: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream behind the block at new positions, and all keys and values so far.
+    def take_projections(self, W_QKV: Tensor, b_QKV: Tensor | None) -> None:
+        self.W_QKV, self.b_QKV = FixedWeight(W_QKV), b_QKV
 
-        Arguments as of `LayersAfter.extend`, `past` this block's.
+    def __call__(
+        self, resid: Tensor, x: Tensor, past: Tensor | None, parents: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream behind the block at new positions, the same normed, and, if they are
+        to be kept, all keys and values so far.
+
+        Arguments as of `LayersAfter.extend`, `x` is `resid` normed, `past` this block's.
         """
-        rows, positions, _ = resid.shape
+        projected = self.W_QKV.linear(x, self.b_QKV).unflatten(-1, (-1, self.d_head))
+        if self.is_compiled:
+            z, longer = compiled.attend(
+                projected, past, parents, self.compiled_turns, self.heads, self.cap, self.window,
+                keep,
+            )  # fmt: skip
+        else:
+            z, longer = self._attend(projected, past, parents)
+        resid, x = self.behind_attention(resid, z)
+        return *self.behind_mlp(resid, x), longer
+
+    def _attend(
+        self, projected: Tensor, past: Tensor | None, parents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `compiled.attend`, of a batch of matrices for each step."""
+        rows, positions = projected.shape[:2]
         first = 0 if past is None else past.shape[-2]
-        turns = self.turns(first, positions)
-        found = self.projected(_rms(resid, self.eps), 0, self.heads + 2 * self.kv_heads, turns)
-        new = found[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 3, 2, 1, 4)
+        turned = projected[:, :, : self.heads + self.kv_heads]
+        self.turned_(turned, self.turns(first, positions))
+        new = projected[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 3, 2, 1, 4)
         longer = _extended(past, parents, new)
         keys, values = longer.unbind(dim=2)
-        queries = found[:, :, : self.heads].transpose(1, 2).contiguous()
+        queries = projected[:, :, : self.heads].transpose(1, 2).contiguous()
         hidden = None
         if positions > 1 or self.window is not None:
             hidden = self.hidden(first, positions, first + positions)
         weights = self.weights(queries, keys, hidden)
         weights = weights.view(rows * self.kv_heads, -1, first + positions)
         z = torch.bmm(weights, values.flatten(0, 1)).div_(weights.sum(dim=-1, keepdim=True))
-        z = z.view(rows, self.heads, positions, -1).transpose(1, 2).reshape(rows, positions, -1)
-        return self.mlp_(self.attended(resid, z)), longer
+        z = z.view(rows, self.heads, positions, -1).transpose(1, 2)
+        return z.reshape(rows, positions, -1), longer
 
 
 class _LastBlock(_FusedBlock):
@@ -238,27 +273,54 @@ class _LastBlock(_FusedBlock):
     the normed residual stream, (rows, positions, d_model).
     """
 
+    def take_projections(self, W_QKV: Tensor, b_QKV: Tensor | None) -> None:
+        sizes = [heads * self.d_head for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        W_Q, W_K, W_V = W_QKV.split(sizes)
+        self.W_Q, self.W_K = FixedWeight(W_Q), FixedWeight(W_K)
+        self.W_V = W_V.unflatten(0, (self.kv_heads, -1)).mT.contiguous()
+        biases: Sequence[Tensor | None] = (None,) * 3 if b_QKV is None else b_QKV.split(sizes)
+        self.b_Q, self.b_K, b_V = biases
+        self.b_V = None if b_V is None else b_V.view(self.kv_heads, 1, -1)
+
     def extended(
-        self, resid: Tensor, past: tuple[Tensor, Tensor] | None, parents: Tensor
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, parents: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All so far. Arguments as of `LayersAfter.extend`, `past` this block's."""
+        """All so far. `x` is the residual stream normed, `past` this block's."""
         keys, normed = past or (None, None)
         first = 0 if keys is None else keys.shape[-2]
-        x = _rms(resid, self.eps)
-        turns = self.turns(first, x.shape[1])
-        new = self.projected(x, self.heads, self.heads + self.kv_heads, turns)
+        new = self.turned_(self._projected(x, self.W_K, self.b_K), self.turns(first, x.shape[1]))
         return _extended(keys, parents, new.transpose(1, 2)), _extended(normed, parents, x)
 
     def answering(
         self,
         resid: Tensor,
+        x: Tensor,
         past: tuple[Tensor, Tensor] | None,
         parents: Tensor,
         at: Tensor | None,
     ) -> Tensor:
-        """(rows, d_model) before the MLP. Arguments as of `LayersAfter.answering`."""
-        positions = resid.shape[1]
-        keys, normed = self.extended(resid, past, parents)
+        """(rows, d_model) before the MLP. Arguments as of `LayersAfter.answering`, `x` is `resid`
+        normed."""
+        if self.is_compiled:
+            positions = torch.full((len(x),), x.shape[1] - 1) if at is None else at
+            mixed = compiled.attend_once(
+                self._projected(_at(x, at), self.W_Q, self.b_Q),
+                self._projected(x, self.W_K, self.b_K),
+                x, past, parents, positions, self.compiled_turns, self.cap, self.window,
+            )  # fmt: skip
+        else:
+            mixed = self._attend_once(x, past, parents, at)
+        return self.behind_attention(_at(resid, at), self._values(mixed))[0]
+
+    def _attend_once(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        parents: Tensor,
+        at: Tensor | None,
+    ) -> Tensor:
+        """As `compiled.attend_once`, (rows, heads, d_model)."""
+        keys, normed = self.extended(x, past, parents)
         n = normed.shape[1]
         hidden = None
         if at is None:
@@ -266,23 +328,25 @@ class _LastBlock(_FusedBlock):
             if self.window is not None:
                 hidden = self.hidden(n - 1, 1, n)
         else:
-            position = n - positions + at[:, None]
+            position = n - x.shape[1] + at[:, None]
             turns, hidden = self.turn[position], self.hidden_from(position, n)[:, None]
-        x = _rms(_at(resid, at), self.eps)
-        queries = self.projected(x, 0, self.heads, turns).transpose(1, 2)
+        queries = self._projected(_at(x, at)[:, None], self.W_Q, self.b_Q)
+        queries = self.turned_(queries, turns).transpose(1, 2)
         weights = self.weights(queries, keys, hidden)[:, :, 0]
-        mixed = torch.bmm(weights, normed).div_(weights.sum(dim=-1, keepdim=True))
-        z = self._values(mixed)
-        return self.attended(_at(resid, at), z[:, None])[:, 0]
+        mixed: Tensor = torch.bmm(weights, normed).div_(weights.sum(dim=-1, keepdim=True))
+        return mixed
+
+    def _projected(self, x: Tensor, weight: FixedWeight, bias: Tensor | None) -> Tensor:
+        """(…, d_model) → (…, heads, d_head)."""
+        found: Tensor = weight.linear(x, bias).unflatten(-1, (-1, self.d_head))
+        return found
 
     def _values(self, mixed: Tensor) -> Tensor:
         """(rows, heads, d_model) → (rows, heads · d_head)."""
-        W = self.W_QKV[(self.heads + self.kv_heads) * self.d_head :]
-        W = W.unflatten(0, (self.kv_heads, -1))
         of_head = mixed.unflatten(1, (self.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        z: Tensor = torch.bmm(of_head, W.mT).unflatten(1, (len(mixed), -1)).transpose(0, 1)
-        if self.b_QKV is not None:
-            z = z + self.b_QKV[-self.kv_heads * self.d_head :].view(self.kv_heads, 1, -1)
+        z: Tensor = torch.bmm(of_head, self.W_V).unflatten(1, (len(mixed), -1)).transpose(0, 1)
+        if self.b_V is not None:
+            z = z + self.b_V
         return z.flatten(1)
 
 
@@ -299,10 +363,10 @@ def _extended(past: Tensor | None, parents: Tensor, new: Tensor) -> Tensor:
 
 
 def _at(resid: Tensor, at: Tensor | None) -> Tensor:
-    """(rows, 1, d_model) at one position of each row, or the last one."""
+    """(rows, d_model) at one position of each row, or the last one."""
     if at is None:
-        return resid[:, -1:]
-    return resid[torch.arange(len(at), device=at.device), at][:, None]
+        return resid[:, -1]
+    return resid[torch.arange(len(at), device=at.device), at]
 
 
 def _tanh_(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 import numpy as np
 
-CUT_COST, COPY_COST = 1.0, 0.05
+CUT_COST, COPY_COST = 0.5, 0.03
 """What parting costs a row, in positions computed: at all, and for each position so far (whose keys
 and values are copied). Sums to little for a model of any size; the choice of cuts is not delicate.
 """

@@ -67,7 +67,10 @@ def test_what_has_changed_since_a_search_began_is_said_and_kept(
     assert write(tmp_path, 2.0) == ""
     monkeypatch.setattr(module, "_git_commit", lambda: "b" * 40)
     monkeypatch.setattr(module, "version", lambda _: "9.9")
+    other = None if module.compiled.library else "other"
+    monkeypatch.setattr(module.compiled, "library", other)
     said = write(tmp_path, 3.0)
+    assert ("layers PyTorch, then compiled" in said) != ("layers compiled, then PyTorch" in said)
     assert f"commit {'b' * 40}, then {'a' * 40}" in said
     about = json.loads((tmp_path / "about.json").read_text())
     assert f"torch 9.9, then {about['versions']['torch']}" in said

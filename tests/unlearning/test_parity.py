@@ -22,7 +22,7 @@ from unlearning_bench import (
     sae_maker,
 )
 
-from raysae.unlearning import SAEBenchEvaluator, UnlearningResult
+from raysae.unlearning import SAEBenchEvaluator, UnlearningResult, compiled
 from raysae.unlearning.gemma_layers import GemmaLayersAfter
 from raysae.unlearning.layers_after import LayersAfter
 from raysae.worlds import World
@@ -47,6 +47,19 @@ def test_pieces_and_what_is_held_change_no_answer(bench: Bench, sae_of: Any) -> 
     for piece_cost in (1000.0, 1e9):  # prompts of different lengths together
         other.piece_cost = piece_cost
         assert_equal(other.evaluate(sae, training_steps=1), fast)
+
+
+@pytest.mark.skipif(compiled.library is None, reason="nothing was compiled at installation")
+def test_without_what_is_compiled_every_answer_is_the_same(
+    bench: Bench, sae_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = [sae_of(architecture, True) for architecture in ("standard", "topk")]
+    found = [bench.cached().evaluate(sae, training_steps=1) for sae in saes]
+    monkeypatch.setattr(compiled, "library", None)
+    by_pytorch = bench.cached()
+    assert not by_pytorch.layers._last.is_compiled  # type: ignore[attr-defined]
+    for sae, result in zip(saes, found, strict=True):
+        assert_equal(by_pytorch.evaluate(sae, training_steps=1), result)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "random"])

@@ -1,0 +1,232 @@
+"""Attention and norms of Gemma-2-shaped layers in C, see layers.c, on float32 tensors on a CPU.
+
+Compiled when raysae is installed, if there is a compiler; without one `is_usable` says no, and
+`raysae.unlearning.gemma_layers` asks PyTorch, for the same to rounding. PyTorch's way makes a
+matrix of every step, and a copy of all keys and values of a row for each intervention on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LANES = 16
+_SIZES = 2 * _LANES
+"""Of heads and of the residual stream: multiples of this one."""
+_LARGEST_HEAD = 256
+_ROWS_OF_A_THREAD = 16
+"""Fewer are not worth waking one."""
+
+
+_VERSION = 1
+"""Of what the arguments mean, in layers.c too."""
+
+
+def load(folder: Path) -> ctypes.CDLL | None:
+    """What was compiled into that folder.
+
+    None where nothing was, and, with a warning, where it cannot be used here.
+    """
+    files = (folder / f"_layers{suffix}" for suffix in EXTENSION_SUFFIXES)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(file))
+        version = ctypes.c_int32.in_dll(library, "layers_version").value
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{file} cannot be used: {error}", stacklevel=2)
+        return None
+    if version != _VERSION:
+        warnings.warn(
+            f"{file} is of another version of raysae ({version}, not {_VERSION}): run setup.sh or "
+            "pip install again; until then scores take longer",
+            stacklevel=2,
+        )
+        return None
+    return library
+
+
+library = load(Path(__file__).parent)
+
+
+def is_usable(d_head: int, d_model: int, like: Tensor) -> bool:
+    """Whether these functions serve layers of such sizes, with weights like that one."""
+    return (
+        library is not None
+        and like.is_cpu
+        and like.dtype == torch.float32
+        and d_head % _SIZES == d_model % _SIZES == 0
+        and d_head <= _LARGEST_HEAD
+    )
+
+
+class Turns:
+    """Rotary positions, of neighbours that are turned together."""
+
+    def __init__(self, turn: Tensor) -> None:
+        """`turn`: complex (positions, d_head / 2)."""
+        self._turn = turn
+        self._tables = turn.new_empty(2, 0, 2 * turn.shape[1], dtype=torch.float32)
+
+    def tables(self, positions: int) -> Tensor:
+        """(2, at least so many positions, d_head): cosines, and sines, the first of two negative.
+
+        A model has many more positions than a prompt: only what was asked for is kept.
+        """
+        if self._tables.shape[1] < positions:
+            turn = self._turn[: 2 * positions]
+            cosines = turn.real.repeat_interleave(2, dim=-1)
+            sines = torch.stack([-turn.imag, turn.imag], dim=-1).flatten(-2)
+            self._tables = torch.stack([cosines, sines])
+        return self._tables
+
+
+def attend(
+    projected: Tensor,
+    past: Tensor | None,
+    parents: Tensor,
+    turns: Turns,
+    heads: int,
+    cap: float,
+    window: int | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of new positions to those before and to each other, with capped scores.
+
+    Args:
+        projected: (rows, positions, heads + 2 · kv heads, d_head) queries, keys and values, not
+            turned; queries divided by the cap and the attention's scale.
+        past: (rows before, kv heads, 2, positions before, d_head) keys, turned, and values.
+        parents: int64 (rows,) which of the past's rows each one goes on from.
+        turns: of all positions.
+        heads: number of queries'.
+        cap: of the scores.
+        window: of positions that a query sees; None: all.
+        keep: whether keys and values are asked for.
+
+    Returns:
+        (rows, positions, heads · d_head), and keys and values of all positions, as `past`.
+    """
+    rows, n, all_heads, d_head = projected.shape
+    kv_heads = (all_heads - heads) // 2
+    first = 0 if past is None else past.shape[-2]
+    projected = projected.contiguous()
+    mixed = projected.new_empty(rows, n, heads * d_head)
+    longer = projected.new_empty(rows, kv_heads, 2, first + n, d_head) if keep else None
+    cosines, sines = turns.tables(first + n)
+
+    def run(low: int, high: int) -> None:
+        scratch = projected.new_empty((first + n) * _LANES + n * d_head)
+        _call("attend")(
+            *map(ctypes.c_int64, (high - low, n, first, heads, kv_heads, d_head)),
+            _at(projected, low), _at(cosines), _at(sines), _at(past),
+            _at(parents, low), ctypes.c_float(cap), ctypes.c_int64(window or 0),
+            _at(longer, low), _at(scratch), _at(mixed, low),
+        )  # fmt: skip
+
+    _by_threads(run, rows)
+    return mixed, longer
+
+
+def attend_once(
+    queries: Tensor,
+    keys: Tensor,
+    normed: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    parents: Tensor,
+    at: Tensor,
+    turns: Turns,
+    cap: float,
+    window: int | None,
+) -> Tensor:
+    """What one position of a row sees of the normed residual stream: (rows, heads, d_model).
+
+    Args:
+        queries: (rows, heads, d_head), not turned; divided as above.
+        keys: (rows, positions, kv heads, d_head) of new positions, not turned.
+        normed: (rows, positions, d_model).
+        past: (rows before, kv heads, positions before, d_head) keys, turned, and (rows before,
+            positions before, d_model).
+        parents: int64 (rows,).
+        at: int64 (rows,) which of the new positions asks.
+        turns: of all positions.
+        cap: of the scores.
+        window: as above.
+    """
+    rows, n, kv_heads, d_head = keys.shape
+    heads, d_model = queries.shape[1], normed.shape[-1]
+    past_keys, past_normed = past or (None, None)
+    first = 0 if past_keys is None else past_keys.shape[-2]
+    queries, keys, normed = queries.contiguous(), keys.contiguous(), normed.contiguous()
+    mixed = queries.new_empty(rows, heads, d_model)
+    cosines, sines = turns.tables(first + n)
+
+    def run(low: int, high: int) -> None:
+        scratch = queries.new_empty((first + n) * _LANES + n * d_head)
+        _call("attend_once")(
+            *map(ctypes.c_int64, (high - low, n, first, heads, kv_heads, d_head, d_model)),
+            _at(queries, low), _at(keys, low), _at(normed, low), _at(cosines),
+            _at(sines), _at(past_keys), _at(past_normed), _at(parents, low), _at(at, low),
+            ctypes.c_float(cap), ctypes.c_int64(window or 0), _at(scratch), _at(mixed, low),
+        )  # fmt: skip
+
+    _by_threads(run, rows)
+    return mixed
+
+
+def add_normed(resid: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """resid + weight · RMS norm(update), which takes the memory of `update`, and its own norm.
+
+    Of (…, d_model) and (d_model,); the norms are without a weight.
+    """
+    size = resid.shape[-1]
+    resid = resid.contiguous()
+    normed = torch.empty_like(resid)
+    flat = resid.view(-1, size), update.view(-1, size), normed.view(-1, size)
+
+    def run(low: int, high: int) -> None:
+        r, u, x = flat
+        _call("add_normed")(
+            ctypes.c_int64(high - low), ctypes.c_int64(size), ctypes.c_float(eps), _at(r, low),
+            _at(weight), _at(u, low), _at(x, low),
+        )  # fmt: skip
+
+    _by_threads(run, len(flat[0]))
+    return update, normed
+
+
+def _call(name: str) -> Callable[..., None]:
+    assert library is not None
+    function: Callable[..., None] = getattr(library, name)
+    return function
+
+
+def _at(tensor: Tensor | None, row: int = 0) -> ctypes.c_void_p:
+    """Where a row of a contiguous tensor begins."""
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_void_p(tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size())
+
+
+def _by_threads(run: Callable[[int, int], None], rows: int) -> None:
+    """Rows `low` to `high` by each of PyTorch's number of threads; C holds no lock of Python's."""
+    threads = min(torch.get_num_threads(), rows // _ROWS_OF_A_THREAD)
+    if threads <= 1:
+        return run(0, rows)
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    list(_threads(torch.get_num_threads()).map(run, bounds[:-1], bounds[1:]))
+    return None
+
+
+@lru_cache(1)
+def _threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number, thread_name_prefix="layers")
