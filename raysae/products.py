@@ -138,14 +138,11 @@ class FixedWeight:
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """x · weightᵀ, times `factor` of that shape entry by entry."""
         if self._by_onednn:
-            return _onednn_with(x, factor, self._weight, "mul")
+            found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+                x, factor, self._weight, None, "mul"
+            )
+            return found
         return F.linear(x, self._weight).mul_(factor)
-
-    def plus(self, x: Tensor, term: Tensor) -> Tensor:
-        """x · weightᵀ + `term` of that shape."""
-        if self._by_onednn:
-            return _onednn_with(x, term, self._weight, "add")
-        return F.linear(x, self._weight).add_(term)
 
 
 class preferred(TorchFunctionMode):  # noqa: N801 - a context manager
@@ -212,11 +209,6 @@ def _onednn(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none", kind: str = ""
 ) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], kind)
-    return found
-
-
-def _onednn_with(x: Tensor, other: Tensor, weight: Tensor, how: Literal["add", "mul"]) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, how)
     return found
 
 

@@ -34,12 +34,13 @@ from sae_bench.sae_bench_utils.general_utils import str_to_dtype
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from raysae.products import FixedWeight
+from raysae.products import matmul
+from raysae.unlearning import compiled
 from raysae.unlearning.cache import Corpus, EvaluationCache, as_tensor, shared_tensor
 from raysae.unlearning.firing import activations_of, count_firing
 from raysae.unlearning.gemma_layers import layers_after
 from raysae.unlearning.grid import GridPoint, choose_features, eligible_features
-from raysae.unlearning.interventions import Interventions, Level, find_interventions
+from raysae.unlearning.interventions import Interventions, Level, few_sizes, find_interventions
 from raysae.unlearning.layers_after import Past
 from raysae.unlearning.protocol import saebench_view, sparsity_through_text
 from raysae.unlearning.result import (
@@ -98,7 +99,7 @@ class CachedEvaluator:
         on_cpu = torch.device(self.device).type == "cpu"
         self.positions_at_once = POSITIONS_AT_ONCE if on_cpu else POSITIONS_AT_ONCE_ON_GPU
         self.positions_held = np.inf if on_cpu else POSITIONS_HELD_ON_GPU
-        self.encodes_pieces = on_cpu
+        self.encodes_pieces = self.pieces_alike = on_cpu
         self.saes_at_once = SAES_AT_ONCE if on_cpu else SAES_AT_ONCE_ON_GPU
         self.piece_cost = 0.0 if on_cpu else ASKING_FOR_A_LAYER / model.cfg.d_model**2
         built_for, wanted = (
@@ -267,8 +268,7 @@ class CachedEvaluator:
             return letters
         features = [torch.tensor(u, dtype=torch.int64, device=self.device) for u in unions]
         acts = self._activations(saes, features)
-        rows = torch.cat([sae.W_dec[f] for sae, f in zip(saes, features, strict=True)])
-        directions = FixedWeight(rows.T)
+        directions = torch.cat([sae.W_dec[f] for sae, f in zip(saes, features, strict=True)])
         chosen = np.array(
             [
                 [[of == i and f in point.features for of, f in columns] for point in grid]
@@ -330,8 +330,8 @@ class _Run:
     """(prompts, longest, d_model) at the hook without an intervention; not to be written into."""
     acts: Tensor
     """(prompts, longest, features)."""
-    directions: FixedWeight
-    """(d_model, features) decoder rows."""
+    directions: Tensor
+    """(features, d_model) decoder rows."""
 
     @property
     def last_state(self) -> np.ndarray:
@@ -342,13 +342,13 @@ class _Run:
 
     def letters(self) -> Tensor:
         """int64 (states of the last level,) the answers, on the device."""
-        evaluator = self.evaluator
-        found = self.resid.new_empty(
-            len(self.levels[-1].first), self.resid.shape[-1], device=self.acts.device
-        )
+        layers, at_once = self.evaluator.layers, self.evaluator.positions_at_once
+        states = rows = len(self.levels[-1].first)
+        if self.evaluator.pieces_alike:
+            rows += few_sizes(states % at_once, at_once) - states % at_once
+        found = self.resid.new_zeros(rows, self.resid.shape[-1], device=self.acts.device)
         self._descend(0, (0, len(self.levels[0].first)), [], 0, found)
-        pieces = found.split(evaluator.positions_at_once)
-        return torch.cat([evaluator.layers.letters(piece) for piece in pieces])
+        return torch.cat([layers.letters(piece) for piece in found.split(at_once)])[:states]
 
     def _descend(
         self, depth: int, states: tuple[int, int], past: Past, past_from: int, found: Tensor
@@ -358,36 +358,53 @@ class _Run:
         `past` is that of the level before, from its state `past_from` on. What the last level's
         states answer by goes to `found`, (states, d_model).
         """
-        level, evaluator = self.levels[depth], self.evaluator
-        layers = evaluator.layers
+        evaluator, level = self.evaluator, self.levels[depth]
         sizes = (evaluator.positions_at_once, evaluator.positions_held)
-        for low, high in level.chunks(*states, *sizes):
-            resid = self._resid(depth, low, high)
-            parents = self._send(level.parents[low:high] - past_from)
-            if depth == len(self.levels) - 1:
-                answering = self.group.ends[level.first[low:high]] - 1
-                at = None if (answering == level.end - 1).all() else answering - level.start
-                found[low:high] = layers.answering(
-                    resid, past, parents, None if at is None else self._send(at)
-                )
-            else:
-                here = layers.extend(resid, past, parents)
-                children = self.levels[depth + 1].children(low, high)
-                self._descend(depth + 1, children, here, low, found)
+        for low, high, rows in level.chunks(*states, *sizes, alike=evaluator.pieces_alike):
+            # Rows beyond the last state are the last again.
+            chunk = np.minimum(np.arange(low, low + rows), high - 1)
+            parents = self._send(level.parents[chunk] - past_from)
+            if depth < len(self.levels) - 1:
+                self._extend(depth, (low, high), chunk, past, parents, found)
+                continue
+            answering = self.group.ends[level.first[chunk]] - 1
+            at = None if (answering == level.end - 1).all() else self._send(answering - level.start)
+            resid = self._resid(level, chunk)
+            answers = evaluator.layers.answering(resid, past, parents, at)
+            found[low:high] = answers[: high - low]
 
-    def _resid(self, depth: int, low: int, high: int) -> Tensor:
+    def _extend(
+        self,
+        depth: int,
+        states: tuple[int, int],
+        chunk: np.ndarray,
+        past: Past,
+        parents: Tensor,
+        found: Tensor,
+    ) -> None:
+        """These states, and all that follow from them. What is computed here goes before the next
+        chunk begins."""
+        resid = self._resid(self.levels[depth], chunk)
+        longer = self.evaluator.layers.extend(resid, past, parents)
+        children = self.levels[depth + 1].children(*states)
+        self._descend(depth + 1, children, longer, states[0], found)
+
+    def _resid(self, level: Level, states: np.ndarray) -> Tensor:
         """(states, positions, d_model) at the hook after the intervention."""
-        level = self.levels[depth]
-        first, here = level.first[low:high], slice(level.start, level.end)
+        first, here = level.first[states], slice(level.start, level.end)
         prompts = self._send(self.group.prompts[first])
+        targets = self._send(-self.group.strengths[first, here].astype(np.float32))
+        chosen = self._send(self.group.features[first])
+        if compiled.is_usable(self.resid.shape[-1], self.resid, self.acts, self.directions):
+            return compiled.intervene(
+                self.resid, self.acts, prompts, level.start, chosen, targets, self.directions
+            )
         # Whole rows of a narrowed view, which is several times as fast as an index of two axes.
-        resid = self.resid[:, here].index_select(0, prompts)
-        if not (strengths := self.group.strengths[first, here]).any():
-            return resid
-        acts = self.acts[:, here].index_select(0, prompts)
-        target = self._send(-strengths.astype(np.float32)).to(acts.dtype)[:, :, None]
-        on = (acts > 0) & self._send(self.group.features[first])[:, None]
-        return self.directions.plus(torch.where(on, target - acts, 0.0), resid)
+        resid, acts = (t[:, here].index_select(0, prompts) for t in (self.resid, self.acts))
+        change = torch.where(
+            (acts > 0) & chosen[:, None], targets.to(acts.dtype)[:, :, None] - acts, 0.0
+        )
+        return resid.add_(matmul(change, self.directions))
 
     def _send(self, array: np.ndarray) -> Tensor:
         """To the device, without waiting for what it is at."""

@@ -1,8 +1,9 @@
-"""Attention and norms of Gemma-2-shaped layers in C, see layers.c, on float32 tensors on a CPU.
+"""What layers.c computes, on float32 tensors on a CPU: interventions, and attention and norms of
+Gemma-2-shaped layers.
 
-Compiled when raysae is installed, if there is a compiler; without one `is_usable` says no, and
-`raysae.unlearning.gemma_layers` asks PyTorch, for the same to rounding. PyTorch's way makes a
-matrix of every step, and a copy of all keys and values of a row for each intervention on it.
+Compiled when raysae is installed, if there is a compiler; without one nothing here is usable, and
+whoever would call it asks PyTorch, for the same to rounding. PyTorch's way makes a matrix of every
+step, and a copy of all keys and values of a row for each intervention on it.
 """
 
 from __future__ import annotations
@@ -58,15 +59,53 @@ def load(folder: Path) -> ctypes.CDLL | None:
 library = load(Path(__file__).parent)
 
 
-def is_usable(d_head: int, d_model: int, like: Tensor) -> bool:
-    """Whether these functions serve layers of such sizes, with weights like that one."""
+def is_usable(d_model: int, *like: Tensor) -> bool:
+    """Whether there is something compiled, and for tensors like these and a stream of that size."""
     return (
         library is not None
-        and like.is_cpu
-        and like.dtype == torch.float32
-        and d_head % _SIZES == d_model % _SIZES == 0
-        and d_head <= _LARGEST_HEAD
+        and d_model % _SIZES == 0
+        and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in like)
     )
+
+
+def serves_heads(d_head: int) -> bool:
+    """Whether attention with heads of this size is among it."""
+    return d_head % _SIZES == 0 and d_head <= _LARGEST_HEAD
+
+
+def intervene(
+    resid: Tensor,
+    acts: Tensor,
+    prompts: Tensor,
+    start: int,
+    chosen: Tensor,
+    targets: Tensor,
+    directions: Tensor,
+) -> Tensor:
+    """The residual stream after interventions: (rows, positions, d_model).
+
+    Args:
+        resid: (prompts, length, d_model) without one, not written into.
+        acts: (prompts, length, features).
+        prompts: int64 (rows,) of which each one is.
+        start: where its positions begin in the prompt.
+        chosen: bool (rows, features) what is clamped where it fires.
+        targets: (rows, positions) to what; 0 where nothing is.
+        directions: (features, d_model) decoder rows.
+    """
+    (rows, n), (_, length, d_model) = targets.shape, resid.shape
+    resid, acts, directions = resid.contiguous(), acts.contiguous(), directions.contiguous()
+    changed = resid.new_empty(rows, n, d_model)
+
+    def run(low: int, high: int) -> None:
+        _call("intervene")(
+            *map(ctypes.c_int64, (high - low, n, d_model, acts.shape[-1], length, start)),
+            _at(resid), _at(acts), _at(prompts, low), _at(chosen, low), _at(targets, low),
+            _at(directions), _at(changed, low),
+        )  # fmt: skip
+
+    _by_threads(run, rows)
+    return changed
 
 
 class Turns:

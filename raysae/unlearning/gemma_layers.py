@@ -130,7 +130,9 @@ class _FusedBlock:
         self.W_in, self.b_in = FixedWeight((mlp.W_in * ln2[:, None]).T), _bias(mlp.b_in)
         self.W_out, self.b_out = FixedWeight(mlp.W_out.T), _bias(mlp.b_out)
         self.post1, self.post2 = block.ln1_post.w.detach(), block.ln2_post.w.detach()
-        self.is_compiled = compiled.is_usable(self.d_head, cfg.d_model, self.post1)
+        self.is_compiled = compiled.serves_heads(self.d_head) and compiled.is_usable(
+            cfg.d_model, self.post1
+        )
         self.turns = lru_cache(_POSITIONS_KEPT)(self._make_turns)
         self.hidden = lru_cache(_POSITIONS_KEPT)(self._make_hidden)
 

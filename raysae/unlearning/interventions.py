@@ -25,6 +25,17 @@ and values are copied). Sums to little for a model of any size; the choice of cu
 """
 
 
+def few_sizes(n: int, whole: int) -> int:
+    """The least of `whole`, 3/4, 1/2, 3/8, 1/4 … of it, and 0, that is not less than n ≤ whole.
+
+    oneDNN makes code for every number of rows that it is asked for, and keeps it: half a megabyte.
+    """
+    sizes = [whole]
+    while sizes[-1] > 1:
+        sizes += [-(-3 * sizes[-1] // 4), -(-sizes[-1] // 2)]
+    return min(size for size in (*sizes, 0) if size >= n)
+
+
 @dataclass(frozen=True)
 class Level:
     """One piece of all paths: the positions `start` to `end`, computed once per state."""
@@ -37,16 +48,28 @@ class Level:
     """(states,) the state of the level before from which each one goes on."""
 
     def chunks(
-        self, low: int, high: int, positions: int, held: float = np.inf
-    ) -> Iterator[tuple[int, int]]:
-        """The states `low` to `high` in even pieces of about `positions` positions.
+        self, low: int, high: int, positions: int, held: float = np.inf, *, alike: bool = False
+    ) -> Iterator[tuple[int, int, int]]:
+        """The states `low` to `high` in pieces: first, end, and how many rows to compute for them.
 
-        Of at most `held` positions with those before `start`, whose keys and values are held too.
+        Args:
+            low: as said.
+            high: as said, not included.
+            positions: of a piece, about.
+            held: at most, with those before `start`, whose keys and values are held too.
+            alike: pieces of few sizes, see `few_sizes`, rather than even ones; some rows are then
+                for nothing.
         """
-        pieces = max(1, round((high - low) * (self.end - self.start) / positions))
-        pieces = max(pieces, int(np.ceil((high - low) * self.end / held)))
-        bounds = np.linspace(low, high, min(pieces, high - low) + 1).astype(int).tolist()
-        yield from pairwise(bounds)
+        length, n = self.end - self.start, high - low
+        if not alike:
+            pieces = max(1, round(n * length / positions), int(np.ceil(n * self.end / held)))
+            bounds = np.linspace(low, high, min(pieces, n) + 1).astype(int).tolist()
+            yield from ((first, end, end - first) for first, end in pairwise(bounds))
+            return
+        whole = max(1, int(min(round(positions / length), held // self.end)))
+        for first in range(low, high, whole):
+            end = min(first + whole, high)
+            yield first, end, few_sizes(end - first, whole)
 
     def children(self, low: int, high: int) -> tuple[int, int]:
         """The states of this level that go on from the states `low` to `high` of the one before."""

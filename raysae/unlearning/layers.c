@@ -1,5 +1,5 @@
-/* Attention and norms of Gemma-2-shaped layers, row by row: what is small enough for a processor's
-   registers and nearest cache does not become matrices in memory. Called by compiled.py, which says
+/* Interventions, and attention and norms of Gemma-2-shaped layers, row by row: what is small enough
+   for a processor's registers and nearest cache does not become matrices in memory. Called by compiled.py, which says
    what the arguments are; all numbers are float32, all arrays contiguous.
 
    Vectors have 16 lanes whatever the processor: the compiler makes two or four of one, and a variant
@@ -263,6 +263,25 @@ FOR_EACH_PROCESSOR void attend_once(int64_t rows, int64_t n, int64_t first, int6
                 weights, factors, mixed + (row * heads + h) * d_model, d_model);
         }
     }
+}
+
+FOR_EACH_PROCESSOR void intervene(int64_t rows, int64_t n, int64_t size, int64_t features,
+                                  int64_t length, int64_t start, const float *resid,
+                                  const float *acts, const int64_t *prompts, const uint8_t *chosen,
+                                  const float *targets, const float *directions, float *changed) {
+    for (int64_t row = 0; row < rows; row++, chosen += features)
+        for (int64_t i = 0; i < n; i++, targets++, changed += size) {
+            int64_t at = prompts[row] * length + start + i;
+            memcpy(changed, resid + at * size, size * sizeof(float));
+            if (*targets == 0) continue;
+            for (int64_t f = 0; f < features; f++) {
+                float act = acts[at * features + f];
+                if (!chosen[f] || !(act > 0)) continue;
+                for (int64_t d = 0; d < size; d += LANES)
+                    store(changed + d,
+                          load(changed + d) + (*targets - act) * load(directions + f * size + d));
+            }
+        }
 }
 
 /* resid + weight · norm(update), into `update`, and the norm of that, without a weight. */

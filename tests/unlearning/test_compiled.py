@@ -38,6 +38,17 @@ def test_it_was_compiled_where_there_is_a_compiler():
     assert compiled.library is not None
 
 
+def test_sizes_and_types_that_nothing_is_compiled_for_are_pytorch_s():
+    one = torch.zeros(1)
+    assert [compiled.serves_heads(size) for size in (8, 32, 48, 256, 512)] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+    assert not compiled.is_usable(48, one)
+    assert not compiled.is_usable(32, one, one.double())
+    assert not compiled.is_usable(32, one.to("meta"))
+    assert compiled.is_usable(32, one, one) == (compiled.library is not None)
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -151,6 +162,30 @@ def test_scores_of_every_size_keep_their_digits(size: float):
     # float32 rounds a score of `size` to 6e-8 of it, in units of the cap.
     tolerance = 3e-6 * max(1.0, min(size, 1.0) * cap)
     torch.testing.assert_close(mixed[..., :n].double(), exact, rtol=tolerance, atol=1e-12)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 40])
+def test_interventions(rows: int):
+    """What is chosen and fires is set to the target, along its decoder row, and nothing else."""
+    prompts, length, features, d_model, start, n = 9, 12, 5, 64, 3, 6
+    resid, acts = random(prompts, length, d_model), random(prompts, length, features, seed=1).relu()
+    of_row = torch.randint(prompts, (rows,))
+    chosen = random(rows, features, seed=2) > 0
+    directions = random(features, d_model, seed=3)
+    fires = (acts[of_row, start : start + n] > 0) & chosen[:, None]
+    targets = -25.0 * fires.any(dim=-1)
+    assert rows == 1 or 0 < (targets == 0).float().mean() < 1
+    before = resid.clone()
+    found = compiled.intervene(resid, acts, of_row, start, chosen, targets, directions)
+    assert torch.equal(resid, before)
+
+    exact = resid[of_row, start : start + n].double()
+    z = acts[of_row, start : start + n].double()
+    exact += torch.where(fires, targets[..., None] - z, 0.0) @ directions.double()
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+    same = targets == 0
+    assert torch.equal(found[same], resid[of_row, start : start + n][same])
 
 
 @needs_library

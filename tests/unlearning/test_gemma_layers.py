@@ -75,16 +75,6 @@ def test_layers_in_pieces_equal_one_forward_pass(
     assert torch.equal(last.answering(expected, [], same), expected[:, -1])
 
 
-def test_sizes_and_types_that_nothing_is_compiled_for_are_pytorch_s():
-    assert not compiled.is_usable(8, 32, torch.zeros(1))
-    assert not compiled.is_usable(48, 32, torch.zeros(1))
-    assert not compiled.is_usable(32, 48, torch.zeros(1))
-    assert not compiled.is_usable(512, 32, torch.zeros(1))
-    assert not compiled.is_usable(32, 32, torch.zeros(1, dtype=torch.float64))
-    assert not compiled.is_usable(32, 32, torch.zeros(1, device="meta"))
-    assert compiled.is_usable(32, 32, torch.zeros(1)) == (compiled.library is not None)
-
-
 @pytest.mark.parametrize("n", [8, 4096])
 def test_tanh_keeps_all_digits(n: int):
     """Of small numbers too, as attention scores are below their cap."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from raysae.unlearning.interventions import CUT_COST, _cuts, find_interventions
+from raysae.unlearning.interventions import (
+    COPY_COST,
+    CUT_COST,
+    _cuts,
+    few_sizes,
+    find_interventions,
+)
 
 MULTIPLIERS = (25, 50, 25, 50)
 
@@ -79,7 +88,7 @@ def test_levels_hold_each_state_once_behind_its_own_past(seed: int, piece_cost: 
 
 def cost(states, pieces):
     return sum(
-        states[end - 1] * (end - start + (CUT_COST + 0.05 * start if start else 0))
+        states[end - 1] * (end - start + (CUT_COST + COPY_COST * start if start else 0))
         for start, end in pieces
     )
 
@@ -94,17 +103,29 @@ def test_the_cuts_are_the_cheapest():
     assert len(found) > 1
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize(("positions", "held"), [(1, np.inf), (6, 12), (6, np.inf), (100, np.inf)])
-def test_chunks_cover_the_states_and_children_their_parents(positions: int, held: float):
+def test_chunks_cover_the_states_and_children_their_parents(
+    positions: int, held: float, alike: bool
+):
     fires, chosen, tokens, lengths, asked = drawn(0)
     group = next(iter(find_interventions(fires, chosen, MULTIPLIERS, tokens, lengths, asked)))
-    first, *others = group.levels()
-    for level in others:
-        chunks = list(first.chunks(0, len(first.first), positions, held))
-        assert all((high - low) * first.end <= held or high - low == 1 for low, high in chunks)
-        assert [i for low, high in chunks for i in range(low, high)] == list(
+    for first, level in pairwise(group.levels()):
+        chunks = list(first.chunks(0, len(first.first), positions, held, alike=alike))
+        for low, high, rows in chunks:
+            assert rows * first.end <= held or high - low == 1
+            assert rows == high - low or (alike and high - low < rows < 1.5 * (high - low) + 1)
+        assert [i for low, high, _ in chunks for i in range(low, high)] == list(
             range(len(first.first))
         )
-        children = [i for chunk in chunks for i in range(*level.children(*chunk))]
+        children = [i for low, high, _ in chunks for i in range(*level.children(low, high))]
         assert children == list(range(len(level.first)))
-        first = level
+
+
+@pytest.mark.parametrize("whole", [1, 7, 79, 1024])
+def test_pieces_are_of_few_sizes(whole: int):
+    sizes = [few_sizes(n, whole) for n in range(whole + 1)]
+    assert (sizes[0], sizes[-1]) == (0, whole)
+    assert sizes == sorted(sizes)
+    assert all(n <= size < 1.5 * n + 1 for n, size in enumerate(sizes))
+    assert len(set(sizes)) <= 2 * math.log2(whole) + 3

@@ -41,7 +41,8 @@ def test_pieces_and_what_is_held_change_no_answer(bench: Bench, sae_of: Any) -> 
     """As on a GPU: SAEBench's batches are encoded whole, and few positions are held at a time."""
     sae = sae_of("topk", True)
     other = bench.cached()
-    other.encodes_pieces, other.positions_held = False, 256
+    other.encodes_pieces = other.pieces_alike = False
+    other.positions_held = 256
     fast = bench.cached().evaluate(sae, training_steps=1)
     assert_equal(other.evaluate(sae, training_steps=1), fast)
     for piece_cost in (1000.0, 1e9):  # prompts of different lengths together
