@@ -1,6 +1,6 @@
 """What a rung that is not a trial's last costs: the search half of the questions against all.
 
-    python -m benchmarks.half_scores [--threads 1] [--steps 96] [--repeats 3] [--together 1]
+    python benchmarks/half_scores.py [--threads 1] [--steps 96] [--repeats 3] [--together 1]
 
 Same process, cache and SAEs, the two in turn. Each SAE is trained on the world's corpora; a row
 says the least wall-clock and processor seconds an SAE of either, the ratio of the processor
@@ -16,8 +16,8 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from unlearning_eval import SPECS, train
 
-from benchmarks.unlearning_eval import SPECS, train
 from raysae.unlearning import (
     CachedEvaluator,
     UnlearningResult,
