@@ -41,7 +41,7 @@ def write_about(config: RunConfig, run_dir: Path, world: World, started: float) 
         "git_commit": _git_commit(),
         # Of this machine: what else makes results round as they do.
         "products": products.library(),
-        "layers": "compiled" if compiled.library else "PyTorch",
+        "layers": compiled.described(),
     }
     session = {"started": started, "host": platform.node(), **code}
     resolved = config.model_dump(mode="json", by_alias=True)

@@ -1,9 +1,10 @@
 """What layers.c computes, on float32 tensors on a CPU: interventions, and attention and norms of
 Gemma-2-shaped layers.
 
-Compiled when raysae is installed, if there is a compiler; without one nothing here is usable, and
-whoever would call it asks PyTorch, for the same to rounding. PyTorch's way makes a matrix of every
-step, and a copy of all keys and values of a row for each intervention on it.
+Compiled when raysae is installed, if there is a compiler, for processors with AVX-512 or AVX2.
+Elsewhere nothing here is usable, and whoever would call it asks PyTorch, for the same to rounding.
+PyTorch's way makes a matrix of every step, and a copy of all keys and values of a row for each
+intervention on it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 _LANES = 16
+"""Of a vector, at most."""
 _SIZES = 2 * _LANES
 """Of heads and of the residual stream: multiples of this one."""
 _LARGEST_HEAD = 256
@@ -31,13 +33,18 @@ _VERSION = 1
 """Of what the arguments mean, in layers.c too."""
 
 
-def load(folder: Path) -> ctypes.CDLL | None:
-    """What was compiled into that folder.
+def kind_of_processor() -> str:
+    """As PyTorch names it, such as AVX2 or AVX512."""
+    return torch.backends.cpu.get_cpu_capability().split("_")[0]
+
+
+def load(folder: Path, processor: str) -> ctypes.CDLL | None:
+    """What was compiled into that folder for that kind of processor.
 
     None where nothing was, and, with a warning, where it cannot be used here.
     """
-    files = (folder / f"_layers{suffix}" for suffix in EXTENSION_SUFFIXES)
-    file = next((file for file in files if file.is_file()), None)
+    names = (f"_layers_{processor.lower()}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         return None
     try:
@@ -56,7 +63,12 @@ def load(folder: Path) -> ctypes.CDLL | None:
     return library
 
 
-library = load(Path(__file__).parent)
+library = load(Path(__file__).parent, kind_of_processor())
+
+
+def described() -> str:
+    """Who computes all this here."""
+    return "PyTorch" if library is None else f"compiled for {kind_of_processor()}"
 
 
 def is_usable(d_model: int, *like: Tensor) -> bool:

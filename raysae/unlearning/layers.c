@@ -1,24 +1,18 @@
 /* Interventions, and attention and norms of Gemma-2-shaped layers, row by row: what is small enough
-   for a processor's registers and nearest cache does not become matrices in memory. Called by compiled.py, which says
-   what the arguments are; all numbers are float32, all arrays contiguous.
+   for a processor's registers and nearest cache does not become matrices in memory. Called by
+   compiled.py, which says what the arguments are; all numbers are float32, all arrays contiguous.
 
-   Vectors have 16 lanes whatever the processor: the compiler makes two or four of one, and a variant
-   of every function for each generation of processors, of which the loader takes the best. */
+   Compiled for each kind of processor that it is worth it for, see pyproject.toml: with 16 LANES
+   for AVX-512, 8 for AVX2. Of vectors that a processor does not have a compiler makes a poor job:
+   16 lanes on AVX2 take longer than PyTorch does. */
 
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_PROCESSOR                                                                         \
-    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-#define LANES 16
-#define TOGETHER 8 /* sums that are kept in registers, to hide how long one addition takes */
+#define TOGETHER (LANES / 2) /* sums kept in registers, to hide how long one addition takes */
 #define LARGEST_HEAD 256
 
 const int32_t layers_version = 1; /* of what the arguments mean; raise it here and in compiled.py */
@@ -34,11 +28,32 @@ INLINE floats choose(ints where, floats a, floats b) {
     return (floats)((where & (ints)a) | (~where & (ints)b));
 }
 
+#if LANES == 16
+#define NEIGHBOURS(x)                                                                              \
+    __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#define QUARTERS(x)                                                                                \
+    __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#elif LANES == 8
+#define NEIGHBOURS(x) __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6)
+#define QUARTERS(x) __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3)
+#else
+#error "LANES is 8 or 16"
+#endif
+
+INLINE ints numbers(void) {
+    ints lane = {};
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    return lane;
+}
+
 INLINE float sum_of(floats x) {
-    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return x[0] + x[1];
+    x += QUARTERS(x);
+    x += NEIGHBOURS(x);
+    float sum = x[0] + x[2];
+#if LANES == 16
+    sum += x[8] + x[10];
+#endif
+    return sum;
 }
 
 typedef struct {
@@ -81,14 +96,13 @@ INLINE void turn(int64_t d_head, const float *x, const float *cosines, const flo
                  float *turned) {
     for (int64_t d = 0; d < d_head; d += LANES) {
         floats a = load(x + d);
-        floats b = __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-        store(turned + d, a * load(cosines + d) + b * load(sines + d));
+        store(turned + d, a * load(cosines + d) + NEIGHBOURS(a) * load(sines + d));
     }
 }
 
 /* weights (count, LANES) of `count` keys for queries (d_head, LANES) */
-INLINE void weigh_some(int count, int64_t d_head, const float *queries, const float *keys, float cap,
-                       float *weights) {
+INLINE void weigh_some(int count, int64_t d_head, const float *queries, const float *keys,
+                       float cap, float *weights) {
     floats scores[TOGETHER];
     UNROLL for (int j = 0; j < count; j++) scores[j] = (floats){};
     for (int64_t d = 0; d < d_head; d++) {
@@ -152,12 +166,12 @@ INLINE void mix(int64_t count, int64_t size, positions values, const float *weig
         mix_some(1, size, values, weights + i, factors + i, mixed + i * stride, stride);
 }
 
-FOR_EACH_PROCESSOR void attend(int64_t rows, int64_t n, int64_t first, int64_t heads,
-                               int64_t kv_heads, int64_t d_head, const float *projected,
-                               const float *cosines, const float *sines, const float *past,
-                               const int64_t *parents, float cap, int64_t window, float *longer,
-                               float *scratch, float *mixed) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+void attend(int64_t rows, int64_t n, int64_t first, int64_t heads,
+            int64_t kv_heads, int64_t d_head, const float *projected,
+            const float *cosines, const float *sines, const float *past,
+            const int64_t *parents, float cap, int64_t window, float *longer,
+            float *scratch, float *mixed) {
+    const ints lane = numbers();
     const int64_t row_size = (heads + 2 * kv_heads) * d_head, head_size = (first + n) * d_head;
     float *const weights = scratch, *const new_keys = scratch + (first + n) * LANES;
     float queries[LARGEST_HEAD * LANES], query[LARGEST_HEAD], factors[LANES];
@@ -178,7 +192,8 @@ FOR_EACH_PROCESSOR void attend(int64_t rows, int64_t n, int64_t first, int64_t h
                 to += head_size;
                 memcpy(to, past_values, first * d_head * sizeof(float));
                 for (int64_t i = 0; i < n; i++)
-                    memcpy(to + (first + i) * d_head, values + i * row_size, d_head * sizeof(float));
+                    memcpy(to + (first + i) * d_head, values + i * row_size,
+                           d_head * sizeof(float));
             }
             for (int64_t head = kv * heads / kv_heads; head < (kv + 1) * heads / kv_heads; head++)
                 for (int64_t i = 0; i < n; i += LANES) {
@@ -212,13 +227,13 @@ FOR_EACH_PROCESSOR void attend(int64_t rows, int64_t n, int64_t first, int64_t h
         }
 }
 
-FOR_EACH_PROCESSOR void attend_once(int64_t rows, int64_t n, int64_t first, int64_t heads,
-                                    int64_t kv_heads, int64_t d_head, int64_t d_model,
-                                    const float *queries, const float *keys, const float *normed,
-                                    const float *cosines, const float *sines, const float *past_keys,
-                                    const float *past_normed, const int64_t *parents,
-                                    const int64_t *at, float cap, int64_t window, float *scratch,
-                                    float *mixed) {
+void attend_once(int64_t rows, int64_t n, int64_t first, int64_t heads,
+                 int64_t kv_heads, int64_t d_head, int64_t d_model,
+                 const float *queries, const float *keys, const float *normed,
+                 const float *cosines, const float *sines, const float *past_keys,
+                 const float *past_normed, const int64_t *parents,
+                 const int64_t *at, float cap, int64_t window, float *scratch,
+                 float *mixed) {
     float *const weights = scratch, *const new_keys = scratch + (first + n) * LANES;
     float query[LARGEST_HEAD], factors[LANES];
     for (int64_t row = 0; row < rows; row++) {
@@ -242,7 +257,8 @@ FOR_EACH_PROCESSOR void attend_once(int64_t rows, int64_t n, int64_t first, int6
                 const float *from = past_keys + (parents[row] * kv_heads + kv) * first * d_head;
                 for (int64_t j = low; j < first + seen; j++) {
                     if (j >= first && j < first + new_low) continue;
-                    const float *key = j < first ? from + j * d_head : new_keys + (j - first) * d_head;
+                    const float *key =
+                        j < first ? from + j * d_head : new_keys + (j - first) * d_head;
                     floats score = {};
                     for (int64_t d = 0; d < d_head; d += LANES)
                         score += load(query + d) * load(key + d);
@@ -252,23 +268,24 @@ FOR_EACH_PROCESSOR void attend_once(int64_t rows, int64_t n, int64_t first, int6
             floats sum = {};
             for (int64_t j = low; j < first + seen; j++) {
                 floats w = {};
-                if (j < first || j >= first + new_low) w = weight_of(load(weights + j * LANES), cap);
+                if (j < first || j >= first + new_low)
+                    w = weight_of(load(weights + j * LANES), cap);
                 store(weights + j * LANES, w);
                 sum += w;
             }
             store(factors, 1.0f / sum);
             mix(count, d_model,
-                (positions){past_normed + parents[row] * first * d_model, normed + row * n * d_model,
-                            low, first, seen, d_model, d_model},
+                (positions){past_normed + parents[row] * first * d_model,
+                            normed + row * n * d_model, low, first, seen, d_model, d_model},
                 weights, factors, mixed + (row * heads + h) * d_model, d_model);
         }
     }
 }
 
-FOR_EACH_PROCESSOR void intervene(int64_t rows, int64_t n, int64_t size, int64_t features,
-                                  int64_t length, int64_t start, const float *resid,
-                                  const float *acts, const int64_t *prompts, const uint8_t *chosen,
-                                  const float *targets, const float *directions, float *changed) {
+void intervene(int64_t rows, int64_t n, int64_t size, int64_t features,
+               int64_t length, int64_t start, const float *resid,
+               const float *acts, const int64_t *prompts, const uint8_t *chosen,
+               const float *targets, const float *directions, float *changed) {
     for (int64_t row = 0; row < rows; row++, chosen += features)
         for (int64_t i = 0; i < n; i++, targets++, changed += size) {
             int64_t at = prompts[row] * length + start + i;
@@ -285,8 +302,8 @@ FOR_EACH_PROCESSOR void intervene(int64_t rows, int64_t n, int64_t size, int64_t
 }
 
 /* resid + weight · norm(update), into `update`, and the norm of that, without a weight. */
-FOR_EACH_PROCESSOR void add_normed(int64_t rows, int64_t size, float eps, const float *resid,
-                                   const float *weight, float *update, float *normed) {
+void add_normed(int64_t rows, int64_t size, float eps, const float *resid,
+                const float *weight, float *update, float *normed) {
     for (int64_t row = 0; row < rows; row++, resid += size, update += size, normed += size) {
         floats a = {}, b = {};
         for (int64_t d = 0; d < size; d += 2 * LANES) {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -17,11 +20,9 @@ SOURCE = Path(compiled.__file__).with_name("layers.c")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"there is no {COMPILER}")
 needs_library = pytest.mark.skipif(
     compiled.library is None, reason="nothing was compiled when raysae was installed"
-)
-needs_compiler = pytest.mark.skipif(
-    shutil.which(COMPILER) is None, reason=f"there is no {COMPILER}"
 )
 PIECES = {  # positions before, new positions
     "a first piece": (0, 7),
@@ -34,8 +35,38 @@ HEADS = [(4, 4), (4, 2), (6, 1), (20, 20)]
 
 
 @needs_compiler
-def test_it_was_compiled_where_there_is_a_compiler():
-    assert compiled.library is not None
+def test_it_was_compiled_where_there_is_a_compiler_for_this_processor():
+    worth_it = compiled.kind_of_processor() in ("AVX2", "AVX512")
+    assert (compiled.library is not None) == worth_it
+    assert compiled.described() == (
+        f"compiled for {compiled.kind_of_processor()}" if worth_it else "PyTorch"
+    )
+
+
+@needs_library
+@pytest.mark.skipif(
+    compiled.kind_of_processor() != "AVX512", reason="this processor has AVX2 and no more"
+)
+def test_what_is_compiled_for_an_older_processor_is_right_too():
+    """The tests of this file once more, with that."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    code = "from raysae.unlearning import compiled; print(compiled.described())"
+    described = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert described.stdout.strip() == "compiled for AVX2"
+    tests = "attention or interventions or digits or normed"
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-k", tests]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"[0-9]{2,} passed", done.stdout) and "skipped" not in done.stdout
 
 
 def test_sizes_and_types_that_nothing_is_compiled_for_are_pytorch_s():
@@ -217,24 +248,24 @@ def test_turns_are_made_as_far_as_they_are_asked_for():
 
 
 def test_without_what_was_compiled_there_is_nothing_to_load(tmp_path: Path):
-    assert compiled.load(tmp_path) is None
+    assert compiled.load(tmp_path, "AVX2") is None
 
 
 @needs_compiler
 def test_what_was_compiled_for_another_version_is_left_alone(tmp_path: Path):
     source = SOURCE.read_text().replace("layers_version = ", "layers_version = 1000 + ")
     (tmp_path / "layers.c").write_text(source)
-    made = tmp_path / f"_layers{SUFFIX}"
+    made = tmp_path / f"_layers_avx2{SUFFIX}"
     subprocess.run(
-        [COMPILER, "-O0", "-std=gnu11", "-w", "-shared", "-fPIC", "layers.c", "-o", str(made)],
+        [COMPILER, "-DLANES=8", "-w", "-shared", "-fPIC", "layers.c", "-o", str(made)],
         cwd=tmp_path,
         check=True,
     )
     with pytest.warns(UserWarning, match="another version of raysae.*setup.sh"):
-        assert compiled.load(tmp_path) is None
+        assert compiled.load(tmp_path, "AVX2") is None
 
 
 def test_a_file_that_is_no_library_is_told(tmp_path: Path):
-    (tmp_path / f"_layers{SUFFIX}").write_text("not a library")
+    (tmp_path / f"_layers_avx2{SUFFIX}").write_text("not a library")
     with pytest.warns(UserWarning, match="cannot be used"):
-        assert compiled.load(tmp_path) is None
+        assert compiled.load(tmp_path, "AVX2") is None
