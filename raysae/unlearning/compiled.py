@@ -27,8 +27,6 @@ _SIZES = 2 * _LANES
 _LARGEST_HEAD = 256
 _ROWS_OF_A_THREAD = 16
 """Fewer are not worth waking one."""
-
-
 _VERSION = 1
 """Of what the arguments mean, in layers.c too."""
 

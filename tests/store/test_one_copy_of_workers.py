@@ -81,9 +81,10 @@ def test_two_workers_read_one_copy_and_the_second_cannot_go_on_without_the_first
         np.testing.assert_array_equal(ray.get(worker.batches.remote(), timeout=SECONDS), wanted)
     sums = [chunk.sha256 for chunk in store.chunks]
     assert ray.get([w.checksums.remote() for w in workers], timeout=SECONDS) == [sums, sums]
-    # Neither has the copy for itself: shared memory is no process's own.
+    # There is no second copy. The one may count as its holder's own: Linux says so of shared pages
+    # while no other process has them mapped, which it may undo at any time.
     grown = ray.get([w.grown.remote() for w in workers], timeout=SECONDS)
-    assert max(grown) < 0.9 * store.nbytes
+    assert sum(grown) < 1.5 * store.nbytes
 
     os.kill(opened[0][1], signal.SIGKILL)
     with pytest.raises(LostCopyError, match=f"process {opened[0][1]}, which held"):
