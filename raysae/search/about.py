@@ -30,8 +30,8 @@ def write_about(config: RunConfig, run_dir: Path, world: World, started: float) 
     """config.yaml and about.json; a resumed search adds itself to its `sessions`.
 
     Returns:
-        in words, what versions, commit and Python of a resumed search are not those that it began
-        with; "" where all are.
+        in words, which of versions, commit, Python and what else makes numbers round as they do are
+        not, in a resumed search, as it began with; "" where all are.
     """
     path = run_dir / ABOUT_FILE
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

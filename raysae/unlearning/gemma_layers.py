@@ -9,7 +9,6 @@ factors (norm weights, the attention scale and cap) are multiplied into the weig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -110,20 +109,11 @@ class _FusedBlock:
         self.eps, self.heads, self.d_head = cfg.eps, cfg.n_heads, cfg.d_head
         self.cap = float(cfg.attn_scores_soft_cap)
         self.window = cfg.window_size if attn.attn_type == "local" else None
-        grouped = cfg.n_key_value_heads is not None
-        W_K, b_K = (attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K)
-        W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
-        self.kv_heads = len(W_K)
+        self.kv_heads = cfg.n_key_value_heads or cfg.n_heads
         half = self.d_head // 2
         turn = torch.complex(attn.rotary_cos, attn.rotary_sin).detach()[:, :half]
         self.turn, self.compiled_turns = turn[:, None], compiled.Turns(turn)
-        ln1, ln2 = _weight(block.ln1, cfg), _weight(block.ln2, cfg)
-        scale = 1 / (attn.attn_scale * self.cap)
-        W_QKV = _pairs(attn.W_Q) * scale, _pairs(W_K), W_V
-        b_QKV = _pairs(attn.b_Q) * scale, _pairs(b_K), b_V
-        self.take_projections(
-            torch.cat([_heads_to_rows(W, ln1) for W in W_QKV]), _bias(torch.cat(b_QKV))
-        )
+        ln2 = _weight(block.ln2, cfg)
         self.W_O, self.b_O = FixedWeight(attn.W_O.flatten(0, 1).T), _bias(attn.b_O)
         # Not one product for both: its halves would not be contiguous, at twice the time.
         self.W_gate = FixedWeight((mlp.W_gate * ln2[:, None]).T)
@@ -135,10 +125,6 @@ class _FusedBlock:
         )
         self.turns = lru_cache(_POSITIONS_KEPT)(self._make_turns)
         self.hidden = lru_cache(_POSITIONS_KEPT)(self._make_hidden)
-
-    def take_projections(self, W_QKV: Tensor, b_QKV: Tensor | None) -> None:
-        """To heads of queries, keys and values, one after the other: (heads · d_head, d_model)."""
-        raise NotImplementedError
 
     def normed(self, resid: Tensor) -> Tensor:
         """RMS norm, without a weight."""
@@ -223,8 +209,10 @@ class _Block(_FusedBlock):
     one copy takes both to another row, and either of them is a stack of matrices.
     """
 
-    def take_projections(self, W_QKV: Tensor, b_QKV: Tensor | None) -> None:
-        self.W_QKV, self.b_QKV = FixedWeight(W_QKV), b_QKV
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        weights, biases = _projections(block)
+        self.W_QKV, self.b_QKV = FixedWeight(torch.cat(weights)), _bias(torch.cat(biases))
 
     def __call__(
         self, resid: Tensor, x: Tensor, past: Tensor | None, parents: Tensor, *, keep: bool
@@ -275,14 +263,13 @@ class _LastBlock(_FusedBlock):
     the normed residual stream, (rows, positions, d_model).
     """
 
-    def take_projections(self, W_QKV: Tensor, b_QKV: Tensor | None) -> None:
-        sizes = [heads * self.d_head for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        W_Q, W_K, W_V = W_QKV.split(sizes)
-        self.W_Q, self.W_K = FixedWeight(W_Q), FixedWeight(W_K)
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        (W_Q, W_K, W_V), (b_Q, b_K, b_V) = _projections(block)
+        self.W_Q, self.b_Q = FixedWeight(W_Q), _bias(b_Q)
+        self.W_K, self.b_K = FixedWeight(W_K), _bias(b_K)
         self.W_V = W_V.unflatten(0, (self.kv_heads, -1)).mT.contiguous()
-        biases: Sequence[Tensor | None] = (None,) * 3 if b_QKV is None else b_QKV.split(sizes)
-        self.b_Q, self.b_K, b_V = biases
-        self.b_V = None if b_V is None else b_V.view(self.kv_heads, 1, -1)
+        self.b_V = b_V.view(self.kv_heads, 1, -1) if b_V.any() else None
 
     def extended(
         self, x: Tensor, past: tuple[Tensor, Tensor] | None, parents: Tensor
@@ -398,6 +385,20 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 def _bias(b: Tensor) -> Tensor | None:
     """A bias as one row, None where it is zero: Gemma has none, TransformerLens adds it."""
     return b.detach().flatten() if b.any() else None
+
+
+def _projections(block: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """To queries, keys and values: weights (heads · d_head, d_model) and biases (heads · d_head,),
+    the norm's weight and the attention's scale and cap multiplied in."""
+    attn, cfg = block.attn, block.cfg
+    grouped = cfg.n_key_value_heads is not None
+    W_K, b_K = (attn._W_K, attn._b_K) if grouped else (attn.W_K, attn.b_K)
+    W_V, b_V = (attn._W_V, attn._b_V) if grouped else (attn.W_V, attn.b_V)
+    scale = 1 / (attn.attn_scale * float(cfg.attn_scores_soft_cap))
+    norm = _weight(block.ln1, cfg)
+    weights = _pairs(attn.W_Q) * scale, _pairs(W_K), W_V
+    biases = _pairs(attn.b_Q) * scale, _pairs(b_K), b_V
+    return [_heads_to_rows(W, norm) for W in weights], [b.detach().flatten() for b in biases]
 
 
 def _weight(norm: Any, cfg: Any) -> Tensor:

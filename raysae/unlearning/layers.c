@@ -112,22 +112,25 @@ INLINE void weigh_some(int count, int64_t d_head, const float *queries, const fl
     UNROLL for (int j = 0; j < count; j++) store(weights + j * LANES, weight_of(scores[j], cap));
 }
 
-INLINE void weigh(int64_t keys_, int64_t d_head, const float *queries, const float *keys, float cap,
+INLINE void weigh(int64_t count, int64_t d_head, const float *queries, const float *keys, float cap,
                   float *weights) {
     int64_t j = 0;
-    for (; j + TOGETHER <= keys_; j += TOGETHER)
+    for (; j + TOGETHER <= count; j += TOGETHER)
         weigh_some(TOGETHER, d_head, queries, keys + j * d_head, cap, weights + j * LANES);
-    for (; j + 4 <= keys_; j += 4)
+    for (; j + 4 <= count; j += 4)
         weigh_some(4, d_head, queries, keys + j * d_head, cap, weights + j * LANES);
-    for (; j < keys_; j++)
+    for (; j < count; j++)
         weigh_some(1, d_head, queries, keys + j * d_head, cap, weights + j * LANES);
 }
 
-/* Values of past and new positions, each a vector of `size` every `stride` numbers. */
+/* What the positions `low` to `end` hold: those before `first` every `past_stride` numbers from
+   `past` on, where position 0 is, the others every `new_stride` from `new` on, where `first` is. */
 typedef struct {
+    int64_t low, first, end, past_stride, new_stride;
     const float *past, *new;
-    int64_t past_from, past_to, new_to, past_stride, new_stride;
 } positions;
+
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* mixed (count, size) every `stride`: the values times the weights (positions, LANES) of `count`
    lanes, times `factors` (count,). */
@@ -136,15 +139,14 @@ INLINE void mix_some(int count, int64_t size, positions values, const float *wei
     for (int64_t d = 0; d < size; d += 2 * LANES) {
         floats a[TOGETHER], b[TOGETHER];
         UNROLL for (int i = 0; i < count; i++) a[i] = b[i] = (floats){};
-        const float *w = weights + values.past_from * LANES;
-        for (int64_t j = values.past_from; j < values.past_to; j++, w += LANES) {
-            const float *value = values.past + j * values.past_stride + d;
+        for (int64_t j = values.low; j < values.first; j++) {
+            const float *value = values.past + j * values.past_stride + d, *w = weights + j * LANES;
             floats u = load(value), v = load(value + LANES);
             UNROLL for (int i = 0; i < count; i++) a[i] += u * w[i], b[i] += v * w[i];
         }
-        w = weights + values.past_to * LANES;
-        for (int64_t j = 0; j < values.new_to; j++, w += LANES) {
-            const float *value = values.new + j * values.new_stride + d;
+        for (int64_t j = most(values.low, values.first); j < values.end; j++) {
+            const float *value = values.new + (j - values.first) * values.new_stride + d;
+            const float *w = weights + j * LANES;
             floats u = load(value), v = load(value + LANES);
             UNROLL for (int i = 0; i < count; i++) a[i] += u * w[i], b[i] += v * w[i];
         }
@@ -166,6 +168,18 @@ INLINE void mix(int64_t count, int64_t size, positions values, const float *weig
         mix_some(1, size, values, weights + i, factors + i, mixed + i * stride, stride);
 }
 
+/* The first position that a query sees; a window of 0 is none. */
+INLINE int64_t first_seen(int64_t position, int64_t window) {
+    return window && position >= window ? position - window + 1 : 0;
+}
+
+INLINE float product(int64_t size, const float *x, const float *y) {
+    floats sum = {};
+    for (int64_t d = 0; d < size; d += LANES) sum += load(x + d) * load(y + d);
+    return sum_of(sum);
+}
+
+/* Lanes are queries: as many see a key at a time, and each mixes values by its own lane. */
 void attend(int64_t rows, int64_t n, int64_t first, int64_t heads,
             int64_t kv_heads, int64_t d_head, const float *projected,
             const float *cosines, const float *sines, const float *past,
@@ -198,8 +212,7 @@ void attend(int64_t rows, int64_t n, int64_t first, int64_t heads,
             for (int64_t head = kv * heads / kv_heads; head < (kv + 1) * heads / kv_heads; head++)
                 for (int64_t i = 0; i < n; i += LANES) {
                     int64_t count = n - i < LANES ? n - i : LANES, position = first + i;
-                    int64_t low = window && position >= window ? position - window + 1 : 0;
-                    if (low > first) low = first;
+                    int64_t low = first_seen(position, window), new_low = most(low, first);
                     for (int64_t l = 0; l < count; l++) {
                         turn(d_head, own + (i + l) * row_size + head * d_head,
                              cosines + (position + l) * d_head, sines + (position + l) * d_head,
@@ -208,7 +221,8 @@ void attend(int64_t rows, int64_t n, int64_t first, int64_t heads,
                     }
                     weigh(first - low, d_head, queries, past_keys + low * d_head, cap,
                           weights + low * LANES);
-                    weigh(i + count, d_head, queries, new_keys, cap, weights + first * LANES);
+                    weigh(position + count - new_low, d_head, queries,
+                          new_keys + (new_low - first) * d_head, cap, weights + new_low * LANES);
                     floats sum = {};
                     ints at = lane + (int32_t)position;
                     for (int64_t j = low; j < position + count; j++) {
@@ -220,13 +234,15 @@ void attend(int64_t rows, int64_t n, int64_t first, int64_t heads,
                     }
                     store(factors, 1.0f / sum);
                     mix(count, d_head,
-                        (positions){past_values, values, low, first, i + count, d_head, row_size},
+                        (positions){low, first, position + count, d_head, row_size, past_values,
+                                    values},
                         weights, factors, mixed + ((row * n + i) * heads + head) * d_head,
                         heads * d_head);
                 }
         }
 }
 
+/* Lanes are heads, of the one query of a row. */
 void attend_once(int64_t rows, int64_t n, int64_t first, int64_t heads,
                  int64_t kv_heads, int64_t d_head, int64_t d_model,
                  const float *queries, const float *keys, const float *normed,
@@ -237,51 +253,43 @@ void attend_once(int64_t rows, int64_t n, int64_t first, int64_t heads,
     float *const weights = scratch, *const new_keys = scratch + (first + n) * LANES;
     float query[LARGEST_HEAD], factors[LANES];
     for (int64_t row = 0; row < rows; row++) {
-        int64_t position = first + at[row], seen = at[row] + 1;
-        int64_t low = window && position >= window ? position - window + 1 : 0;
-        int64_t new_low = low > first ? low - first : 0;
-        if (low > first) low = first;
+        int64_t position = first + at[row], low = first_seen(position, window);
         for (int64_t h = 0; h < heads; h += LANES) {
-            int64_t count = heads - h < LANES ? heads - h : LANES, loaded = -1;
-            memset(weights, 0, sizeof(float) * (first + seen) * LANES);
+            int64_t count = heads - h < LANES ? heads - h : LANES, turned = -1;
+            /* Lanes without a head have numbers too. */
+            memset(weights, 0, sizeof(float) * (position + 1) * LANES);
             for (int64_t l = 0; l < count; l++) {
                 int64_t kv = (h + l) * kv_heads / heads;
                 turn(d_head, queries + (row * heads + h + l) * d_head, cosines + position * d_head,
                      sines + position * d_head, query);
-                if (kv != loaded)
-                    for (int64_t j = new_low; j < seen; j++)
-                        turn(d_head, keys + ((row * n + j) * kv_heads + kv) * d_head,
-                             cosines + (first + j) * d_head, sines + (first + j) * d_head,
-                             new_keys + j * d_head);
-                loaded = kv;
+                for (int64_t j = most(low, first); kv != turned && j <= position; j++)
+                    turn(d_head, keys + ((row * n + j - first) * kv_heads + kv) * d_head,
+                         cosines + j * d_head, sines + j * d_head, new_keys + (j - first) * d_head);
+                turned = kv;
                 const float *from = past_keys + (parents[row] * kv_heads + kv) * first * d_head;
-                for (int64_t j = low; j < first + seen; j++) {
-                    if (j >= first && j < first + new_low) continue;
-                    const float *key =
-                        j < first ? from + j * d_head : new_keys + (j - first) * d_head;
-                    floats score = {};
-                    for (int64_t d = 0; d < d_head; d += LANES)
-                        score += load(query + d) * load(key + d);
-                    weights[j * LANES + l] = sum_of(score);
-                }
+                for (int64_t j = low; j < first; j++)
+                    weights[j * LANES + l] = product(d_head, query, from + j * d_head);
+                const float *own = new_keys - first * d_head;
+                for (int64_t j = most(low, first); j <= position; j++)
+                    weights[j * LANES + l] = product(d_head, query, own + j * d_head);
             }
             floats sum = {};
-            for (int64_t j = low; j < first + seen; j++) {
-                floats w = {};
-                if (j < first || j >= first + new_low)
-                    w = weight_of(load(weights + j * LANES), cap);
+            for (int64_t j = low; j <= position; j++) {
+                floats w = weight_of(load(weights + j * LANES), cap);
                 store(weights + j * LANES, w);
                 sum += w;
             }
             store(factors, 1.0f / sum);
             mix(count, d_model,
-                (positions){past_normed + parents[row] * first * d_model,
-                            normed + row * n * d_model, low, first, seen, d_model, d_model},
+                (positions){low, first, position + 1, d_model, d_model,
+                            past_normed + parents[row] * first * d_model,
+                            normed + row * n * d_model},
                 weights, factors, mixed + (row * heads + h) * d_model, d_model);
         }
     }
 }
 
+/* To each clamped feature that fires what brings it to the target, on top of a copy. */
 void intervene(int64_t rows, int64_t n, int64_t size, int64_t features,
                int64_t length, int64_t start, const float *resid,
                const float *acts, const int64_t *prompts, const uint8_t *chosen,
