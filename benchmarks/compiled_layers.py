@@ -1,10 +1,13 @@
 """What compiling the evaluator's layers is worth: the same scores with and without, in turns.
 
     python benchmarks/compiled_layers.py [--threads 1] [--steps 1000] [--repeats 8]
+        [--pieces alike|even]
 
 Same process, cache and SAEs. A row says the least and the median processor seconds of one score by
 either, their ratio, how many of all answers differ, and by how much the process grew over its first
-score by either (not the same for both: what the first one leaves the second one finds).
+score by either (not the same for both: what the first one leaves the second one finds). Pieces of
+few sizes, `alike`, are what evaluators make on a CPU; `even` ones have a number of rows each, for
+every one of which oneDNN makes code.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1000, help="training steps of 1024 rows")
     parser.add_argument("--repeats", type=int, default=8, help="turns")
+    parser.add_argument("--pieces", choices=("alike", "even"), default="alike")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if compiled.library is None:
@@ -57,6 +61,7 @@ def main() -> None:
     for name in ("PyTorch", "compiled"):
         with by_pytorch(name == "PyTorch"):
             evaluators[name] = CachedEvaluator(subject.world, subject.model, cache, subject.config)
+        evaluators[name].pieces_alike = arguments.pieces == "alike"
     corpora = (cache.forget, cache.retain)
     rows = torch.cat([as_tensor(c.resid[c.counts], cache.dtype, "cpu") for c in corpora])
 

@@ -3,9 +3,10 @@
     python benchmarks/products.py [--threads 1] [--repeats 30]
 
 For the products of a training step (x: rows of activations, h: of features, E and D: encoder and
-decoder) and of the evaluator's layers: Gflop/s of MKL and of oneDNN, the ratio, and how far both
-are from float64, in units of float32's rounding at the largest entry. Least time of `--repeats`,
-the libraries in turns. A line says which library raysae takes on this machine, and why.
+decoder): Gflop/s of MKL and of oneDNN, the ratio, and how far both are from float64, in units of
+float32's rounding at the largest entry. Then, for the sizes of the embedded world's layers, Gflop/s
+of a weight as it is and of one that is in oneDNN's order already (`FixedWeight`). Least time of
+`--repeats`, what is compared in turns. A line says which library raysae takes on this machine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from raysae import products
 
 SIZES = ((1024, 128, 512), (1024, 512, 4096), (256, 2304, 16384))
+LAYERS = ((1027, 128, 384), (1027, 384, 128), (1027, 128, 128), (1014, 128, 384), (520, 128, 384))
+"""rows, d_in, d_out"""
 LIBRARIES: tuple[products.Library, ...] = ("mkl", "onednn")
 
 
@@ -43,6 +46,22 @@ def least_seconds(left: Tensor, right: Tensor, repeats: int) -> dict[str, float]
                 if turn >= 2:  # the first are slower
                     least[name] = min(least[name], time.perf_counter() - started)
     return {str(name): seconds for name, seconds in least.items()}
+
+
+def least_seconds_of_a_layer(rows: int, d_in: int, d_out: int, repeats: int) -> tuple[float, float]:
+    """By oneDNN, of a weight as it is and of a fixed one, whose products are the same bits."""
+    x, weight = torch.randn(rows, d_in), torch.randn(d_out, d_in)
+    with products.made_by("onednn"):
+        fixed = products.FixedWeight(weight)
+        ways = (lambda: products.linear(x, weight), lambda: fixed.linear(x))
+        assert torch.equal(ways[0](), ways[1]())
+        least = [float("inf")] * 2
+        for _ in range(repeats):
+            for i, way in enumerate(ways):
+                started = time.perf_counter()
+                way()
+                least[i] = min(least[i], time.perf_counter() - started)
+    return least[0], least[1]
 
 
 def errors(left: Tensor, right: Tensor) -> list[float]:
@@ -77,6 +96,15 @@ def main() -> None:
                 f"{mkl / onednn:5.2f}   {off}",
                 flush=True,
             )
+    print("\nrows, d_in, d_out    as it is  fixed  ratio")
+    for size in LAYERS:
+        work = 2 * size[0] * size[1] * size[2]
+        as_it_is, fixed = least_seconds_of_a_layer(*size, arguments.repeats)
+        print(
+            f"{size!s:20} {work / as_it_is / 1e9:8.0f}  {work / fixed / 1e9:5.0f}  "
+            f"{as_it_is / fixed:5.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -101,9 +101,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class FixedWeight:
     """(d_out, d_in) of a linear layer that is asked many times and not changed; without gradients.
 
-    oneDNN brings a weight into an order of its own before it multiplies, 2 to 8 % of the time of a
-    product of 1000 rows; here that is done once, and only the ordered weight is kept. The products
-    are the same bits. Which library it is is decided when the weight is given.
+    oneDNN brings a weight into an order of its own before it multiplies, 5 to 11 % of the time of a
+    product of 500 to 1000 rows (`benchmarks/products.py`); here that is done once, and only the
+    ordered weight is kept. The products are the same bits. Which library it is is decided when the
+    weight is given.
     """
 
     def __init__(self, weight: Tensor) -> None:

@@ -28,7 +28,8 @@ and values are copied). Sums to little for a model of any size; the choice of cu
 def few_sizes(n: int, whole: int) -> int:
     """The least of `whole`, 3/4, 1/2, 3/8, 1/4 … of it, and 0, that is not less than n ≤ whole.
 
-    oneDNN makes code for every number of rows that it is asked for, and keeps it: half a megabyte.
+    oneDNN makes code for every number of rows that it is asked for, and keeps it: of even pieces,
+    60 to 100 MB for each SAE of another kind (`benchmarks/compiled_layers.py`).
     """
     sizes = [whole]
     while sizes[-1] > 1:
